@@ -1,0 +1,36 @@
+# Every target works from a clean clone: `setup` makes .venv first, and costs nothing afterwards.
+PYTHON_IN_VENV := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve demo test lint bench-host-lane contracts clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup:  ## create .venv: SGLang on CPU, this package, test tools
+	@scripts/setup.sh
+
+serve: setup  ## serve a tiny Qwen3-VL, tp 2 pp 2, until Ctrl-C (ARGS="--pp 4" for options)
+	@$(PYTHON_IN_VENV) scripts/serve.py $(ARGS)
+
+demo: setup  ## serve, ask which digit a picture shows, end; fails when the answer is wrong
+	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)
+
+test: lint  ## lint, then the whole suite (ARGS="-k NAME" for a part)
+	$(PYTHON_IN_VENV) -m pytest --durations=25 $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy
+
+bench-host-lane: setup  ## one-way time of a host lane message on loopback
+	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)
+
+contracts: setup  ## fingerprints of the SGLang functions that the patches replace
+	@$(PYTHON_IN_VENV) scripts/fingerprint.py $(ARGS)
+
+clean:  ## remove what was built here, .venv included
+	rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,129 @@
+"""Seam: sampled token ids and logprobs, from the last stage to every stage.
+
+Upstream hands them from stage to stage around the ring as device tensors, in the middle of the loop, and
+reads them with `tolist()` on the device. Here they come to every stage from the last one, on the host
+lane; the loop gets a ticket in the place of upstream's event, and the ticket's `synchronize()`, which all three
+loops call behind the launch, is where the program waits and where the batch result is put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.streams import PassedEvent
+
+from .pipeline import AsyncPipeline, Launch, current
+
+_MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
+
+# Outputs that later work reads on the device; everything else is only read on the host.
+_DEVICE_OUTPUTS = ("draft_", "__sampling_observer_output__.")
+
+
+class OutputTicket:
+    """Outputs of one microbatch that have not been waited for. Stands in for upstream's `d2h_event`;
+    `result` is filled in by `synchronize()`."""
+
+    def __init__(self, scheduler: Any, pipeline: AsyncPipeline, slot: int, batch: Any, metadata: Any) -> None:
+        from sglang.srt.managers.utils import GenerationBatchResult
+
+        self._scheduler, self._pipeline, self._slot = scheduler, pipeline, slot
+        self._batch, self._metadata = batch, metadata
+        self._launch = pipeline.launched[slot]
+        self._pending = None if pipeline.is_last else pipeline.post_outputs(slot)
+        self.result = GenerationBatchResult()
+
+    def synchronize(self) -> None:
+        """Wait for the outputs and complete `result`."""
+        values = self._wait()
+        prepared = _prepare_result(self._scheduler, self._batch, self._metadata, values, self)
+        prepared.next_token_ids = values["next_token_ids"]  # on the host: `tolist()` blocks nobody
+        vars(self.result).update(vars(prepared))
+
+    def on_device(self, name: str, value: Any) -> Any:
+        """The device tensor behind one output; the last stage still has it."""
+        own = self._launch.device_outputs
+        if own is not None:
+            return own[name]
+        return self._pipeline.uploads.to_device(value)
+
+    def _wait(self) -> Mapping[str, Any]:
+        if self._pending is not None:
+            return self._pending.wait()
+        token_return = self._pipeline.token_return
+        assert token_return is not None
+        return token_return.own(self._slot, self._launch.iteration).wait()
+
+
+def exchange_outputs(
+    original: Any,
+    scheduler: Any,
+    next_first_rank_mb_id: int,
+    next_mb_id: int,
+    mbs: list[Any],
+    mb_metadata: list[Any],
+    last_rank_comm_queue: Any,
+    pp_outputs: Any,
+) -> tuple[Any, Any, Any, list[Any]]:
+    """Post the receive of the outputs of `next_mb_id`; nothing is forwarded and nothing waits."""
+    pipeline = current()
+    if pipeline is None:
+        return original(
+            scheduler,
+            next_first_rank_mb_id,
+            next_mb_id,
+            mbs,
+            mb_metadata,
+            last_rank_comm_queue,
+            pp_outputs,
+        )
+    batch, metadata = mbs[next_mb_id], mb_metadata[next_mb_id]
+    if batch is None or batch.forward_mode.is_prebuilt():
+        return None, None, None, []
+    launch: Launch = pipeline.launched[next_mb_id]
+    if launch.skipped:
+        _, result, _ = scheduler._pp_make_skip_output_result(batch, metadata)
+        result.next_token_ids = torch.zeros(len(batch.reqs), dtype=torch.int64)
+        return None, result, PassedEvent(), []
+    ticket = OutputTicket(scheduler, pipeline, next_mb_id, batch, metadata)
+    return None, ticket.result, ticket, []
+
+
+def _prepare_result(
+    scheduler: Any, batch: Any, metadata: Any, values: Mapping[str, Any], ticket: OutputTicket
+) -> Any:
+    """Upstream's own preparation, given device tensors where it works on the device."""
+    from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+
+    outputs = {
+        name: ticket.on_device(name, value)
+        if name == "next_token_ids" or name.startswith(_DEVICE_OUTPUTS)
+        else value
+        for name, value in values.items()
+    }
+    return scheduler._pp_prep_batch_result(batch, metadata, PPProxyTensors(outputs))
+
+
+PATCHES = (
+    Patch(
+        target=f"{_MIXIN}._pp_send_recv_and_preprocess_output_tensors",
+        wrapper=exchange_outputs,
+        why="outputs travel pp_size - 1 hops as device tensors and each hop blocks the scheduler; on "
+        "Ascend the ring of rendezvous sends deadlocks or needs a paired batch",
+        how="outputs come from the last stage directly; a ticket is waited for behind the launch",
+        upstream="vllm-ascend #2788, vllm #51650, sglang #23472, #30844",
+        plan="goes when upstream returns tokens on the host without a ring",
+        relies_on=(
+            f"{_MIXIN}._pp_commit_send_output_work_and_preprocess_output_tensors",
+            f"{_MIXIN}._pp_prep_batch_result",
+            f"{_MIXIN}._pp_make_skip_output_result",
+            "sglang.srt.managers.scheduler_pp_mixin:_pp_exchange_outputs_before_forward",
+            "sglang.srt.managers.utils:get_logprob_from_pp_outputs",
+            "sglang.srt.managers.utils:get_logprob_dict_from_result",
+        ),
+    ),
+)

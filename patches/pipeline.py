@@ -1,0 +1,103 @@
+"""The asynchronous pipeline of one scheduler process: what the seams share.
+
+There is one scheduler a process, so there is one pipeline, `current()`; None means that this server stays on
+upstream's path (one stage, or a feature that is not supported yet) and every seam calls the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_npu_pp.streams import DeviceStreams
+from sglang_npu_pp.token_return import TokenReturn, Uploads
+from sglang_npu_pp.transport.message import Kind
+from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
+
+_current: AsyncPipeline | None = None
+
+
+def current() -> AsyncPipeline | None:
+    """The pipeline of this process, None where upstream's path is used."""
+    return _current
+
+
+def set_current(pipeline: AsyncPipeline | None) -> None:
+    global _current
+    _current = pipeline
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What was launched in a microbatch slot, as far as its outputs are concerned."""
+
+    iteration: int
+    skipped: bool  # a pure middle chunk: its outputs are placeholders and do not travel
+    device_outputs: Mapping[str, Any] | None = None  # last stage: its own outputs, on the device
+
+
+class AsyncPipeline:
+    """Numbers the iterations of a scheduler and ties messages to microbatch slots.
+
+    All stages run the same loop, one request list an iteration, so `iteration` is equal on all of them
+    for the same microbatch, and slot = iteration % slots as upstream's loops count.
+    """
+
+    def __init__(
+        self, link: StageLink, token_return: TokenReturn | None, streams: DeviceStreams, slots: int
+    ) -> None:
+        self.link, self.token_return, self.streams = link, token_return, streams
+        self.uploads = Uploads(streams)
+        self.slots = slots
+        self.iteration = -1
+        self.launched: dict[int, Launch] = {}
+        self.sent_requests: list[Any] | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.link.stage == self.link.stages - 1
+
+    @property
+    def slot(self) -> int:
+        return self.iteration % self.slots
+
+    def begin_iteration(self) -> None:
+        self.iteration += 1
+
+    def send_requests(self, requests: list[Any]) -> None:
+        self.sent_requests = requests
+        self.link.push(Kind.REQUESTS, self.link.stage + 1, requests or None, iteration=self.iteration)
+
+    def receive_requests(self) -> list[Any]:
+        pending = self.link.post(Kind.REQUESTS, self.link.stage - 1, iteration=self.iteration)
+        return pending.wait_values() or []
+
+    def post_proxies(self) -> Pending:
+        return self.link.post(Kind.PROXY, self.link.stage - 1, slot=self.slot, iteration=self.iteration)
+
+    def send_proxies(self, tensors: Mapping[str, Any], gather: GatherGroup) -> None:
+        """Slices save bandwidth on a link; on one node, copying is cheaper than gathering."""
+        following = self.link.stage + 1
+        copied = self.link.device_lane is None and self.link.host_lane.is_local(following)
+        self.link.push_tensors(
+            Kind.PROXY,
+            following,
+            tensors,
+            slot=self.slot,
+            iteration=self.iteration,
+            gather=None if copied else gather,
+        )
+
+    def post_outputs(self, slot: int) -> Pending:
+        return self.link.post(
+            Kind.OUTPUT,
+            self.link.stages - 1,
+            slot=slot,
+            iteration=self.launched[slot].iteration,
+        )
+
+    def close(self) -> None:
+        if self.token_return is not None:
+            self.token_return.close()
+        self.link.close()

@@ -1,0 +1,123 @@
+"""Seam: the proxy tensors of a microbatch, from stage to stage.
+
+Upstream receives them tensor by tensor before the launch and sends them at the end of the iteration, after
+another microbatch's results were waited for and processed. Here the receive is posted where upstream
+receives, waited for as the last thing before the forward, and the send is posted as the first thing
+behind it. The outputs of the last stage leave at the same place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.token_return import copy_to_host
+from sglang_npu_pp.transport.stage_link import Pending
+
+from .pipeline import AsyncPipeline, Launch, current
+
+_MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
+
+
+def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
+    """A pending value in the place of the tensors; only `launch_batch` reads it."""
+    pipeline = current()
+    if pipeline is None:
+        return original(scheduler)
+    return None if pipeline.link.stage == 0 else pipeline.post_proxies()
+
+
+def launch_batch(
+    original: Any,
+    scheduler: Any,
+    mb_id: int,
+    cur_batch: Any,
+    pp_proxy_tensors: Any,
+    mb_metadata: list[Any],
+    last_rank_comm_queue: Any,
+) -> tuple[Any, Any]:
+    pipeline = current()
+    if pipeline is None:
+        return original(scheduler, mb_id, cur_batch, pp_proxy_tensors, mb_metadata, last_rank_comm_queue)
+    from sglang.srt.managers.scheduler_pp_mixin import _pp_can_skip_output_comm
+
+    prebuilt = cur_batch.forward_mode.is_prebuilt()
+    skipped = prebuilt or _pp_can_skip_output_comm(cur_batch)
+    proxies = _wait_for_proxies(scheduler, pp_proxy_tensors)
+    trace = pipeline.link.trace
+    trace.record("launch", "", mb_id, pipeline.iteration)
+    with pipeline.link.telemetry.phase("forward"):
+        result, launched = original(scheduler, mb_id, cur_batch, proxies, mb_metadata, last_rank_comm_queue)
+    trace.record("launched", "", mb_id, pipeline.iteration)
+    outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
+    pipeline.launched[mb_id] = Launch(pipeline.iteration, skipped, outputs)
+    pipeline.link.release(launched)
+    if pipeline.is_last:
+        if not skipped:
+            _return_tokens(scheduler, pipeline, mb_id, launched)
+    elif not prebuilt:
+        # On the forward stream: the next forward may overwrite the tensors once they are packed.
+        with scheduler.forward_stream_ctx:
+            proxies_out = result.pp_hidden_states_proxy_tensors.tensors
+            pipeline.send_proxies(proxies_out, scheduler.attn_tp_group)
+    return result, launched
+
+
+def send_proxy_to_next_stage(original: Any, scheduler: Any, result: Any) -> None:
+    """`launch_batch` has sent them."""
+    if current() is None:
+        original(scheduler, result)
+
+
+def _wait_for_proxies(scheduler: Any, pending: Any) -> Any:
+    """Nothing is done between this wait and the forward."""
+    if not isinstance(pending, Pending):
+        return pending
+    from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+
+    with scheduler.forward_stream_ctx:
+        return PPProxyTensors(pending.wait(scheduler.attn_tp_group))
+
+
+def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int, launched: Any) -> None:
+    assert pipeline.token_return is not None
+    launch = pipeline.launched[mb_id]
+    assert launch.device_outputs is not None
+    copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, launched)
+    pipeline.token_return.post(copy, mb_id, launch.iteration)
+
+
+_PLAN = "goes when upstream has split phases (sglang #19582) and sends right after the launch"
+
+PATCHES = (
+    Patch(
+        target=f"{_MIXIN}._pp_recv_proxy_tensors",
+        wrapper=recv_proxy_tensors,
+        why="size, pickle and every tensor are waited for one after another, before anything else",
+        how="post the receive and return a pending value",
+        upstream="sglang #19582; vllm-ascend #7143 (there the wait hides in attribute access)",
+        plan=_PLAN,
+        relies_on=(f"{_MIXIN}._pp_commit_proxy_send_work", f"{_MIXIN}._pp_commit_comm_work"),
+    ),
+    Patch(
+        target=f"{_MIXIN}._pp_launch_batch",
+        wrapper=launch_batch,
+        why="proxies leave at the end of the iteration, outputs when their microbatch comes round",
+        how="wait for the proxies, launch, then send proxies or outputs at once",
+        upstream="sglang #19582; Ascend ring deadlocks sglang #23472, #30844",
+        plan=_PLAN,
+        relies_on=(
+            f"{_MIXIN}._pp_prepare_tensor_dict",
+            f"{_MIXIN}._pp_wait_forward_dependencies",
+            "sglang.srt.managers.scheduler_pp_mixin:_pp_can_skip_output_comm",
+        ),
+    ),
+    Patch(
+        target=f"{_MIXIN}._pp_send_proxy_to_next_stage",
+        wrapper=send_proxy_to_next_stage,
+        why="would send the proxies a second time",
+        how="does nothing",
+        upstream="sglang #19582",
+        plan=_PLAN,
+    ),
+)

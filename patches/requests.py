@@ -1,0 +1,120 @@
+"""Seam: the requests of an iteration, from stage to stage.
+
+Upstream: the leader of a stage's tensor-parallel group sends a size and a pickle over gloo, the leader of the
+next stage waits for both and broadcasts them to its group. Here every rank pushes its list to the same
+rank of the next stage as soon as it has it, in one message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.transport.message import Kind
+
+from .pipeline import current
+
+_MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
+
+
+def ingest_requests(original: Any, scheduler: Any, **options: Any) -> list[Any]:
+    """`options`: 0.5.23 has one, for loops without stages."""
+    pipeline = current()
+    if pipeline is None:
+        return original(scheduler, **options)
+    pipeline.begin_iteration()
+    requests = original(scheduler, **options)
+    if not pipeline.is_last:
+        pipeline.send_requests(requests)
+    return requests
+
+
+def recv_requests(original: Any, receiver: Any, local_reqs: Any = None) -> list[Any]:
+    """On later stages everything has been done by stage 0: the list is complete on every rank, and
+    image features in it are ordinary tensors, no longer names of shared memory."""
+    pipeline = current()
+    if pipeline is None or pipeline.link.stage == 0:
+        return original(receiver, local_reqs=local_reqs)
+    return pipeline.receive_requests()
+
+
+def send_object(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:
+    """Requests have left already (`ingest_requests`); what remains are the request ids that the stages
+    of a disaggregated server agree on, once around the ring."""
+    pipeline = current()
+    if pipeline is None:
+        return original(scheduler, data, async_send=async_send)
+    if data is not pipeline.sent_requests and _is_leader():
+        following = (pipeline.link.stage + 1) % pipeline.link.stages
+        pipeline.link.push(Kind.CONSENSUS, following, data)
+    return []
+
+
+def recv_object(original: Any, scheduler: Any) -> Any:
+    pipeline = current()
+    if pipeline is None:
+        return original(scheduler)
+    from sglang.srt.distributed.communication_op import attn_cp_tp_broadcast_pyobj
+
+    data = None
+    if _is_leader():
+        previous = (pipeline.link.stage - 1) % pipeline.link.stages
+        data = pipeline.link.post(Kind.CONSENSUS, previous).wait_values()
+    return attn_cp_tp_broadcast_pyobj(data)
+
+
+def _is_leader() -> bool:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
+
+
+_POINT_TO_POINT = "sglang.srt.utils.common:point_to_point_pyobj"
+_PLAN = "goes when upstream relays requests without waiting for a rendezvous"
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.managers.scheduler:Scheduler.ingest_requests",
+        wrapper=ingest_requests,
+        why="the disaggregated loops send requests at the end of an iteration, and every stage "
+        "waits for a gloo rendezvous of size and pickle",
+        how="push the list to the next stage as soon as it is there; number the iteration",
+        upstream="sglang #19582 (split phases); field notes, section 1",
+        plan=_PLAN,
+        relies_on=(
+            f"{_MIXIN}.event_loop_pp",
+            f"{_MIXIN}.event_loop_pp_disagg_prefill",
+            f"{_MIXIN}.event_loop_pp_disagg_decode",
+            f"{_MIXIN}.init_pp_loop_state",
+        ),
+    ),
+    Patch(
+        target=f"{_RECEIVER}.recv_requests",
+        wrapper=recv_requests,
+        why="later stages wait for the leader's gloo message and then for a broadcast",
+        how="later stages take the message that is already in their inbox, every rank its own",
+        upstream="sglang #19582",
+        plan=_PLAN,
+        relies_on=(f"{_RECEIVER}._pull_raw_reqs", f"{_RECEIVER}._finalize_shm_features"),
+    ),
+    Patch(
+        target=f"{_MIXIN}._pp_send_pyobj_to_next_stage",
+        wrapper=send_object,
+        why="two gloo sends that complete only when the next stage asks for them",
+        how="one push on the host lane",
+        upstream="sglang #19582",
+        plan=_PLAN,
+        relies_on=(_POINT_TO_POINT,),
+    ),
+    Patch(
+        target=f"{_MIXIN}._pp_recv_pyobj_from_prev_stage",
+        wrapper=recv_object,
+        why="two blocking gloo receives",
+        how="one host-lane message; the broadcast inside the stage stays",
+        upstream="sglang #19582",
+        plan=_PLAN,
+        relies_on=(_POINT_TO_POINT,),
+    ),
+)

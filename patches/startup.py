@@ -1,0 +1,213 @@
+"""Seam: the start of a scheduler process. Agree, open the lanes, warm up; and how an idle server waits.
+
+Runs where upstream has just made its process groups and before it loads the model, so that the ranks are
+close together in time and communicators count in the memory that is measured later.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import torch.distributed as dist
+
+import sglang_npu_pp
+from sglang_npu_pp.agreement import agree
+from sglang_npu_pp.errors import ContractError
+from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.plugin import decision
+from sglang_npu_pp.reporting import Reporter
+from sglang_npu_pp.settings import Settings, load_settings
+from sglang_npu_pp.streams import DeviceStreams
+from sglang_npu_pp.telemetry import Telemetry
+from sglang_npu_pp.token_return import PORT, TokenReturn
+from sglang_npu_pp.trace import Trace
+from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups
+from sglang_npu_pp.transport.exchange import process_group_exchange
+from sglang_npu_pp.transport.host_lane import HostLane
+from sglang_npu_pp.transport.message import PROTOCOL
+from sglang_npu_pp.transport.stage_link import StageLink
+
+from .groups import attach_link
+from .pipeline import AsyncPipeline, set_current
+
+logger = logging.getLogger("sglang_npu_pp")
+
+
+def init_idle_sleeper(original: Any, scheduler: Any) -> None:
+    """Upstream calls this once, right behind its process groups and sockets."""
+    from sglang.srt.runtime_context import get_parallel
+
+    original(scheduler)
+    parallel = get_parallel()
+    where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
+    if parallel.pp_size == 1:
+        logger.info("sglang-npu-pp: %s; one stage, nothing to make asynchronous", decision())
+        return
+    settings = load_settings()
+    reason = _unsupported(scheduler)
+    if reason is not None and settings.mode == "require":
+        raise ContractError(
+            f"{where}: {reason}, and SGLANG_NPU_PP=require; start without it, or set "
+            "SGLANG_NPU_PP=auto to serve on upstream's path."
+        )
+    _agree_with_all_ranks(settings, reason)
+    if reason is not None:
+        logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
+        return
+    pipeline = _start_pipeline(scheduler, parallel, settings)
+    set_current(pipeline)
+    if settings.idle_sleep == "1":
+        _sleep_when_idle(scheduler, parallel)
+    lane = "host" if pipeline.link.device_lane is None else "device"
+    logger.info(
+        "sglang-npu-pp: %s; %s of %d stages, proxies on the %s lane, tokens and requests on the host lane",
+        decision(),
+        where,
+        parallel.pp_size,
+        lane,
+    )
+
+
+def _unsupported(scheduler: Any) -> str | None:
+    """What in this configuration has no asynchronous path yet; equal on all ranks."""
+    if not scheduler.spec_algorithm.is_none():
+        return "speculative decoding with pipeline parallelism is not supported yet"
+    return None
+
+
+def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
+    from sglang.version import __version__ as release
+
+    statement = {
+        "sglang": release,
+        "sglang-npu-pp": sglang_npu_pp.__version__,
+        "protocol": str(PROTOCOL),
+        "path": "asynchronous" if reason is None else f"upstream ({reason})",
+        **settings.shared_values(),
+    }
+    agree(
+        dist.distributed_c10d._get_default_store(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        statement=statement,
+        limit_s=settings.start_limit_s,
+    )
+
+
+def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncPipeline:
+    group = parallel.pp_group
+    stage, stages, rank = parallel.pp_rank, parallel.pp_size, parallel.tp_rank
+    telemetry = Telemetry(stage, rank)
+    trace = Trace(enabled=settings.trace_dir is not None)
+    streams = DeviceStreams(group.device)
+    host_lane = HostLane(
+        stage=stage,
+        stages=stages,
+        rank=rank,
+        settings=settings,
+        telemetry=telemetry,
+        trace=trace,
+        host=settings.host or _address_towards_master(),
+        port=settings.port + dist.get_rank() if settings.port else 0,
+    )
+    host_lane.open(process_group_exchange(group.cpu_group))
+    link = StageLink(
+        host_lane,
+        _open_device_lane(group, streams, stage, rank, settings),
+        telemetry=telemetry,
+        trace=trace,
+    )
+    attach_link(group, link)
+    Reporter(settings, telemetry, trace).install()
+    return AsyncPipeline(
+        link,
+        _open_token_return(link, streams),
+        streams,
+        slots=stages + parallel.pp_async_batch_depth,
+    )
+
+
+def _open_device_lane(
+    group: Any, streams: DeviceStreams, stage: int, rank: int, settings: Settings
+) -> DeviceLane | None:
+    """Device tensors need it; on CPU it is used only when asked for, over gloo."""
+    wanted = settings.proxy_lane
+    if wanted == "host" or (wanted == "auto" and not streams.asynchronous):
+        return None
+    backend = None if streams.asynchronous else "gloo"
+    previous, following = create_neighbour_groups(group.ranks, stage, backend)
+    lane = DeviceLane(
+        previous=previous,
+        following=following,
+        device=group.device,
+        slots=settings.slots,
+        where=f"stage {stage} rank {rank}",
+    )
+    lane.warm_up()
+    return lane
+
+
+def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn | None:
+    """The last stage sends; on a device from a thread with connections of its own."""
+    last = link.stages - 1
+    outboxes = link.host_lane.open_port(PORT, senders=[last]) if streams.asynchronous else None
+    return TokenReturn(link, outboxes) if link.stage == last else None
+
+
+def _address_towards_master() -> str:
+    """The address of this node on the interface that SGLang's distributed set-up uses."""
+    for variable in ("SGLANG_HOST_IP", "HOST_IP"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    from sglang.srt.runtime_context import get_parallel
+
+    master = get_parallel().dist_init_addr
+    host = master.rsplit(":", 1)[0].strip("[]") if master else "127.0.0.1"
+    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing; asks the routing table which address would be used
+        return probe.getsockname()[0]
+
+
+def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:
+    """As upstream's --sleep-on-idle, which is off by default because its ranks spin on gloo anyway.
+
+    Only the leader of the first stage listens to clients; everyone else waits for it without spinning.
+    Disaggregated servers also poll transfers and are left alone.
+    """
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+    from sglang.srt.runtime_context import get_disagg
+
+    leader = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
+    if (
+        scheduler.idle_sleeper is None
+        and parallel.pp_rank == 0
+        and leader
+        and scheduler.ipc_channels.recv_from_rpc is not None
+        and get_disagg().disaggregation_mode == "null"
+    ):
+        channels = scheduler.ipc_channels
+        scheduler.idle_sleeper = IdleSleeper(
+            sockets=[channels.recv_from_tokenizer, channels.recv_from_rpc],
+            can_empty_cache=lambda: not scheduler._engine_paused,
+        )
+
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.managers.scheduler:Scheduler.init_idle_sleeper",
+        wrapper=init_idle_sleeper,
+        why="lanes must be open and agreed on before the first request; an idle server spins",
+        how="start the pipeline behind upstream's process groups; sleep on the client sockets",
+        upstream="vllm #56956 and Megatron #5240 (lazy communicators deadlock); --sleep-on-idle",
+        plan="the start stays as long as the lanes do; the sleeper goes when it is the default",
+        relies_on=(
+            "sglang.srt.managers.scheduler:Scheduler.init_idle_sleeper",
+            "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.maybe_sleep",
+            "sglang.srt.managers.scheduler:dispatch_event_loop",
+        ),
+    ),
+)

@@ -1,0 +1,81 @@
+"""Import hook that lets a CUDA build of torchvision be imported next to a CPU torch.
+
+Loaded by a .pth file at the start of every Python process of the environment. So it imports nothing
+but what the interpreter has loaded already, and does its work when torchvision is first imported.
+"""
+
+import sys
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without the cost of importing typing
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+# torchvision describes these two with torch.library.register_fake while it is imported, which
+# fails when nobody has declared them.
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def declare_missing_operators(torchvision_folders: "Sequence[str]") -> None:
+    """Declare torchvision's operator schemas unless its own library can provide them.
+
+    A declared operator has no implementation: calling it raises `NotImplementedError`. A second
+    call (an import that failed half-way and is tried again) changes nothing.
+    """
+    if _keep_alive:
+        return
+    from pathlib import Path
+
+    import torch
+
+    for folder in torchvision_folders:
+        for library_file in Path(folder).glob("_C*.so"):
+            try:
+                torch.ops.load_library(str(library_file))
+            except OSError:
+                continue  # built for another torch: its CUDA libraries are not here
+            return
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    _keep_alive.append(library)
+
+
+_keep_alive: "list[object]" = []  # schemas disappear with the Library object that declared them
+
+
+class TorchvisionFinder:
+    """Finds torchvision as usual, and runs `declare_missing_operators` before its first line."""
+
+    def find_spec(
+        self,
+        name: str,
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
+    ) -> "ModuleSpec | None":
+        if name != "torchvision":
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        folders = spec.submodule_search_locations or ()
+        loader = spec.loader
+        run_module = loader.exec_module
+
+        def exec_module(module: "ModuleType") -> None:
+            declare_missing_operators(folders)
+            run_module(module)
+
+        # Only looking torchvision up (importlib.util.find_spec) must not import torch: the work
+        # hangs on the loader of this one spec.
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, TorchvisionFinder())

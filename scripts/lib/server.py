@@ -1,0 +1,467 @@
+"""Start a real SGLang server on CPU, talk to it, and end it without leaving anything behind."""
+
+import atexit
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import requests
+
+HOST = "127.0.0.1"
+TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
+
+# One thread per rank: two ranks that each start a thread per core wait for each other's threads,
+# and a forward pass of 20 ms takes a second. torch.compile is off because its warm-up costs 14 s
+# per start and a C++ compiler. Gloo would otherwise listen on the interface of the host name.
+CPU_ENVIRONMENT: Mapping[str, str] = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_COMPILE_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+# For a tiny model on a small machine. bfloat16, because transformers writes float32 into the
+# sub-configurations of a saved Qwen3-VL and SGLang then serves it in float16.
+SMALL_MODEL_ARGS = (
+    *("--dtype", "bfloat16"),
+    *("--max-total-tokens", "8192"),
+    *("--mem-fraction-static", "0.3"),
+)
+
+# What SGLang logs when a part of its start begins, in order of appearance.
+STAGE_MARKERS = (
+    ("Init parallel begin", "joining ranks"),
+    ("Load weight begin", "weights"),
+    ("Load weight end", "memory pools"),
+    ("Application startup complete", "warm-up"),
+    ("The server is fired up", "ready"),
+)
+FIRST_STAGE, READY = "spawning", "ready"
+
+# Prefixes of the shared memory that SGLang and multiprocessing leave in /dev/shm.
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.mp-", "psm_", "torch_")
+
+POLL_S = 0.1
+
+
+class ServerError(RuntimeError):
+    """The server did not start, died, or did not do what was asked within its limit.
+
+    `reason` is one sentence; `str()` adds the end of the server's log.
+    """
+
+    def __init__(self, reason: str, log_tail: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([reason, *log_tail]))
+        self.reason = reason
+
+
+class Server:
+    """One SGLang server of `tp` x `pp` ranks on the CPU, on loopback and free ports.
+
+    Use it as a context manager, or call `start`, `wait_ready` and `stop`. The process tree runs in
+    sessions of its own, with a temporary directory of its own. With `nnodes` > 1 it starts that
+    many launchers, as if each were on another machine; node i > 0 writes to `<log>.node<i>`.
+
+    `env` and `args` come after the defaults and win over them.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        tp: int,
+        pp: int,
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        args: Sequence[str] = (),
+        python: Path | str = sys.executable,
+        nnodes: int = 1,
+        port: int | None = None,
+    ) -> None:
+        if tp * pp % nnodes:
+            raise ValueError(f"{tp} x {pp} ranks cannot be divided among {nnodes} nodes")
+        self.model = Path(model).resolve()
+        self.tp, self.pp, self.nnodes = tp, pp, nnodes
+        self.log = Path(log).resolve()
+        self.python = str(python)
+        self.args = tuple(args)
+        self.env = dict(env or {})
+        self._nccl_port, self._init_port, *self._node_ports = free_ports(2 + nnodes)
+        if port is not None:
+            self._node_ports[0] = port
+        self._launchers: list[subprocess.Popen[bytes]] = []
+        self._seen: dict[int, psutil.Process] = {}
+        self._shared_memory: set[Path] = set()
+        self._scratch: Path | None = None
+
+    # -- what is started ---------------------------------------------------------------------
+
+    @property
+    def port(self) -> int:
+        """The port of the HTTP server, which runs on node 0."""
+        return self._node_ports[0]
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that the server gets on top of this process's own."""
+        return {
+            **CPU_ENVIRONMENT,
+            "SGLANG_CPU_OMP_THREADS_BIND": cores_per_rank(self.tp * self.pp),
+            **self.env,
+        }
+
+    def command(self, node: int = 0) -> list[str]:
+        """The launch command of one node."""
+        command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model)]
+        command += ["--device", "cpu", "--tp-size", str(self.tp), "--pp-size", str(self.pp)]
+        command += ["--host", HOST, "--port", str(self._node_ports[node])]
+        command += ["--nccl-port", str(self._nccl_port)]
+        if self.nnodes > 1:
+            command += ["--nnodes", str(self.nnodes), "--node-rank", str(node)]
+            command += ["--dist-init-addr", f"{HOST}:{self._init_port}"]
+        return [*command, *SMALL_MODEL_ARGS, *self.args]
+
+    def shell_command(self) -> str:
+        """The command that starts the same server from a shell, environment included."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command())])
+
+    # -- life --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the launcher of every node and return at once.
+
+        Raises:
+            ServerError: it runs already, the model directory is incomplete, or the port is taken.
+        """
+        if self._launchers:
+            raise ServerError("this server has been started already")
+        if not (self.model / "config.json").is_file():
+            raise ServerError(f"{self.model} is not a model directory: it has no config.json")
+        for port in self._node_ports:
+            check_port_is_free(port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # SGLang leaves its ipc sockets in the temporary directory: this one goes with the server.
+        self._scratch = Path(tempfile.mkdtemp(prefix="sglang-"))
+        atexit.register(self.stop)
+        environment = {**os.environ, **self.environment, "TMPDIR": str(self._scratch)}
+        for node in range(self.nnodes):
+            with self._log_of(node).open("wb") as log:
+                launcher = subprocess.Popen(
+                    self.command(node),
+                    cwd=self._scratch,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            self._launchers.append(launcher)
+
+    def wait_ready(
+        self,
+        limit_s: float = 300.0,
+        on_progress: Callable[[str, float], None] = lambda stage, elapsed_s: None,
+    ) -> float:
+        """Wait until the server has passed its own warm-up; return the seconds that took.
+
+        `on_progress(stage, elapsed_s)` is called about ten times a second; `stage` is one of the
+        names in `STAGE_MARKERS`, or "spawning".
+
+        Raises:
+            ServerError: a launcher ended, or `limit_s` passed; with the last lines of the log.
+        """
+        begin = time.monotonic()
+        last_stage = ""
+        while True:
+            elapsed = time.monotonic() - begin
+            stage = self._stage()
+            on_progress(stage, elapsed)
+            if stage != last_stage:
+                self._track()  # now: a server that fails takes the traces of its processes along
+                last_stage = stage
+            if stage == READY:
+                return elapsed
+            self.check_alive(f"while it was starting ({stage})")
+            if elapsed > limit_s:
+                raise ServerError(
+                    f"SGLang was not ready after {limit_s:.0f} s, it was {stage}; see {self.log}",
+                    self.log_tail(),
+                )
+            time.sleep(POLL_S)
+
+    def check_alive(self, when: str) -> None:
+        """Raise `ServerError` if a launcher has ended; `when` completes the sentence."""
+        for node, launcher in enumerate(self._launchers):
+            if launcher.poll() is not None:
+                where = f" of node {node}" if self.nnodes > 1 else ""
+                raise ServerError(
+                    f"SGLang{where} ended with exit code {launcher.returncode} {when}"
+                    f"{self._likely_cause(node)}; see {self._log_of(node)}",
+                    self.log_tail(),
+                )
+
+    def stop(self, limit_s: float = 15.0) -> None:
+        """End every process that this server started and remove what they leave behind.
+
+        Asks the launchers first (SIGINT: SGLang is gone in two seconds, where SIGTERM makes it
+        drain and write crash diagnostics for twenty), kills what is left after `limit_s`. Safe to
+        call twice.
+
+        Raises:
+            ServerError: a process survived SIGKILL.
+        """
+        atexit.unregister(self.stop)
+        if not self._launchers:
+            return
+        processes = self._track()
+        for launcher in self._launchers:
+            if launcher.poll() is None:
+                launcher.send_signal(signal.SIGINT)
+        left = wait_gone(processes, limit_s)
+        for process in {*left, *self._track()}:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        left = wait_gone(self._seen.values(), limit_s)
+        for launcher in self._launchers:
+            launcher.poll()
+        self._launchers.clear()
+        self._seen.clear()
+        for segment in self._shared_memory:
+            segment.unlink(missing_ok=True)
+        self._shared_memory.clear()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if left:
+            raise ServerError(f"processes {[p.pid for p in left]} survived SIGKILL")
+
+    # -- talking to it -----------------------------------------------------------------------
+
+    def get(self, path: str, *, timeout_s: float = 60.0) -> requests.Response:
+        """GET `path` (it begins with a slash)."""
+        return self._request("GET", path, timeout_s)
+
+    def post(
+        self, path: str, body: Any = None, *, timeout_s: float = 300.0, stream: bool = False
+    ) -> requests.Response:
+        """POST `body` as JSON to `path`; safe to call from several threads."""
+        return self._request("POST", path, timeout_s, json=body, stream=stream)
+
+    def scheduler_pids(self) -> list[int]:
+        """Process ids of the schedulers, in the order of their titles (stage, then rank)."""
+        titles = {}
+        for process in self._track():
+            with suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if title.startswith("sglang::scheduler"):
+                    titles[process.pid] = title
+        return sorted(titles, key=titles.__getitem__)
+
+    def dump_telemetry(self, limit_s: float = 10.0) -> list[Path]:
+        """Have every scheduler write its telemetry file now; return the files, all complete.
+
+        Raises:
+            ServerError: the server has no telemetry directory, a scheduler has no handler for the
+                signal (its default action would end the process), or the files did not come.
+        """
+        if TELEMETRY_DIR_VARIABLE not in self.environment:
+            raise ServerError(f"this server was started without {TELEMETRY_DIR_VARIABLE}")
+        folder = Path(self.environment[TELEMETRY_DIR_VARIABLE])
+        schedulers = self.scheduler_pids()
+        before = modification_times(folder)
+        for pid in schedulers:
+            if not handles_signal(pid, signal.SIGUSR2):
+                raise ServerError(f"scheduler {pid} does not write telemetry: is the plugin active?")
+            os.kill(pid, signal.SIGUSR2)
+        deadline = time.monotonic() + limit_s
+        while True:
+            now = modification_times(folder)
+            written = sorted(path for path, mtime in now.items() if before.get(path) != mtime)
+            if len(written) >= len(schedulers) and all(is_complete_json(path) for path in written):
+                return written
+            self.check_alive("while it was writing telemetry")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{len(written)} of {len(schedulers)} telemetry files were written to {folder} "
+                    f"in {limit_s:.0f} s",
+                    self.log_tail(),
+                )
+            time.sleep(POLL_S)
+
+    def log_text(self, node: int = 0) -> str:
+        """Everything that node has logged so far."""
+        try:
+            return self._log_of(node).read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def log_tail(self, lines: int = 40) -> list[str]:
+        """The last lines of every node's log."""
+        return [line for node in range(self.nnodes) for line in self.log_text(node).splitlines()[-lines:]]
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _request(self, method: str, path: str, timeout_s: float, **kwargs: Any) -> requests.Response:
+        with requests.Session() as session:
+            session.trust_env = False  # a proxy of the environment must not see loopback requests
+            return session.request(method, self.url + path, timeout=timeout_s, **kwargs)
+
+    def _log_of(self, node: int) -> Path:
+        return self.log if node == 0 else self.log.with_name(f"{self.log.name}.node{node}")
+
+    def _stage(self) -> str:
+        text = self.log_text()
+        reached = [stage for marker, stage in STAGE_MARKERS if marker in text]
+        # A log level above info hides the marker of readiness; /health then costs a request.
+        if READY not in reached and any(arg.startswith("--log-level") for arg in self.args):
+            with suppress(requests.RequestException):
+                if self.get("/health", timeout_s=10.0).status_code == requests.codes.ok:
+                    return READY
+        return reached[-1] if reached else FIRST_STAGE
+
+    def _likely_cause(self, node: int) -> str:
+        """The last line of a node's log that looks like the end of a traceback."""
+        for line in reversed(self.log_text(node).splitlines()):
+            kind, colon, _ = line.partition(": ")
+            if colon and kind.endswith(("Error", "Exception")) and " " not in kind:
+                return f": {line.strip()}"
+        return ""
+
+    def _track(self) -> list[psutil.Process]:
+        """Every living process of this server; notes them and the shared memory they use.
+
+        Sessions catch orphans, the family tree catches processes that left their session.
+        """
+        launchers = {launcher.pid for launcher in self._launchers}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
+                if os.getsid(process.pid) in launchers:
+                    for member in (process, *process.children(recursive=True)):
+                        self._seen.setdefault(member.pid, member)
+        alive = [process for process in self._seen.values() if is_alive(process)]
+        self._shared_memory |= mapped_shared_memory(alive)
+        return alive
+
+
+def free_ports(count: int) -> list[int]:
+    """Return `count` different TCP ports of the loopback interface that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((HOST, 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def check_port_is_free(port: int) -> None:
+    """Raise `ServerError` if something listens on `port` of the loopback interface."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ServerError(f"port {port} of {HOST} is not free: {error.strerror}") from None
+
+
+def cores_per_rank(ranks: int) -> str:
+    """SGLANG_CPU_OMP_THREADS_BIND: one core per rank, round robin over those we may use."""
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs: not gone, not another process with its id, not a zombie."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(processes: Iterable[psutil.Process], limit_s: float) -> list[psutil.Process]:
+    """Wait until none of `processes` is alive, at most `limit_s`; return those that still are."""
+    deadline = time.monotonic() + limit_s
+    left = [process for process in processes if is_alive(process)]
+    while left and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        left = [process for process in left if is_alive(process)]
+    return left
+
+
+def mapped_shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Segments in /dev/shm that these processes use and that SGLang does not always remove."""
+    inodes = set()
+    for process in processes:
+        with suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                if f"{SHARED_MEMORY}/" in line:
+                    inodes.add(int(line.split()[4]))
+    # By inode: glibc renames a semaphore after it was mapped, so the path in maps is not its name.
+    return {
+        path
+        for path in SHARED_MEMORY.iterdir()
+        if path.name.startswith(SHARED_MEMORY_PREFIXES) and path.lstat().st_ino in inodes
+    }
+
+
+def handles_signal(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal (Linux: SigCgt in /proc)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def modification_times(folder: Path) -> dict[Path, int]:
+    """Nanoseconds since the epoch for every JSON file in `folder`."""
+    times = {}
+    for path in folder.glob("*.json"):
+        with suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime_ns
+    return times
+
+
+def is_complete_json(path: Path) -> bool:
+    """Whether the whole file has been written."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""All ranks decide the same, or none serves.
+
+Every rank writes a statement into the key-value store of the process group and reads everyone else's. A store
+is used and not a collective because a rank without the plugin would never join a collective: here it is
+simply the rank whose statement does not come.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import timedelta
+
+import msgspec
+import torch.distributed as dist
+
+from .errors import AgreementError
+
+_KEY = "sglang_npu_pp/statement/{}"
+
+Statement = dict[str, str]
+"""What a rank says of itself, as name -> value; all ranks must say the same."""
+
+
+def agree(store: dist.TCPStore, *, rank: int, world_size: int, statement: Statement, limit_s: float) -> None:
+    """Return when every rank of the world has made an equal statement.
+
+    Raises AgreementError when one is missing after `limit_s` seconds or says something else.
+    """
+    store.set(_KEY.format(rank), msgspec.msgpack.encode(statement))
+    keys = [_KEY.format(other) for other in range(world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=limit_s))
+    except RuntimeError:
+        silent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        raise AgreementError(
+            f"rank {rank}: after {limit_s:g} s there is no word from rank {', '.join(silent)}; "
+            "install sglang-npu-pp for every rank and give all of them the same SGLANG_NPU_PP."
+        ) from None
+    decoder = msgspec.msgpack.Decoder(Statement)
+    statements = [decoder.decode(bytes(store.get(key))) for key in keys]
+    differences = _differences(statements)
+    if differences:
+        raise AgreementError(
+            f"rank {rank}: the ranks do not run the same pipeline ({'; '.join(differences)}); "
+            "make versions and settings equal on all nodes."
+        )
+
+
+def _differences(statements: list[Statement]) -> list[str]:
+    found = []
+    for name in sorted(set().union(*statements)):
+        by_value: defaultdict[str, list[int]] = defaultdict(list)
+        for rank, statement in enumerate(statements):
+            by_value[statement.get(name, "nothing")].append(rank)
+        if len(by_value) > 1:
+            sides = [f"{value!r} on rank {', '.join(map(str, ranks))}" for value, ranks in by_value.items()]
+            found.append(f"{name} is {' but '.join(sides)}")
+    return found

@@ -1,0 +1,90 @@
+"""Activation: settings, then contracts, then patches; the same by plugin and by hand.
+
+SGLang calls `register` in the engine process and in every scheduler process. It only logs what a plugin
+raises and goes on without it, so where the user said `require` the process is ended instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import sys
+
+from .errors import ContractError, PipelineError, SettingsError
+from .patching import AppliedPatches, check_contracts
+from .settings import Settings, load_settings
+
+logger = logging.getLogger("sglang_npu_pp")
+
+_applied: AppliedPatches | None = None
+_decision: str | None = None
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`."""
+    try:
+        activate()
+    except PipelineError as error:
+        # SystemExit passes through SGLang's `except Exception`: the server must not start half way.
+        raise SystemExit(f"sglang-npu-pp: {error}") from None
+
+
+def activate(settings: Settings | None = None) -> bool:
+    """Patch the SGLang of this process; True if it is patched now. Calling it again changes nothing.
+
+    Raises SettingsError, and with `SGLANG_NPU_PP=require` ContractError; otherwise an SGLang that is
+    not known is left untouched and the reason is logged.
+    """
+    global _applied, _decision
+    if _decision is not None:
+        return _applied is not None
+    settings = settings or load_settings()
+    if settings.mode == "0":
+        _decide("off, because SGLANG_NPU_PP=0")
+        return False
+    try:
+        patches = importlib.import_module("sglang_npu_pp.patches")
+        release = patches.sglang_release()
+        check_contracts(patches.PATCHES, release, patches.load_contracts())
+        _applied = AppliedPatches(patches.PATCHES)
+    except (ContractError, ImportError) as error:
+        if settings.mode == "require":
+            raise ContractError(
+                f"{error} SGLANG_NPU_PP=require, so this server does not start; install a release "
+                "that is known, or set SGLANG_NPU_PP=auto."
+            ) from error
+        _decide(f"not activated, SGLang is left as it is: {error}", problem=True)
+        return False
+    _decide(f"{len(patches.PATCHES)} patches in force for SGLang {release}")
+    return True
+
+
+def deactivate() -> None:
+    """Put back every patched function of this process. For tests; a running server needs a restart."""
+    global _applied, _decision
+    if _applied is not None:
+        _applied.undo()
+    _applied = _decision = None
+
+
+def decision() -> str | None:
+    """What `activate` decided in this process, as a sentence; None before it ran."""
+    return _decision
+
+
+def _decide(sentence: str, problem: bool = False) -> None:
+    """One line a process. A patched scheduler says it later, when it knows its stage and rank and its
+    log is set up."""
+    global _decision
+    _decision = sentence
+    line = f"sglang-npu-pp: {sentence}"
+    if _applied is not None and multiprocessing.parent_process() is not None:
+        return
+    if logger.isEnabledFor(logging.WARNING if problem else logging.INFO):
+        logger.log(logging.WARNING if problem else logging.INFO, "%s", line)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+__all__ = ["SettingsError", "activate", "deactivate", "decision", "register"]

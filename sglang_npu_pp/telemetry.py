@@ -1,0 +1,123 @@
+"""Where the time of a stage goes: counters per message kind and per phase of the scheduler.
+
+One `Telemetry` belongs to one rank. Counters are plain additions on the thread that does the work; a
+reader may see a count one message ahead of its bytes, never a torn value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class ChannelCounters:
+    """Messages of one kind in one direction."""
+
+    messages: int = 0
+    bytes: int = 0  # header and frames, and what went over the device lane
+    waits: int = 0  # how often the scheduler thread asked for a message
+    wait_s: float = 0.0  # how long it was blocked until the message was there
+    backpressure: int = 0  # how often a send found its window or its slots full
+    backpressure_s: float = 0.0  # how long it was blocked for that
+
+
+@dataclass
+class Telemetry:
+    """Counters of one rank since its start; `snapshot()` is safe to call from any thread."""
+
+    stage: int
+    rank: int
+    sent: dict[str, ChannelCounters] = field(default_factory=dict)
+    received: dict[str, ChannelCounters] = field(default_factory=dict)
+    phases_s: dict[str, float] = field(default_factory=dict)
+    refused: int = 0  # frames from strangers and messages that could not be read
+    started: float = field(default_factory=time.monotonic)
+
+    def sending(self, kind: str) -> ChannelCounters:
+        return self.sent.setdefault(kind, ChannelCounters())
+
+    def receiving(self, kind: str) -> ChannelCounters:
+        return self.received.setdefault(kind, ChannelCounters())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to the phase `name`, in seconds."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases_s[name] = self.phases_s.get(name, 0.0) + time.monotonic() - begin
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            stage=self.stage,
+            rank=self.rank,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self.started,
+            refused=self.refused,
+            phases_s=dict(self.phases_s),
+            sent={kind: asdict(counters) for kind, counters in list(self.sent.items())},
+            received={kind: asdict(counters) for kind, counters in list(self.received.items())},
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """`Telemetry` at one moment, as plain values."""
+
+    stage: int
+    rank: int
+    pid: int
+    uptime_s: float
+    refused: int
+    phases_s: dict[str, float]
+    sent: dict[str, dict[str, Any]]
+    received: dict[str, dict[str, Any]]
+
+    def write(self, directory: Path) -> Path:
+        """Write `stage<S>-rank<R>.json`, atomically, and return its path."""
+        path = directory / f"stage{self.stage}-rank{self.rank}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1))
+        partial.replace(path)
+        return path
+
+
+def read_snapshots(directory: Path) -> list[Snapshot]:
+    """What the ranks wrote into `directory`, by stage and rank."""
+    found = [Snapshot(**json.loads(path.read_text())) for path in directory.glob("stage*-rank*.json")]
+    return sorted(found, key=lambda snapshot: (snapshot.stage, snapshot.rank))
+
+
+def render_table(snapshots: Sequence[Snapshot]) -> str:
+    """Plain-text table: where the scheduler thread of each stage was, in ms, and what it moved."""
+    kinds = ("requests", "proxy", "output")
+    head = ["stage", "rank", "forward", *(f"wait {kind}" for kind in kinds), "back-pressure"]
+    rows = [[*head, "messages", "MiB"]]
+    for snapshot in snapshots:
+        channels = [*snapshot.sent.values(), *snapshot.received.values()]
+        waits = [snapshot.received.get(kind, {}).get("wait_s", 0.0) for kind in kinds]
+        seconds = [
+            snapshot.phases_s.get("forward", 0.0),
+            *waits,
+            sum(channel["backpressure_s"] for channel in channels),
+        ]
+        rows.append(
+            [
+                str(snapshot.stage),
+                str(snapshot.rank),
+                *(f"{1e3 * value:.1f} ms" for value in seconds),
+                str(sum(channel["messages"] for channel in channels)),
+                f"{sum(channel['bytes'] for channel in channels) / 2**20:.2f}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

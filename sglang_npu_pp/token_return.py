@@ -1,0 +1,177 @@
+"""Sampled token ids come home: device to pinned memory, and from the last stage to every stage.
+
+The copy to the host is asynchronous and marked by an event of its own; the only thing that ever waits for
+it is whoever is about to read the ids. On an accelerator a sending thread does that for the other stages, so
+that tokens leave the moment they exist, whatever the scheduler is doing; on CPU they exist already
+when the launch returns and are sent at once.
+
+Ideas from vllm-ascend #2788 (pinned copy and event instead of `tolist()`; reverted because its buffer was
+sized from an undefined attribute: here every buffer is made for its tensor) and vllm #39115 (a reused
+event races: here every step has its own).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import PipelineError
+from .streams import DeviceStreams, Event
+from .transport.message import Kind
+from .transport.outbox import Outbox
+from .transport.stage_link import StageLink
+
+PORT = "tokens"
+
+
+@dataclass
+class HostCopy:
+    """Outputs of one microbatch on their way to the host.
+
+    `values` may be read after `wait()`. `sources` keeps the device tensors alive until then: an
+    allocator that does not know of the copy stream must not hand their memory out.
+    """
+
+    values: dict[str, Any]
+    ready: Event
+    sources: dict[str, Any] = field(default_factory=dict)
+
+    def wait(self) -> dict[str, Any]:
+        self.ready.synchronize()
+        self.sources = {}
+        return self.values
+
+
+def copy_to_host(
+    outputs: Mapping[str, Any], streams: DeviceStreams, copy_stream: Any, produced: Any
+) -> HostCopy:
+    """Start copying every device tensor in `outputs`, nested lists included, to pinned memory.
+
+    Runs on `copy_stream` behind the event `produced`. On CPU nothing is copied.
+    """
+    if not streams.asynchronous:
+        return HostCopy(dict(outputs), streams.record())
+    with streams.use(copy_stream):
+        streams.wait_for(produced)
+        values = {name: _to_pinned(value) for name, value in outputs.items()}
+        return HostCopy(values, streams.record(), sources=dict(outputs))
+
+
+def _to_pinned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "cpu":
+            return value
+        pinned = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+        return pinned.copy_(value, non_blocking=True)
+    if isinstance(value, list | tuple):
+        return type(value)(_to_pinned(item) for item in value)
+    return value
+
+
+class Uploads:
+    """Host to device without blocking: through pinned memory that is kept until its copy has passed.
+
+    (A pinned buffer that is overwritten too early arrives with the new bytes, and an unpinned one
+    blocks the host; both were seen on torch_npu.)
+    """
+
+    def __init__(self, streams: DeviceStreams) -> None:
+        self._streams = streams
+        self._in_flight: deque[tuple[Event, torch.Tensor]] = deque()
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the device, ordered on the current stream. On CPU `tensor` itself."""
+        if not self._streams.asynchronous:
+            return tensor
+        while self._in_flight and self._in_flight[0][0].query():
+            self._in_flight.popleft()
+        pinned = tensor.pin_memory()
+        uploaded = pinned.to(self._streams.device, non_blocking=True)
+        self._in_flight.append((self._streams.record(), pinned))
+        return uploaded
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    copy: HostCopy
+    slot: int
+    iteration: int
+
+
+class TokenReturn:
+    """The last stage's side: sends outputs to every other stage and keeps its own.
+
+    `outboxes` are connections for the sending thread (device outputs); None sends at once, from the
+    caller's thread, which needs the copies to be complete (CPU).
+    """
+
+    def __init__(self, link: StageLink, outboxes: Mapping[int, Outbox] | None) -> None:
+        self._link, self._outboxes = link, outboxes
+        self._own: dict[int, _Outgoing] = {}
+        self._failure: BaseException | None = None
+        self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if outboxes is not None:
+            self._thread = threading.Thread(target=self._run, name="token-return", daemon=True)
+            self._thread.start()
+
+    def post(self, copy: HostCopy, slot: int, iteration: int) -> None:
+        """Send the outputs of a microbatch to all other stages as soon as they are on the host."""
+        self._raise_failure()
+        outgoing = _Outgoing(copy, slot, iteration)
+        self._own[slot] = outgoing
+        if self._thread is None:
+            self._send(outgoing)
+        else:
+            self._queue.put(outgoing)
+
+    def own(self, slot: int, iteration: int) -> HostCopy:
+        """This stage's own outputs of a microbatch."""
+        self._raise_failure()
+        outgoing = self._own.pop(slot)
+        if outgoing.iteration != iteration:
+            raise PipelineError(
+                f"stage {self._link.stage} rank {self._link.rank}: the outputs kept for microbatch "
+                f"slot {slot} are of iteration {outgoing.iteration}, not {iteration}; report this."
+            )
+        return outgoing.copy
+
+    def close(self) -> None:
+        """Send what is queued and end the thread."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout=10)
+        for outbox in (self._outboxes or {}).values():
+            outbox.close()
+
+    def _run(self) -> None:
+        while (outgoing := self._queue.get()) is not None:
+            try:
+                self._send(outgoing)
+            except BaseException as error:
+                self._failure = error
+                return
+
+    def _send(self, outgoing: _Outgoing) -> None:
+        values = outgoing.copy.wait()
+        for peer in range(self._link.stages):
+            if peer != self._link.stage:
+                self._link.push_tensors(
+                    Kind.OUTPUT,
+                    peer,
+                    values,
+                    slot=outgoing.slot,
+                    iteration=outgoing.iteration,
+                    owned=True,
+                    outboxes=self._outboxes,
+                )
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,186 @@
+"""The device lane: packed device tensors from one stage to the next, over torch.distributed P2P.
+
+It flows in one direction only, on process groups of its own (one for each pair of neighbours), so a ring of
+rendezvous sends that wait for each other cannot form. One message is one contiguous buffer. Sends are
+packed into a ring of slots and therefore own their bytes; receives land in a ring of slots and are posted as
+soon as the header on the host lane announces them. Everything runs on a communication stream of the
+lane; `Work.wait()` is only ever called where it makes a stream wait (HCCL, NCCL), and on gloo, which has
+no streams, at the one place where the program needs the data.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import TransportError
+from ..streams import DeviceStreams
+from ..telemetry import ChannelCounters
+from .message import TensorSpec, dtype_name, torch_dtype
+
+ALIGNMENT = 512  # bytes; what allocators of accelerators give, and copy engines like
+_WARM_UP_BYTES = ALIGNMENT
+
+
+def create_neighbour_groups(
+    ranks: Sequence[int], stage: int, backend: str | None = None
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Process groups (from the previous stage, to the next stage) of one pipeline.
+
+    `ranks` are the global ranks of the pipeline by stage. Each group has two members and only they
+    take part in making it; stage i makes the group with i-1 before the one with i+1, so the calls
+    form a chain, never a ring.
+    """
+    groups: list[dist.ProcessGroup | None] = [None, None]
+    for position, first in enumerate((stage - 1, stage)):
+        if first >= 0 and first + 1 < len(ranks):
+            groups[position] = dist.new_group(
+                [ranks[first], ranks[first + 1]], backend=backend, use_local_synchronization=True
+            )
+    return groups[0], groups[1]
+
+
+def pack_layout(
+    tensors: Mapping[str, torch.Tensor], slices: Mapping[str, tuple[int, tuple[int, ...]]]
+) -> tuple[tuple[TensorSpec, ...], int]:
+    """Where each tensor lies in the buffer of a message: specs and total bytes."""
+    specs = []
+    offset = 0
+    for name, tensor in tensors.items():
+        count, shape = slices.get(name, (1, tuple(tensor.shape)))
+        specs.append(TensorSpec(name, dtype_name(tensor.dtype), shape, tensor.device.type, count, offset))
+        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(specs), offset
+
+
+def unpack(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+    """Views into `buffer`, one a spec; a slice comes as a flat tensor of its elements."""
+    tensors = {}
+    for spec in specs:
+        shape = spec.shape if spec.sliced == 1 else (spec.elements,)
+        raw = buffer[spec.offset : spec.offset + spec.nbytes]
+        tensors[spec.name] = raw.view(torch_dtype(spec.dtype)).view(shape)
+    return tensors
+
+
+@dataclass
+class _Slot:
+    """A buffer that is reused. Grows to the largest message it has held."""
+
+    buffer: torch.Tensor | None = None
+    work: Any = None  # the transfer that last used it
+    freed: Any = None  # event behind the last reader of a received message
+
+    def room(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        if self.buffer is None or self.buffer.numel() < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self.buffer[:nbytes]
+
+
+class Receive:
+    """A posted receive. `wait()` orders the current stream behind it and gives the buffer."""
+
+    def __init__(self, lane: DeviceLane, slot: _Slot, buffer: torch.Tensor, work: Any) -> None:
+        self._lane, self._slot, self._buffer, self._work = lane, slot, buffer, work
+
+    def wait(self) -> torch.Tensor:
+        self._work.wait()
+        return self._buffer
+
+    def release(self, reader: Any) -> None:
+        """The message is used up once the event `reader` has passed; its slot may then be reused."""
+        self._slot.freed = reader
+        self._lane.free_receive_slots.append(self._slot)
+
+
+class DeviceLane:
+    """One rank's ends of the device lane. Owned by the scheduler thread."""
+
+    def __init__(
+        self,
+        *,
+        previous: dist.ProcessGroup | None,
+        following: dist.ProcessGroup | None,
+        device: torch.device | str,
+        slots: int,
+        where: str,
+    ) -> None:
+        """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage)."""
+        self._previous, self._following = previous, following
+        self._streams = DeviceStreams(device)
+        self._stream = self._streams.new_stream()
+        self._where = where
+        self._send_slots = deque(_Slot() for _ in range(slots))
+        self.free_receive_slots = deque(_Slot() for _ in range(slots))
+
+    def warm_up(self) -> None:
+        """One small message each way of the chain, so that the communicators exist before the first
+        request. Blocks until the neighbours do the same; receives first, so the chain unwinds."""
+        token = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._streams.device)
+        with self._streams.use(self._stream):
+            if self._previous is not None:
+                dist.recv(token, group=self._previous, group_src=0)
+            if self._following is not None:
+                dist.send(token, group=self._following, group_dst=1)
+            self._streams.record().synchronize()
+
+    def send(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        specs: Sequence[TensorSpec],
+        nbytes: int,
+        counters: ChannelCounters,
+    ) -> None:
+        """Pack on the current stream, then send on the lane's. The sources may be overwritten by
+        whatever is next on the current stream."""
+        if self._following is None:
+            raise TransportError(
+                f"{self._where}: the last stage has no next one to send device tensors to; "
+                "send host tensors instead."
+            )
+        slot = self._send_slots.popleft()
+        self._send_slots.append(slot)
+        self._wait_until_sent(slot, counters)
+        buffer = slot.room(nbytes, self._streams.device)
+        for spec in specs:
+            source = tensors[spec.name].reshape(-1)
+            target = buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype)
+            target.copy_(source)
+        packed = self._streams.record()
+        with self._streams.use(self._stream):
+            self._streams.wait_for(packed)
+            slot.work = dist.isend(buffer, group=self._following, group_dst=1)
+
+    def can_receive(self) -> bool:
+        return bool(self.free_receive_slots)
+
+    def post_receive(self, nbytes: int) -> Receive:
+        """Post the receive of the next message; call in the order of the headers."""
+        slot = self.free_receive_slots.popleft()
+        if slot.buffer is not None and slot.buffer.numel() < nbytes and slot.freed is not None:
+            slot.freed.synchronize()  # only while slots still grow: nobody reads the old buffer
+        buffer = slot.room(nbytes, self._streams.device)
+        with self._streams.use(self._stream):
+            if slot.freed is not None:
+                self._streams.wait_for(slot.freed)
+            work = dist.irecv(buffer, group=self._previous, group_src=0)
+        slot.work = work
+        return Receive(self, slot, buffer, work)
+
+    def _wait_until_sent(self, slot: _Slot, counters: ChannelCounters) -> None:
+        """Back-pressure: the slot's last message must be out before it is packed again.
+
+        On an accelerator the current stream waits, not the host. Work that has completed is waited for
+        too: that costs nothing and makes a failed transfer raise here.
+        """
+        if slot.work is None:
+            return
+        if not slot.work.is_completed():
+            counters.backpressure += 1
+        slot.work.wait()
+        slot.work = None

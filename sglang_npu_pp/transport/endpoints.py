@@ -1,0 +1,116 @@
+"""Where a rank listens and how the others find it: nodes, ipc directories, TCP ports, keys."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ..errors import TransportError
+
+IPC_PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path that libzmq can use
+
+
+class Card(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank tells the other stages of its pipeline about itself."""
+
+    stage: int
+    node: str  # equal for two ranks exactly when a unix socket of one is visible to the other
+    ipc: str = ""  # endpoint for ranks of the same node
+    tcp: str = ""  # endpoint for ranks of other nodes
+    key: bytes = b""  # CURVE public key, Z85
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """CURVE keys of one process, made anew at every start and never written anywhere."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> KeyPair:
+        public, secret = zmq.curve_keypair()
+        return cls(public, secret)
+
+
+def node_identity() -> str:
+    """Names the machine as unix sockets see it.
+
+    Two containers of one host may share the kernel but neither the file system nor the network, and two
+    network namespaces of one machine stand for two nodes in tests: both count as different nodes.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    parts = [boot.read_text().strip() if boot.exists() else os.uname().nodename, str(os.getuid())]
+    for namespace in ("mnt", "net"):
+        link = Path("/proc/self/ns") / namespace
+        parts.append(os.readlink(link) if link.exists() else "")
+    return "|".join(parts)
+
+
+class SocketDirectory:
+    """A directory that only this user can enter, for the ipc socket of one rank.
+
+    The files are needed only until every peer is connected: `clear()` then removes them, so that not
+    even a killed process leaves anything behind.
+    """
+
+    def __init__(self, base: Path | None, where: str) -> None:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="sglang-npu-pp-", dir=base))
+        except OSError as error:
+            raise TransportError(
+                f"{where}: cannot make a directory for ipc sockets in "
+                f"{base or tempfile.gettempdir()} ({error.strerror}); "
+                "set SGLANG_NPU_PP_IPC_DIR to one that this user can write."
+            ) from None
+        socket_path = self.path / "lane"
+        if len(os.fsencode(socket_path)) > IPC_PATH_LIMIT:
+            self.clear()
+            raise TransportError(
+                f"{where}: the socket path {socket_path} is longer than {IPC_PATH_LIMIT} bytes; "
+                "set SGLANG_NPU_PP_IPC_DIR to a shorter directory."
+            )
+        self.endpoint = f"ipc://{socket_path}"
+
+    def clear(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def bind_tcp(socket: zmq.Socket, host: str, port: int, where: str) -> str:
+    """Bind to `host` and `port` (0: any free one) and return the endpoint that peers connect to."""
+    name = f"[{host}]" if ":" in host else host
+    try:
+        if ":" in host:
+            socket.setsockopt(zmq.IPV6, 1)
+        socket.bind(f"tcp://{name}:{port or '*'}")
+    except zmq.ZMQError as error:
+        advice = (
+            "set SGLANG_NPU_PP_PORT to a free range, or to 0"
+            if error.errno == errno.EADDRINUSE
+            else "set SGLANG_NPU_PP_HOST to an address of this node that the others can reach"
+        )
+        raise TransportError(
+            f"{where}: the host lane cannot listen on {host}:{port or 'any port'} "
+            f"({error.strerror}); {advice}."
+        ) from None
+    endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    return f"tcp://{name}:{endpoint.rsplit(':', 1)[1]}"
+
+
+def bind_ipc(socket: zmq.Socket, directory: SocketDirectory, where: str) -> str:
+    try:
+        socket.bind(directory.endpoint)
+    except zmq.ZMQError as error:
+        directory.clear()
+        raise TransportError(
+            f"{where}: cannot listen on {directory.endpoint} ({error.strerror}); "
+            "set SGLANG_NPU_PP_IPC_DIR to a directory on a local file system."
+        ) from None
+    return directory.endpoint

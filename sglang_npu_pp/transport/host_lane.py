@@ -1,0 +1,271 @@
+"""The host lane: eager messages between the stages of one pipeline, over ZeroMQ.
+
+Every rank binds one ROUTER socket for its node (ipc) and, when the pipeline spans nodes, one for the others
+(TCP with CURVE). It connects one DEALER to every other stage of its pipeline. A message is pushed when
+it exists and waits at the receiver; nothing is asked for. Rank r of a stage only ever talks to rank r of
+other stages: tensor-parallel ranks are not this lane's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from ..errors import TransportError
+from ..settings import Settings
+from ..telemetry import Telemetry
+from ..trace import Trace
+from .endpoints import Card, KeyPair, SocketDirectory, bind_ipc, bind_tcp, node_identity
+from .inbox import Inbox
+from .message import Kind, Message
+from .outbox import Outbox, set_heartbeat
+
+Exchange = Callable[[bytes], list[bytes]]
+"""Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
+
+MAIN_PORT = "main"
+
+
+class _KnownKeys:
+    """ZAP callback: only keys that came over the process group may connect."""
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self.keys
+
+
+class HostLane:
+    """The host lane of one rank. Owned by one thread, except for `open_port`."""
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        stages: int,
+        rank: int,
+        settings: Settings,
+        telemetry: Telemetry,
+        trace: Trace,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        """`host` and `port` say where TCP listens (0: any free port) if a peer is on another node."""
+        self.stage, self.stages, self.rank = stage, stages, rank
+        self._settings, self._telemetry, self._trace = settings, telemetry, trace
+        self._host, self._port = host, port
+        self._where = f"stage {stage} rank {rank}"
+        self._window = (settings.window, settings.window_bytes)
+        self._check_all = settings.checksum == "full"
+        self._context = zmq.Context()
+        self._keys = KeyPair.generate()
+        self._known = _KnownKeys()
+        self._authenticator: ThreadAuthenticator | None = None
+        self._directory: SocketDirectory | None = None
+        self._sockets: list[zmq.Socket] = []
+        self._cards: list[Card] = []
+        self._outboxes: dict[int, Outbox] = {}
+        self._inbox: Inbox | None = None
+        self._closed = False
+
+    # --- start ---------------------------------------------------------------------------------
+
+    def open(self, exchange: Exchange) -> None:
+        """Bind, tell the other stages where, connect to all of them and wait until all are here.
+
+        Every stage of the pipeline calls it. Raises TransportError, naming who is missing.
+        """
+        try:
+            self._bind(exchange)
+            self._inbox = Inbox(
+                self._sockets,
+                where=self._where,
+                window=self._window,
+                wait_limit_s=self._settings.wait_limit_s,
+                check_all=self._check_all,
+                authenticate=self._authenticate,
+                telemetry=self._telemetry,
+                trace=self._trace,
+            )
+            self._outboxes = self.open_port(MAIN_PORT, senders=range(self.stages))
+        except BaseException:
+            self.close()
+            raise
+        if self._directory is not None:
+            self._directory.clear()  # everyone is connected; the path is not needed again
+
+    def open_port(self, port: str, senders: Collection[int]) -> dict[int, Outbox]:
+        """Connections to all peers from each of the stages `senders`, for a thread of their own.
+
+        Every stage calls it, at the same point of the program; a stage that is no sender gets none.
+        Connections may be handed to another thread afterwards.
+        """
+        outboxes = {}
+        if self.stage in senders:
+            others = [card for card in self._cards if card.stage != self.stage]
+            outboxes = {card.stage: self._connect(card, port) for card in others}
+        expected = {f"{stage}/{port}".encode() for stage in senders if stage != self.stage}
+        try:
+            self._greet(outboxes.values(), expected)
+        except BaseException:
+            for outbox in outboxes.values():
+                outbox.close()
+            raise
+        return outboxes
+
+    def _bind(self, exchange: Exchange) -> None:
+        node = node_identity()
+        if self._settings.host_transport == "tcp":
+            node = f"{node}|{self.stage}"  # everyone is another node
+        mine = Card(stage=self.stage, node=node)
+        cards = _exchange_cards(exchange, mine)
+        nodes = [card.node for card in cards]
+        ipc = tcp = ""
+        if self._settings.host_transport == "ipc" and len(set(nodes)) > 1:
+            raise TransportError(
+                f"{self._where}: SGLANG_NPU_PP_HOST_TRANSPORT=ipc, but the stages are on several "
+                "nodes; set it to auto."
+            )
+        if nodes.count(node) > 1:
+            self._directory = SocketDirectory(self._settings.ipc_dir, self._where)
+            ipc = bind_ipc(self._new_router(), self._directory, self._where)
+        if len(set(nodes)) > 1:
+            router = self._new_router()
+            self._authenticator = ThreadAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", self._known)
+            router.setsockopt(zmq.CURVE_SERVER, 1)
+            router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
+            tcp = bind_tcp(router, self._host, self._port, self._where)
+        mine = Card(self.stage, node, ipc, tcp, self._keys.public)
+        self._cards = _exchange_cards(exchange, mine)
+        self._known.keys.update(card.key for card in self._cards)
+
+    def _new_router(self) -> zmq.Socket:
+        router = self._context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.LINGER, 0)
+        router.setsockopt(zmq.RCVHWM, 0)  # the windows of the senders bound what is queued
+        router.setsockopt(zmq.MAXMSGSIZE, max(self._settings.window_bytes, 1 << 20))
+        set_heartbeat(router, self._settings.peer_timeout_s)
+        self._sockets.append(router)
+        return router
+
+    def _connect(self, card: Card, port: str) -> Outbox:
+        local = card.node == self._cards[self.stage].node
+        return Outbox(
+            self._context,
+            stage=self.stage,
+            rank=self.rank,
+            peer=card.stage,
+            port=port,
+            endpoint=card.ipc if local else card.tcp,
+            keys=None if local else self._keys,
+            peer_key=card.key,
+            window=self._window,
+            peer_timeout_s=self._settings.peer_timeout_s,
+            wait_limit_s=self._settings.wait_limit_s,
+            check_all=self._check_all,
+            telemetry=self._telemetry,
+            trace=self._trace,
+        )
+
+    def _greet(self, outboxes: Iterable[Outbox], expected: set[bytes]) -> None:
+        """Introduce ourselves over `outboxes`; wait to be welcomed and for the `expected` to come."""
+        outboxes = list(outboxes)
+        for outbox in outboxes:
+            outbox.say(Kind.HELLO)
+        deadline = time.monotonic() + self._settings.start_limit_s
+        while True:
+            missing = [outbox for outbox in outboxes if not outbox.welcomed]
+            absent = expected - self.inbox.greeted
+            if not missing and not absent:
+                return
+            if time.monotonic() >= deadline:
+                raise self._not_connected(missing, absent)
+            self.inbox.pump(20)
+            for outbox in missing:
+                outbox.read_welcome()
+                outbox.check()
+
+    def _not_connected(self, missing: list[Outbox], absent: set[bytes]) -> TransportError:
+        names = [f"stage {outbox.peer} at {outbox.endpoint} did not answer" for outbox in missing]
+        names += [f"stage {name.split(b'/')[0].decode()} did not connect to us" for name in absent]
+        return TransportError(
+            f"{self._where}: after {self._settings.start_limit_s:g} s {' and '.join(names)}; "
+            "look at that stage's log, and see that the stages reach each other's ports "
+            "(SGLANG_NPU_PP_HOST, SGLANG_NPU_PP_PORT)."
+        )
+
+    def _authenticate(self, identity: bytes, frame: zmq.Frame) -> int | None:
+        """The stage behind a connection that has not been seen before, None for a stranger.
+
+        ipc: who could reach the socket is this user. TCP: ZAP has admitted the key; it must be the key of
+        the stage that the connection claims to be.
+        """
+        stage_text, _, _ = identity.partition(b"/")
+        if not stage_text.isdigit() or int(stage_text) >= self.stages:
+            return None
+        card = self._cards[int(stage_text)]
+        try:
+            key = frame.get("User-Id")
+        except zmq.ZMQError:
+            key = ""
+        if key == card.key.decode():
+            return card.stage
+        local = card.node == self._cards[self.stage].node
+        return card.stage if local and not key else None
+
+    # --- use -----------------------------------------------------------------------------------
+
+    @property
+    def inbox(self) -> Inbox:
+        assert self._inbox is not None, "open() first"
+        return self._inbox
+
+    def is_local(self, stage: int) -> bool:
+        """Whether that stage is on this node, where copying bytes is cheaper than a collective."""
+        return self._cards[stage].node == self._cards[self.stage].node
+
+    def send(self, peer: int, message: Message) -> None:
+        """Push `message` to stage `peer`. See Outbox.send."""
+        self._outboxes[peer].send(message)
+
+    def wait(self, source: int, kind: Kind, number: int, limit_s: float | None = None) -> Message:
+        """Message `number` of a channel. Raises PeerLostError, WaitLimitError, SequenceError."""
+        return self.inbox.wait(source, kind, number, self.check, limit_s)
+
+    def poll(self) -> None:
+        """Sort in what has arrived, without waiting."""
+        self.inbox.pump(0)
+
+    def check(self) -> None:
+        """Raise PeerLostError if any stage is gone: the others cannot go on without it."""
+        for stage, outbox in self._outboxes.items():
+            outbox.departed = stage in self.inbox.departed
+            outbox.check()
+
+    def close(self) -> None:
+        """Say goodbye and release sockets, threads and files. Can be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for outbox in self._outboxes.values():
+            outbox.say(Kind.GOODBYE)
+            outbox.close()
+        for socket in self._sockets:
+            socket.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.term()
+        if self._directory is not None:
+            self._directory.clear()
+
+
+def _exchange_cards(exchange: Exchange, mine: Card) -> list[Card]:
+    decoder = msgspec.msgpack.Decoder(Card)
+    return [decoder.decode(card) for card in exchange(msgspec.msgpack.encode(mine))]

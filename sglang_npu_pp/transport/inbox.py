@@ -1,0 +1,173 @@
+"""Everything that arrives at one rank: authenticated, numbered, and sorted by sender and kind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import zmq
+
+from ..errors import MessageError, SequenceError, WaitLimitError
+from ..telemetry import Telemetry
+from ..trace import Trace
+from .message import Kind, Message, decode, read_header
+from .outbox import CREDIT, POLL_MS
+from .window import CreditMeter
+
+
+@dataclass
+class _Channel:
+    """Messages of one kind from one stage."""
+
+    meter: CreditMeter
+    arrived: int = 0  # the number that the next message must carry
+    waiting: dict[int, Message] = field(default_factory=dict)
+    reply_to: tuple[zmq.Socket, bytes] | None = None
+
+
+class Inbox:
+    """Receives from all peers. Owned by one thread.
+
+    `authenticate(identity, frame)` decides whether the sender of a frame is the stage it claims to be;
+    nothing but the fixed header is read before it said yes.
+    """
+
+    def __init__(
+        self,
+        sockets: Iterable[zmq.Socket],
+        *,
+        where: str,
+        window: tuple[int, int],
+        wait_limit_s: float,
+        check_all: bool,
+        authenticate: Callable[[bytes, zmq.Frame], int | None],
+        telemetry: Telemetry,
+        trace: Trace,
+    ) -> None:
+        self.on_arrival: Callable[[Message], None] = lambda message: None
+        self.greeted: set[bytes] = set()
+        self.departed: set[int] = set()
+        self._sockets = list(sockets)
+        self._where, self._window, self._wait_limit_s = where, window, wait_limit_s
+        self._check_all, self._authenticate = check_all, authenticate
+        self._telemetry, self._trace = telemetry, trace
+        self._stages: dict[bytes, int] = {}  # authenticated identities
+        self._channels: dict[tuple[int, Kind], _Channel] = {}
+        self._poller = zmq.Poller()
+        for socket in self._sockets:
+            self._poller.register(socket, zmq.POLLIN)
+
+    def has(self, source: int, kind: Kind, number: int) -> bool:
+        return number in self._channel(source, kind).waiting
+
+    def take(self, source: int, kind: Kind, number: int) -> Message:
+        """Remove a message that has arrived, and give its sender credit."""
+        channel = self._channel(source, kind)
+        message = channel.waiting.pop(number)
+        if channel.meter.take(message.nbytes) and channel.reply_to is not None:
+            socket, identity = channel.reply_to
+            meter = channel.meter
+            credit = CREDIT.pack(kind, meter.reported_messages, meter.reported_bytes)
+            socket.send_multipart([identity, credit])
+        return message
+
+    def wait(
+        self, source: int, kind: Kind, number: int, check: Callable[[], None], limit_s: float | None
+    ) -> Message:
+        """The message `number` of a channel, as soon as it is there.
+
+        `check` is called while waiting and raises when the peer is gone. Raises WaitLimitError after
+        `limit_s` seconds (None: the setting).
+        """
+        counters = self._telemetry.receiving(kind.label)
+        counters.waits += 1
+        self.pump(0)
+        if not self.has(source, kind, number):
+            began = time.monotonic()
+            limit = self._wait_limit_s if limit_s is None else limit_s
+            while not self.has(source, kind, number):
+                if time.monotonic() - began >= limit:
+                    raise WaitLimitError(
+                        f"{self._where}: {kind.label} message {number} of stage {source} did not "
+                        f"come within {limit:g} s although that stage is alive; look at its log."
+                    )
+                self.pump(POLL_MS)
+                check()
+            counters.wait_s += time.monotonic() - began
+        return self.take(source, kind, number)
+
+    def pump(self, timeout_ms: int) -> None:
+        """Sort in everything that has arrived; waits up to `timeout_ms` for a first message."""
+        if timeout_ms:
+            self._poller.poll(timeout_ms)
+        for socket in self._sockets:
+            while True:
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                self._sort_in(socket, frames)
+
+    def _sort_in(self, socket: zmq.Socket, frames: list[zmq.Frame]) -> None:
+        identity = frames[0].bytes
+        stage = self._stages.get(identity)
+        if stage is None:
+            stage = self._authenticate(identity, frames[-1])
+            if stage is None:
+                self._telemetry.refused += 1
+                return
+        if len(frames) < 2:
+            raise MessageError(f"{self._where}: stage {stage} sent a message without a header.")
+        try:
+            header = read_header(frames[1].buffer)
+            if header.source != stage:
+                raise MessageError(f"It claims to come from stage {header.source}.")
+            kind = Kind(header.kind)
+            if kind in (Kind.HELLO, Kind.GOODBYE):
+                self._greet(socket, identity, stage, kind)
+                return
+            channel = self._channel(stage, kind)
+            self._check_number(channel, stage, kind, header.number)
+            payload = [frame.buffer for frame in frames[2:]]
+            message = decode(header, payload, check_all=self._check_all)
+        except MessageError as error:
+            self._telemetry.refused += 1
+            raise MessageError(
+                f"{self._where}: a message of stage {stage} cannot be used. {error} "
+                "Restart the server; if it happens again, look at the network between the stages."
+            ) from None
+        channel.arrived += 1
+        channel.reply_to = (socket, identity)
+        channel.waiting[message.number] = message
+        counters = self._telemetry.receiving(kind.label)
+        counters.messages += 1
+        counters.bytes += message.nbytes + message.device_nbytes
+        self._trace.record("arrive", kind.label, message.slot, message.iteration)
+        self.on_arrival(message)
+
+    def _greet(self, socket: zmq.Socket, identity: bytes, stage: int, kind: Kind) -> None:
+        if kind is Kind.GOODBYE:
+            self.departed.add(stage)
+            return
+        self._stages[identity] = stage
+        self.greeted.add(identity)
+        socket.send_multipart([identity, CREDIT.pack(Kind.HELLO, 0, 0)])
+
+    def _check_number(self, channel: _Channel, stage: int, kind: Kind, number: int) -> None:
+        if number != channel.arrived:
+            raise SequenceError(
+                f"{self._where}: expected {kind.label} message {channel.arrived} of stage {stage} "
+                f"but number {number} came: messages were lost or repeated; restart the server."
+            )
+        if len(channel.waiting) >= self._window[0]:
+            raise SequenceError(
+                f"{self._where}: stage {stage} has more than {self._window[0]} {kind.label} messages "
+                "in flight, past the window it agreed to; install the same sglang-npu-pp everywhere."
+            )
+
+    def _channel(self, source: int, kind: Kind) -> _Channel:
+        key = (source, kind)
+        if key not in self._channels:
+            self._channels[key] = _Channel(CreditMeter(*self._window))
+        return self._channels[key]

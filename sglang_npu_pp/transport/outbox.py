@@ -1,0 +1,185 @@
+"""One connection from this rank to one peer: numbered messages out, credit back.
+
+ZeroMQ gives the connection, its encryption and its heartbeats. What is added here is numbering, the window,
+and noticing that the peer is gone.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ..errors import PeerLostError, TransportError, WaitLimitError
+from ..telemetry import Telemetry
+from ..trace import Trace
+from .endpoints import KeyPair
+from .message import Kind, Message, encode
+from .window import Window
+
+CREDIT = struct.Struct("<BQQ")  # kind, messages taken, bytes taken
+POLL_MS = 100  # how often a wait looks whether the peer is still there
+SETTLE_S = 0.5  # a server that is being stopped kills its ranks one after another: not an error yet
+
+_WATCHED = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+def set_heartbeat(socket: zmq.Socket, timeout_s: float) -> None:
+    """Ping an idle connection so that a silent peer is noticed within `timeout_s`."""
+    milliseconds = int(timeout_s * 1000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, milliseconds // 4))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(100, milliseconds * 3 // 4))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, min(milliseconds, 6553500)))
+
+
+class Outbox:
+    """Sends to one peer. Owned by one thread."""
+
+    def __init__(
+        self,
+        context: zmq.Context,
+        *,
+        stage: int,
+        rank: int,
+        peer: int,
+        port: str,
+        endpoint: str,
+        keys: KeyPair | None,
+        peer_key: bytes,
+        window: tuple[int, int],
+        peer_timeout_s: float,
+        wait_limit_s: float,
+        check_all: bool,
+        telemetry: Telemetry,
+        trace: Trace,
+    ) -> None:
+        self.peer = peer
+        self.endpoint = endpoint
+        self.departed = False  # the peer said goodbye
+        self.welcomed = False  # the peer has accepted our hello
+        self._where = f"stage {stage} rank {rank}"
+        self._stage, self._window, self._check_all = stage, window, check_all
+        self._peer_timeout_s, self._wait_limit_s = peer_timeout_s, wait_limit_s
+        self._telemetry, self._trace = telemetry, trace
+        self._windows: dict[Kind, Window] = {}
+        self._lost_at: float | None = None
+        self._refused: str | None = None
+        self._last_sent = "nothing"
+        self._next_check = 0.0
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.ROUTING_ID, f"{stage}/{port}".encode())
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued, in bytes too
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
+        self._socket.setsockopt(zmq.IPV6, 1)
+        set_heartbeat(self._socket, peer_timeout_s)
+        if keys is not None:
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, peer_key)
+        self.monitor = self._socket.get_monitor_socket(_WATCHED)
+        self._socket.connect(endpoint)
+
+    def send(self, message: Message) -> None:
+        """Push `message`; returns at once unless the window is full.
+
+        Raises PeerLostError, or WaitLimitError when the peer takes nothing for the wait limit.
+        """
+        self.check()
+        window = self._windows.setdefault(message.kind, Window(*self._window))
+        number = window.sent_messages
+        frames = encode(message, source=self._stage, number=number, check_all=self._check_all)
+        counters = self._telemetry.sending(message.kind.label)
+        if not window.has_room(message.nbytes):
+            self._read_credit()
+            if not window.has_room(message.nbytes):
+                began = time.monotonic()
+                self._wait_for_room(message, window)
+                counters.backpressure += 1
+                counters.backpressure_s += time.monotonic() - began
+        window.sent(message.nbytes)
+        self._socket.send_multipart(frames, copy=False)
+        counters.messages += 1
+        counters.bytes += message.nbytes + message.device_nbytes
+        self._last_sent = f"{message.kind.label} message {number}"
+        self._trace.record("push", message.kind.label, message.slot, message.iteration)
+
+    def say(self, kind: Kind) -> None:
+        """Send a hello or goodbye, outside the window."""
+        message = Message(kind=kind)
+        self._socket.send_multipart(encode(message, source=self._stage, number=0, check_all=True), copy=True)
+
+    def check(self) -> None:
+        """Raise if the peer is gone. Cheap: looks at the connection at most every 0.1 s."""
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + POLL_MS / 1000
+        self.read_monitor()
+        if self._refused is not None:
+            raise TransportError(
+                f"{self._where}: stage {self.peer} at {self.endpoint} refused our connection "
+                f"({self._refused}); make sure that all ranks were started together."
+            )
+        if self._lost_at is not None and now - self._lost_at >= SETTLE_S:
+            raise self.lost()
+
+    def lost(self) -> PeerLostError:
+        how = (
+            "has shut down"
+            if self.departed
+            else f"is gone: its connection broke or was silent for {self._peer_timeout_s:g} s"
+        )
+        return PeerLostError(
+            f"{self._where}: stage {self.peer} {how} (last sent to it: {self._last_sent}); "
+            "look at that stage's log for the first error, then restart the server."
+        )
+
+    def read_monitor(self) -> None:
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._lost_at = self._lost_at or time.monotonic()
+            else:
+                self._refused = "authentication failed"
+
+    def read_welcome(self) -> None:
+        """Take what the peer returned so far; sets `welcomed`."""
+        self._read_credit()
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self.monitor.close()
+        self._socket.close()
+
+    def _wait_for_room(self, message: Message, window: Window) -> None:
+        deadline = time.monotonic() + self._wait_limit_s
+        while not window.has_room(message.nbytes):
+            if time.monotonic() >= deadline:
+                raise WaitLimitError(
+                    f"{self._where}: stage {self.peer} took no {message.kind.label} message for "
+                    f"{self._wait_limit_s:g} s while {window.sent_messages - window.taken_messages} "
+                    "were in flight; look at that stage's log."
+                )
+            if self._socket.poll(POLL_MS):
+                self._read_credit()
+            self.check()
+
+    def _read_credit(self) -> None:
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            kind, messages, nbytes = CREDIT.unpack(frame)
+            if kind == Kind.HELLO:
+                self.welcomed = True
+            elif (window := self._windows.get(Kind(kind))) is not None:
+                window.credit(messages, nbytes)

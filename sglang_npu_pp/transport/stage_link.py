@@ -1,0 +1,256 @@
+"""What one rank of one stage says to the other stages: post, wait, commit.
+
+`StageLink` puts the two lanes together. A send is one call and never blocks on the receiver; a receive is
+two: `post` says what is expected and returns a `Pending`, `Pending.wait` is the one place where the program
+waits. A device message posts its receive by itself as soon as its header is here, which may be while
+the scheduler waits for something else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import SequenceError
+from ..streams import DeviceStreams
+from ..telemetry import Telemetry
+from ..trace import Trace
+from .device_lane import DeviceLane, Receive, pack_layout, unpack
+from .host_lane import HostLane
+from .message import Kind, Message
+from .outbox import Outbox
+
+
+class GatherGroup(Protocol):
+    """Tensor-parallel ranks that hold equal tensors: each sends a slice, the receivers gather."""
+
+    world_size: int
+    rank_in_group: int
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor: ...
+
+
+class Pending:
+    """A message that is on its way. Only `wait` blocks."""
+
+    def __init__(
+        self, link: StageLink, kind: Kind, source: int, number: int, slot: int, iteration: int
+    ) -> None:
+        self._link, self.kind, self.source, self.number = link, kind, source, number
+        self.slot, self.iteration = slot, iteration
+
+    def wait(self, gather: GatherGroup | None = None, *, owned: bool = False) -> dict[str, Any]:
+        """The tensor dict, in the sender's key order.
+
+        The current stream is ordered behind the arrival of device tensors. They are views of a receive
+        slot and good until `StageLink.release`; with `owned` they are copies and good for ever.
+        Raises PeerLostError, WaitLimitError, MessageError, SequenceError.
+        """
+        return self._link.finish(self._link.take(self), gather, owned=owned)
+
+    def wait_values(self) -> Any:
+        """The Python object of a message that is not a tensor dict."""
+        return self._link.take(self).values
+
+
+class StageLink:
+    """The link of one rank to the same rank of the other stages. Owned by the scheduler thread."""
+
+    def __init__(
+        self,
+        host_lane: HostLane,
+        device_lane: DeviceLane | None,
+        *,
+        telemetry: Telemetry,
+        trace: Trace,
+    ) -> None:
+        self.stage, self.stages, self.rank = host_lane.stage, host_lane.stages, host_lane.rank
+        self.host_lane, self.device_lane = host_lane, device_lane
+        self.telemetry, self.trace = telemetry, trace
+        self._where = f"stage {self.stage} rank {self.rank}"
+        self._next_number: dict[tuple[int, Kind], int] = {}
+        self._announced: deque[Message] = deque()  # device messages whose receive is not posted yet
+        self._posted: dict[tuple[Kind, int], Receive] = {}
+        self._in_use: list[Receive] = []
+        host_lane.inbox.on_arrival = self._arrived
+
+    # --- send ----------------------------------------------------------------------------------
+
+    def push(self, kind: Kind, peer: int, values: Any = None, *, slot: int = -1, iteration: int = -1) -> None:
+        """Push a Python object to stage `peer`."""
+        self.host_lane.send(peer, Message(kind, slot, iteration, values=values))
+
+    def push_tensors(
+        self,
+        kind: Kind,
+        peer: int,
+        tensors: Mapping[str, Any],
+        *,
+        slot: int = -1,
+        iteration: int = -1,
+        gather: GatherGroup | None = None,
+        owned: bool = False,
+        outboxes: Mapping[int, Outbox] | None = None,
+    ) -> None:
+        """Push a tensor dict to stage `peer`.
+
+        Device tensors take the device lane when `peer` is the next stage and one is open, and are staged
+        through the host otherwise. `gather`: send this rank's 1/world_size of every tensor that can be
+        cut so. `owned`: nobody will write to the host tensors any more; otherwise they are copied.
+        `outboxes`: connections of a thread of its own, instead of the scheduler's.
+        """
+        message = Message(kind, slot, iteration, keys=tuple(tensors))
+        on_device: dict[str, torch.Tensor] = {}
+        values: dict[str, Any] = {}
+        slices: dict[str, tuple[int, tuple[int, ...]]] = {}
+        devices: dict[str, str] = {}
+        for name, value in tensors.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{self._where}: a tensor dict needs string keys, not {name!r}.")
+            if not isinstance(value, torch.Tensor):
+                values[name] = value
+                continue
+            part = _slice_for(value, gather)
+            if part.numel() != value.numel():
+                assert gather is not None
+                slices[name] = (gather.world_size, tuple(value.shape))
+            if value.device.type == "cpu":
+                message.tensors[name] = part if owned else part.clone()
+            elif self.device_lane is not None and peer == self.stage + 1 and part.numel():
+                on_device[name] = part
+            else:
+                message.tensors[name] = part.cpu()
+                devices[name] = value.device.type
+        message.values = values or None
+        message.slices, message.devices = slices, devices
+        message.device_specs, message.device_nbytes = pack_layout(on_device, slices)
+        if outboxes is None:
+            self.host_lane.send(peer, message)
+        else:
+            outboxes[peer].send(message)
+        if on_device:
+            assert self.device_lane is not None
+            self.device_lane.send(
+                on_device,
+                message.device_specs,
+                message.device_nbytes,
+                self.telemetry.sending(kind.label),
+            )
+            self.trace.record("post_send", kind.label, slot, iteration)
+
+    # --- receive -------------------------------------------------------------------------------
+
+    def post(self, kind: Kind, source: int, *, slot: int = -1, iteration: int = -1) -> Pending:
+        """Expect the next message of `kind` from stage `source`. Does not wait.
+
+        `slot` and `iteration` are compared with what the message says; -1 compares nothing.
+        """
+        number = self._next_number.get((source, kind), 0)
+        self._next_number[source, kind] = number + 1
+        self.host_lane.poll()
+        self.trace.record("post", kind.label, slot, iteration)
+        return Pending(self, kind, source, number, slot, iteration)
+
+    def take(self, pending: Pending) -> Message:
+        """Wait for the message of `pending` and check that it is the one expected."""
+        label = pending.kind.label
+        self.trace.record("wait", label, pending.slot, pending.iteration)
+        message = self.host_lane.wait(pending.source, pending.kind, pending.number)
+        expected = (pending.slot, pending.iteration)
+        if pending.iteration >= 0 and (message.slot, message.iteration) != expected:
+            raise SequenceError(
+                f"{self._where}: expected the {label} message of microbatch slot {pending.slot}, "
+                f"iteration {pending.iteration}, but stage {message.source} sent slot "
+                f"{message.slot}, iteration {message.iteration}: the stages run different "
+                "batches; restart the server and report this."
+            )
+        self.trace.record("ready", label, message.slot, message.iteration)
+        return message
+
+    def finish(self, message: Message, gather: GatherGroup | None, *, owned: bool) -> dict[str, Any]:
+        """Put the tensor dict of a taken message together, waiting for the device lane if it must."""
+        tensors = dict(message.tensors)
+        for name, device in message.devices.items():
+            tensors[name] = tensors[name].to(device)
+        shapes = dict(message.slices)
+        if message.device_specs:
+            tensors |= unpack(self._wait_for_device(message, owned), message.device_specs)
+            shapes |= {s.name: (s.sliced, s.shape) for s in message.device_specs if s.sliced > 1}
+        for name in message.keys:  # one order on all ranks: a gather is a collective
+            if name in shapes:
+                tensors[name] = _gather_slices(tensors[name], shapes[name], gather, self._where)
+        values = message.values or {}
+        return {name: tensors[name] if name in tensors else values[name] for name in message.keys}
+
+    def release(self, reader: Any) -> None:
+        """The device tensors handed out so far are used up once the event `reader` has passed."""
+        for receive in self._in_use:
+            receive.release(reader)
+        self._in_use.clear()
+        self._post_announced()
+
+    def _wait_for_device(self, message: Message, owned: bool) -> torch.Tensor:
+        key = (message.kind, message.number)
+        self._post_announced()
+        if key not in self._posted:
+            raise SequenceError(
+                f"{self._where}: all receive slots are held by messages that were not released; "
+                "raise SGLANG_NPU_PP_SLOTS, or take the tensor dicts one after another."
+            )
+        receive = self._posted.pop(key)
+        counters = self.telemetry.receiving(message.kind.label)
+        began = time.monotonic()
+        buffer = receive.wait()
+        counters.wait_s += time.monotonic() - began
+        if not owned:
+            self._in_use.append(receive)
+            return buffer
+        buffer = buffer.clone()
+        receive.release(DeviceStreams(buffer.device).record())
+        return buffer
+
+    def _arrived(self, message: Message) -> None:
+        if message.device_nbytes:
+            self._announced.append(message)
+            self._post_announced()
+
+    def _post_announced(self) -> None:
+        """Post every announced receive for which there is a slot, in the order of the headers."""
+        lane = self.device_lane
+        while lane is not None and self._announced and lane.can_receive():
+            message = self._announced.popleft()
+            key = (message.kind, message.number)
+            self._posted[key] = lane.post_receive(message.device_nbytes)
+            self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
+
+    def close(self) -> None:
+        self.host_lane.close()
+
+
+def _slice_for(tensor: torch.Tensor, gather: GatherGroup | None) -> torch.Tensor:
+    """This rank's slice when the tensor can be cut into equal ones, else all of it."""
+    if gather is None or gather.world_size == 1 or tensor.numel() == 0:
+        return tensor
+    if tensor.numel() % gather.world_size:
+        return tensor
+    return tensor.reshape(gather.world_size, -1)[gather.rank_in_group]
+
+
+def _gather_slices(
+    part: torch.Tensor,
+    cut: tuple[int, tuple[int, ...]],
+    gather: GatherGroup | None,
+    where: str,
+) -> torch.Tensor:
+    count, shape = cut
+    if gather is None or gather.world_size != count:
+        raise SequenceError(
+            f"{where}: a tensor arrived in {count} slices, but the receiver gathers over "
+            f"{1 if gather is None else gather.world_size} ranks: pass the same all_gather_group "
+            "on both sides."
+        )
+    return gather.all_gather(part, dim=0).reshape(shape)
