@@ -60,6 +60,7 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.mp-", "psm_", "torch_")
 
 POLL_S = 0.1
+TRACK_EVERY_S = 1.0
 
 
 class ServerError(RuntimeError):
@@ -211,14 +212,14 @@ class Server:
             ServerError: a launcher ended, or `limit_s` passed; with the last lines of the log.
         """
         begin = time.monotonic()
-        last_stage = ""
+        tracked = -TRACK_EVERY_S
         while True:
             elapsed = time.monotonic() - begin
             stage = self._stage()
             on_progress(stage, elapsed)
-            if stage != last_stage:
+            if stage == READY or elapsed - tracked >= TRACK_EVERY_S:
                 self._track()  # now: a server that fails takes the traces of its processes along
-                last_stage = stage
+                tracked = elapsed
             if stage == READY:
                 return elapsed
             self.check_alive(f"while it was starting ({stage})")
@@ -371,12 +372,15 @@ class Server:
 
         Sessions catch orphans, the family tree catches processes that left their session.
         """
-        launchers = {launcher.pid for launcher in self._launchers}
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, ProcessLookupError, PermissionError):
-                if os.getsid(process.pid) in launchers:
-                    for member in (process, *process.children(recursive=True)):
-                        self._seen.setdefault(member.pid, member)
+        launchers = [launcher.pid for launcher in self._launchers]
+        for pid in psutil.pids():
+            with suppress(psutil.Error, OSError):
+                if pid not in self._seen and os.getsid(pid) in launchers:
+                    self._seen[pid] = psutil.Process(pid)
+        for launcher in launchers:
+            with suppress(psutil.Error):
+                for child in psutil.Process(launcher).children(recursive=True):
+                    self._seen.setdefault(child.pid, child)
         alive = [process for process in self._seen.values() if is_alive(process)]
         self._shared_memory |= mapped_shared_memory(alive)
         return alive
