@@ -2,8 +2,9 @@
 
 Upstream hands them from stage to stage around the ring as device tensors, in the middle of the loop, and
 reads them with `tolist()` on the device. Here they come to every stage from the last one, on the host
-lane; the loop gets a ticket in the place of upstream's event, and the ticket's `synchronize()`, which all three
-loops call behind the launch, is where the program waits and where the batch result is put together.
+lane; the loop gets a ticket in the place of upstream's event, and the ticket's `synchronize()`, which all
+three loops call behind the launch, is where the program waits and where the batch result is put
+together.
 """
 
 from __future__ import annotations

@@ -9,24 +9,37 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import timedelta
+from typing import Protocol
 
 import msgspec
-import torch.distributed as dist
 
 from .errors import AgreementError
 
 _KEY = "sglang_npu_pp/statement/{}"
 
+
+class KeyValueStore(Protocol):
+    """The part of torch.distributed.Store that is used here."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+
+
 Statement = dict[str, str]
 """What a rank says of itself, as name -> value; all ranks must say the same."""
 
 
-def agree(store: dist.TCPStore, *, rank: int, world_size: int, statement: Statement, limit_s: float) -> None:
+def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statement, limit_s: float) -> None:
     """Return when every rank of the world has made an equal statement.
 
     Raises AgreementError when one is missing after `limit_s` seconds or says something else.
     """
-    store.set(_KEY.format(rank), msgspec.msgpack.encode(statement))
+    store.set(_KEY.format(rank), msgspec.json.encode(statement).decode())
     keys = [_KEY.format(other) for other in range(world_size)]
     try:
         store.wait(keys, timedelta(seconds=limit_s))
@@ -36,8 +49,8 @@ def agree(store: dist.TCPStore, *, rank: int, world_size: int, statement: Statem
             f"rank {rank}: after {limit_s:g} s there is no word from rank {', '.join(silent)}; "
             "install sglang-npu-pp for every rank and give all of them the same SGLANG_NPU_PP."
         ) from None
-    decoder = msgspec.msgpack.Decoder(Statement)
-    statements = [decoder.decode(bytes(store.get(key))) for key in keys]
+    decoder = msgspec.json.Decoder(Statement)
+    statements = [decoder.decode(store.get(key)) for key in keys]
     differences = _differences(statements)
     if differences:
         raise AgreementError(

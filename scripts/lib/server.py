@@ -252,7 +252,7 @@ class Server:
             ServerError: a process survived SIGKILL.
         """
         atexit.unregister(self.stop)
-        if not self._launchers:
+        if self._scratch is None:
             return
         processes = self._track()
         for launcher in self._launchers:
@@ -270,8 +270,8 @@ class Server:
         for segment in self._shared_memory:
             segment.unlink(missing_ok=True)
         self._shared_memory.clear()
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch = None
         if left:
             raise ServerError(f"processes {[p.pid for p in left]} survived SIGKILL")
 
