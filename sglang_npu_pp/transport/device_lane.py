@@ -113,6 +113,7 @@ class DeviceLane:
         """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage)."""
         self._previous, self._following = previous, following
         self._streams = DeviceStreams(device)
+        self.device_type = self._streams.device.type
         self._stream = self._streams.new_stream()
         self._where = where
         self._send_slots = deque(_Slot() for _ in range(slots))

@@ -150,7 +150,6 @@ class HostLane:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)  # the windows of the senders bound what is queued
-        router.setsockopt(zmq.MAXMSGSIZE, max(self._settings.window_bytes, 1 << 20))
         set_heartbeat(router, self._settings.peer_timeout_s)
         self._sockets.append(router)
         return router

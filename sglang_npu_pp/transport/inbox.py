@@ -131,6 +131,7 @@ class Inbox:
             self._check_number(channel, stage, kind, header.number)
             payload = [frame.buffer for frame in frames[2:]]
             message = decode(header, payload, check_all=self._check_all)
+            message.nbytes += len(frames[1])  # as the sender's window counts it
         except MessageError as error:
             self._telemetry.refused += 1
             raise MessageError(

@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -27,9 +27,10 @@ from ..errors import MessageError
 PROTOCOL = 1
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
-_ALIGNMENT = 8  # no element we carry is wider
+_ALIGNMENT = 8  # only complex128 is wider
 
 Buffer = bytes | bytearray | memoryview
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Kind(enum.IntEnum):
@@ -54,9 +55,9 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
     name: str
     dtype: str  # torch name without "torch."
-    shape: tuple[int, ...]  # of the whole tensor, also when only a slice travels
+    shape: tuple[Count, ...]  # of the whole tensor, also when only a slice travels
     device: str  # device type that the sender held it on
-    sliced: int = 1  # number of equal slices it was cut into; the receiver gathers them
+    sliced: Annotated[int, msgspec.Meta(ge=1)] = 1  # number of equal slices it was cut into; the receiver gathers them
     offset: int = -1  # byte offset in the device-lane buffer; -1: travels as a frame
 
     @property
@@ -83,9 +84,9 @@ class Header(msgspec.Struct, array_like=True):
     iteration: int  # scheduler iteration, -1 where there is none
     keys: tuple[str, ...]  # keys of the tensor dict in their order; empty for a bare object
     tensors: tuple[TensorSpec, ...]
-    frame_sizes: tuple[int, ...]  # bytes of every frame behind the header
-    values: int  # number of trailing frames that are the pickle and its buffers
-    device_nbytes: int  # bytes that travel on the device lane for this message
+    frame_sizes: tuple[Count, ...]  # bytes of every frame behind the header
+    values: Count  # number of trailing frames that are the pickle and its buffers
+    device_nbytes: Count  # bytes that travel on the device lane for this message
     crc: int  # CRC-32 over the frames that are checked
 
 
@@ -109,7 +110,7 @@ class Message:
     devices: Mapping[str, str] = field(default_factory=dict)
     source: int = -1
     number: int = -1
-    nbytes: int = 0  # of all frames, filled in by encode and decode
+    nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -125,6 +126,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a host tensor, any dtype, without a copy when it is contiguous."""
+    if not tensor.numel():
+        return memoryview(bytearray())  # an empty tensor may have strides that cannot be viewed as bytes
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -134,7 +137,7 @@ def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> tor
     if len(buffer) == 0:
         return torch.empty(tuple(shape), dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=torch.uint8)
-    if raw.data_ptr() % _ALIGNMENT:
+    if raw.data_ptr() % max(_ALIGNMENT, dtype.itemsize):
         raw = raw.clone()
     return raw.view(dtype).view(tuple(shape))
 
@@ -259,15 +262,24 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
         iteration=header.iteration,
         keys=header.keys,
         tensors=_read_tensors(in_frames, frames, header.number),
-        values=load_values(frames[-header.values :]) if header.values else None,
+        values=_read_values(frames[-header.values :], header.number) if header.values else None,
         device_specs=tuple(spec for spec in header.tensors if spec.offset >= 0),
         device_nbytes=header.device_nbytes,
         slices={spec.name: (spec.sliced, spec.shape) for spec in in_frames if spec.sliced > 1},
         devices={spec.name: spec.device for spec in in_frames if spec.device != "cpu"},
         source=header.source,
         number=header.number,
-        nbytes=sum(sizes),
+        nbytes=sum(sizes),  # and the frame of the header, which is not here
     )
+
+
+def _read_values(frames: Sequence[Buffer], number: int) -> Any:
+    try:
+        return load_values(frames)
+    except Exception as error:  # a class that this rank does not have, for one
+        raise MessageError(
+            f"The Python values of message {number} cannot be read ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _read_tensors(

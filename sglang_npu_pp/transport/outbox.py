@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
+from contextlib import suppress
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -16,7 +17,7 @@ from ..errors import PeerLostError, TransportError, WaitLimitError
 from ..telemetry import Telemetry
 from ..trace import Trace
 from .endpoints import KeyPair
-from .message import Kind, Message, encode
+from .message import Buffer, Kind, Message, encode
 from .window import Window
 
 CREDIT = struct.Struct("<BQQ")  # kind, messages taken, bytes taken
@@ -104,17 +105,18 @@ class Outbox:
                 self._wait_for_room(message, window)
                 counters.backpressure += 1
                 counters.backpressure_s += time.monotonic() - began
+        self._push(frames)
         window.sent(message.nbytes)
-        self._socket.send_multipart(frames, copy=False)
         counters.messages += 1
         counters.bytes += message.nbytes + message.device_nbytes
         self._last_sent = f"{message.kind.label} message {number}"
         self._trace.record("push", message.kind.label, message.slot, message.iteration)
 
     def say(self, kind: Kind) -> None:
-        """Send a hello or goodbye, outside the window."""
-        message = Message(kind=kind)
-        self._socket.send_multipart(encode(message, source=self._stage, number=0, check_all=True), copy=True)
+        """Send a hello or goodbye, outside the window. A peer that is gone does not hear it."""
+        frames = encode(Message(kind=kind), source=self._stage, number=0, check_all=True)
+        with suppress(zmq.Again):
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def check(self) -> None:
         """Raise if the peer is gone. Cheap: looks at the connection at most every 0.1 s."""
@@ -158,6 +160,17 @@ class Outbox:
         self._socket.disable_monitor()
         self.monitor.close()
         self._socket.close()
+
+    def _push(self, frames: list[Buffer]) -> None:
+        """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,
+        and then for ever: what waits here is the end of the settling time, in `check`."""
+        while True:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                return
+            except zmq.Again:
+                self._socket.poll(POLL_MS, zmq.POLLOUT)
+                self.check()
 
     def _wait_for_room(self, message: Message, window: Window) -> None:
         deadline = time.monotonic() + self._wait_limit_s

@@ -98,12 +98,32 @@ class StageLink:
     ) -> None:
         """Push a tensor dict to stage `peer`.
 
-        Device tensors take the device lane when `peer` is the next stage and one is open, and are staged
-        through the host otherwise. `gather`: send this rank's 1/world_size of every tensor that can be
-        cut so. `owned`: nobody will write to the host tensors any more; otherwise they are copied.
+        Tensors on the device of the device lane take it when `peer` is the next stage; other device
+        tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
+        can be cut so. `owned`: nobody will write to the host tensors any more; otherwise they are copied.
         `outboxes`: connections of a thread of its own, instead of the scheduler's.
         """
         message = Message(kind, slot, iteration, keys=tuple(tensors))
+        on_device = self._compose(message, peer, tensors, gather, owned)
+        if outboxes is None:
+            self.host_lane.send(peer, message)
+        else:
+            outboxes[peer].send(message)
+        if on_device:
+            assert self.device_lane is not None
+            counters = self.telemetry.sending(kind.label)
+            self.device_lane.send(on_device, message.device_specs, message.device_nbytes, counters)
+            self.trace.record("post_send", kind.label, slot, iteration)
+
+    def _compose(
+        self,
+        message: Message,
+        peer: int,
+        tensors: Mapping[str, Any],
+        gather: GatherGroup | None,
+        owned: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Fill `message` from a tensor dict; returns what the device lane carries."""
         on_device: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {}
         slices: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -118,29 +138,23 @@ class StageLink:
             if part.numel() != value.numel():
                 assert gather is not None
                 slices[name] = (gather.world_size, tuple(value.shape))
-            if value.device.type == "cpu":
-                message.tensors[name] = part if owned else part.clone()
-            elif self.device_lane is not None and peer == self.stage + 1 and part.numel():
+            if self._takes_device_lane(part, peer):
                 on_device[name] = part
+            elif value.device.type == "cpu":
+                message.tensors[name] = part if owned else part.clone()
             else:
                 message.tensors[name] = part.cpu()
                 devices[name] = value.device.type
         message.values = values or None
         message.slices, message.devices = slices, devices
         message.device_specs, message.device_nbytes = pack_layout(on_device, slices)
-        if outboxes is None:
-            self.host_lane.send(peer, message)
-        else:
-            outboxes[peer].send(message)
-        if on_device:
-            assert self.device_lane is not None
-            self.device_lane.send(
-                on_device,
-                message.device_specs,
-                message.device_nbytes,
-                self.telemetry.sending(kind.label),
-            )
-            self.trace.record("post_send", kind.label, slot, iteration)
+        return on_device
+
+    def _takes_device_lane(self, tensor: torch.Tensor, peer: int) -> bool:
+        lane = self.device_lane
+        if lane is None or peer != self.stage + 1 or not tensor.numel():
+            return False
+        return tensor.device.type == lane.device_type
 
     # --- receive -------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Bounded in-flight memory: how much of one kind a sender may have outstanding at one peer.
 
 The receiver returns credit when its program has TAKEN a message, not when it arrived, so what is bounded
-is the memory of both ends together: at most `messages` messages and about `nbytes` bytes a channel.
+is the memory of both ends together: at most `messages` messages and about `nbytes` bytes a channel. One
+message that is too large for that may be on top of it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ class Window:
     taken_bytes: int = 0
 
     def has_room(self, nbytes: int) -> bool:
-        """A message larger than the whole window may go when nothing else is in flight."""
+        """A message that does not fit may go when nothing is in flight, or so little that all of it may
+        have been taken without being reported (`CreditMeter`): nobody would ever tell us."""
         in_flight = self.sent_messages - self.taken_messages
         in_flight_bytes = self.sent_bytes - self.taken_bytes
+        if in_flight == 0:
+            return True
         fits = in_flight_bytes + nbytes <= self.nbytes
-        return in_flight == 0 or (in_flight < self.messages and fits)
+        all_may_be_taken = in_flight < self.messages // 4 and in_flight_bytes < self.nbytes // 4
+        return in_flight < self.messages and (fits or all_may_be_taken)
 
     def sent(self, nbytes: int) -> None:
         self.sent_messages += 1
@@ -42,7 +47,7 @@ class CreditMeter:
     """Receiver's view of one channel: when to tell the sender what was taken.
 
     Credit is returned every quarter of the window rather than for every message; what stays unreported is
-    always less than the window, so the sender cannot starve.
+    always less than a quarter, and `Window.has_room` knows that, so the sender cannot starve.
     """
 
     messages: int
