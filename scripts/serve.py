@@ -7,10 +7,11 @@ scripts/serve.py --pp 4 -- --log-level debug    what follows -- goes to SGLang
 
 import argparse
 import base64
+import shutil
 import signal
 import sys
-import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
-from scripts.lib.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError  # noqa: E402
+from scripts.lib.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError, free_ports  # noqa: E402
 
 ASSETS = ROOT / "scripts" / "assets"
 QUESTION = "which digit is shown in the image?\nanswer with a single digit."  # as it was trained
@@ -36,14 +37,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, end_like_ctrl_c)
     signal.signal(signal.SIGHUP, end_like_ctrl_c)
     try:
-        with tempfile.TemporaryDirectory(prefix="telemetry-") as telemetry:
-            return serve(options, sglang_args, Path(telemetry))
+        return serve(options, sglang_args)
     except ServerError as error:
         return report_failure(error.reason)
     except (requests.RequestException, OSError, ValueError) as error:
         return report_failure(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
-        console.print("Stopped.")
         return 130
 
 
@@ -73,19 +72,23 @@ def parse_command_line(arguments: list[str]) -> tuple[argparse.Namespace, list[s
     return options, arguments[split + 1 :]
 
 
-def serve(options: argparse.Namespace, sglang_args: list[str], telemetry: Path) -> int:
-    """Start the server, ask, show the table; with --demo return, else wait for Ctrl-C."""
-    env = {TELEMETRY_DIR_VARIABLE: str(telemetry)}
-    if options.unpatched:
-        env = {"SGLANG_NPU_PP": "0"}
+def serve(options: argparse.Namespace, sglang_args: list[str]) -> int:
+    """Start the server, ask, show the table; with --demo return, else wait for Ctrl-C.
+
+    The server's log and telemetry lie in .run/<port> while it runs, and stay there when something failed.
+    """
+    port = options.port or free_ports(1)[0]
+    folder = ROOT / ".run" / str(port)
+    telemetry = folder / "telemetry"
+    telemetry.mkdir(parents=True, exist_ok=True)
     server = Server(
         options.model,
         options.tp,
         options.pp,
-        log=ROOT / ".run" / "serve.log",
-        env=env,
+        log=folder / "serve.log",
+        env={"SGLANG_NPU_PP": "0"} if options.unpatched else {TELEMETRY_DIR_VARIABLE: str(telemetry)},
         args=sglang_args,
-        port=options.port,
+        port=port,
     )
     patched = "without the patch" if options.unpatched else "with the patch"
     console.print(f"Starting SGLang on CPU, tp {options.tp} pp {options.pp}, {patched}:\n")
@@ -97,16 +100,18 @@ def serve(options: argparse.Namespace, sglang_args: list[str], telemetry: Path) 
         right = ask(server, options.image)
         if not options.unpatched:
             show_telemetry(server, telemetry)
-        if options.demo:
-            return 0 if right else 1
-        console.print(f"\nListening at [bold]{server.url}[/bold] (log: {server.log}).")
-        console.print("Ctrl-C stops it.")
-        while True:
-            server.check_alive("while it was serving")
-            time.sleep(POLL_S)
+        if not options.demo:
+            console.print(f"\nListening at [bold]{server.url}[/bold] (log: {server.log}).")
+            console.print("Ctrl-C stops it.")
+            wait_for_ctrl_c(server)
     finally:
         with console.status("stopping"):
             server.stop()
+        console.print("Stopped.")
+    if options.demo and not right:
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 def wait_with_progress(server: Server) -> None:
@@ -176,6 +181,14 @@ def show_telemetry(server: Server, folder: Path) -> None:
     server.dump_telemetry()
     console.print("\nWhere the time of each stage went, since the start of the server:\n")
     console.print(render_table(read_snapshots(folder)), soft_wrap=True)
+
+
+def wait_for_ctrl_c(server: Server) -> None:
+    """Return on Ctrl-C; raise `ServerError` when the server dies before."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            server.check_alive("while it was serving")
+            time.sleep(POLL_S)
 
 
 def report_failure(sentence: str) -> int:

@@ -100,18 +100,20 @@ note_missing_compiler() {
   local header
   header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
   if ! command -v "${CXX:-g++}" >/dev/null || [[ ! -e $header ]]; then
-    echo "Note: without a C++ compiler and $header, start SGLang with TORCH_COMPILE_DISABLE=1."
+    echo "Note: no C++ compiler or no $header; make does not need them, but an SGLang that you" \
+      "start yourself then wants TORCH_COMPILE_DISABLE=1."
   fi
 }
 
 # step TITLE COMMAND...: run COMMAND with its output in the log, print TITLE and its duration.
 step() {
-  local title=$1 started=$SECONDS
+  local title=$1 started=$SECONDS logged
   shift
+  logged=$(wc -l <"$LOG")
   printf '  %-42s' "$title"
   if ! "$@" >>"$LOG" 2>&1; then
     printf 'failed after %s s\n' $((SECONDS - started))
-    tail -n 20 "$LOG" >&2
+    tail -n +$((logged + 1)) "$LOG" | tail -n 20 >&2
     fail "the step \"$title\" failed, the end of $ROOT/$LOG is above"
   fi
   printf '%4s s\n' $((SECONDS - started))
@@ -132,7 +134,7 @@ make_venv() {
   if runs "$VENV_PYTHON" && "$VENV_PYTHON" -m pip --version; then
     return
   fi
-  rm -rf -- "$VENV/bin" "$VENV/lib" "$VENV/lib64" "$VENV/include"
+  rm -rf -- "${VENV:?}"/{bin,lib,lib64,include,releases}
   if "$1" -c 'import ensurepip'; then
     "$1" -m venv "$VENV"
     return
@@ -186,7 +188,7 @@ check_result() {
     grep -iE '^(nvidia|cuda|cupy|flashinfer|sgl.kernel|sglang.kernel)[-_]' || true)
   if [[ -n $cuda_packages ]]; then
     echo "CUDA packages came with the requirements, which this environment must not have:" \
-      $cuda_packages
+      "${cuda_packages//$'\n'/ }"
     return 1
   fi
   "$VENV_PYTHON" - "$TORCH_VERSION+cpu" <<'PYTHON' || return 1

@@ -21,6 +21,7 @@ import psutil
 import requests
 
 HOST = "127.0.0.1"
+LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
 TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
 
 # One thread per rank: two ranks that each start a thread per core wait for each other's threads,
@@ -57,7 +58,7 @@ FIRST_STAGE, READY = "spawning", "ready"
 
 # Prefixes of the shared memory that SGLang and multiprocessing leave in /dev/shm.
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.mp-", "psm_", "torch_")
+SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.", "psm_", "torch_")
 
 POLL_S = 0.1
 TRACK_EVERY_S = 1.0
@@ -127,9 +128,11 @@ class Server:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that the server gets on top of this process's own."""
+        partition = layer_partition(self.model, self.pp)
         return {
             **CPU_ENVIRONMENT,
             "SGLANG_CPU_OMP_THREADS_BIND": cores_per_rank(self.tp * self.pp),
+            **({LAYER_PARTITION_VARIABLE: partition} if partition else {}),
             **self.env,
         }
 
@@ -251,7 +254,6 @@ class Server:
         Raises:
             ServerError: a process survived SIGKILL.
         """
-        atexit.unregister(self.stop)
         if self._scratch is None:
             return
         processes = self._track()
@@ -272,6 +274,7 @@ class Server:
         self._shared_memory.clear()
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch = None
+        atexit.unregister(self.stop)  # last: a Ctrl-C in the middle leaves the rest to atexit
         if left:
             raise ServerError(f"processes {[p.pid for p in left]} survived SIGKILL")
 
@@ -360,10 +363,11 @@ class Server:
         return reached[-1] if reached else FIRST_STAGE
 
     def _likely_cause(self, node: int) -> str:
-        """The last line of a node's log that looks like the end of a traceback."""
+        """The last line of a node's log that looks like the end of a traceback or a usage error."""
         for line in reversed(self.log_text(node).splitlines()):
-            kind, colon, _ = line.partition(": ")
-            if colon and kind.endswith(("Error", "Exception")) and " " not in kind:
+            kind, colon, rest = line.partition(": ")
+            raised = colon and kind.endswith(("Error", "Exception")) and " " not in kind
+            if raised or rest.startswith("error: "):
                 return f": {line.strip()}"
         return ""
 
@@ -409,6 +413,23 @@ def cores_per_rank(ranks: int) -> str:
     """SGLANG_CPU_OMP_THREADS_BIND: one core per rank, round robin over those we may use."""
     cores = sorted(os.sched_getaffinity(0))
     return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+
+
+def layer_partition(model: Path, pp: int) -> str | None:
+    """SGLANG_PP_LAYER_PARTITION for a Qwen3-VL with fewer layers per stage than deepstack layers.
+
+    SGLang refuses a later stage that would begin inside the deepstack layers: give stage 0 all of
+    them and divide the rest. None where SGLang's own, even division will do.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        config = json.loads((model / "config.json").read_text())
+        layers = config["text_config"]["num_hidden_layers"]
+        deepstack = len(config["vision_config"]["deepstack_visual_indexes"])
+        if pp > 1 and layers // pp < deepstack and layers - deepstack >= pp - 1:
+            each, extra = divmod(layers - deepstack, pp - 1)
+            later = [each + (stage < extra) for stage in range(pp - 1)]
+            return ",".join(map(str, [deepstack, *later]))
+    return None
 
 
 def is_alive(process: psutil.Process) -> bool:

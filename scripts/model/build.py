@@ -7,7 +7,8 @@ bfloat16. Small enough for a repository, and it takes every path of a large one:
 (vision layers 0 to 2 feed text layers 0 to 2), grouped-query attention, interleaved mrope.
 
 Under pipeline parallelism every stage but the first must begin at a layer >= the number of
-deepstack layers: 8 layers allow tp1 pp2; pp4 gives stages of 2 layers, so stage 1 begins at 2.
+deepstack layers. 8 layers in 2 stages do; 4 stages need SGLANG_PP_LAYER_PARTITION=3,2,2,1, which
+scripts/lib/server.py sets.
 """
 
 import argparse

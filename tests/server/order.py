@@ -1,0 +1,91 @@
+"""What must hold for the recorded order of posts, waits and launches, on every layout and at every depth.
+
+Functions return complaints, empty when all is well. They look at order only; the times in a trace are not
+used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglang_npu_pp.trace import Event
+
+# Recorded whenever a message happens to come in, so they may stand between any two others.
+_INCIDENTAL = ("arrive", "post_receive")
+
+
+def program_order(events: Sequence[Event]) -> list[Event]:
+    """What the scheduler did, without what merely arrived meanwhile."""
+    return [event for event in events if event.name not in _INCIDENTAL]
+
+
+def launches(events: Sequence[Event]) -> list[int]:
+    return [event.iteration for event in events if event.name == "launch"]
+
+
+def proxies_leave_right_behind_the_launch(events: Sequence[Event]) -> list[str]:
+    """The event behind "launched" is the push of that microbatch's proxies: before its outputs, or
+    anyone's, are processed."""
+    order = program_order(events)
+    return [
+        f"behind the launch of iteration {event.iteration} came {order[index + 1 :][:1]}"
+        for index, event in enumerate(order)
+        if event.name == "launched" and not _is(order[index + 1 :][:1], "push", "proxy", event.iteration)
+    ]
+
+
+def proxies_are_waited_for_last(events: Sequence[Event]) -> list[str]:
+    """The event before "launch" is the arrival of that microbatch's proxies in the program's hands."""
+    order = program_order(events)
+    return [
+        f"before the launch of iteration {event.iteration} came {order[:index][-1:]}"
+        for index, event in enumerate(order)
+        if event.name == "launch" and not _is(order[:index][-1:], "ready", "proxy", event.iteration)
+    ]
+
+
+def tokens_are_waited_for_behind_the_launch(events: Sequence[Event]) -> list[str]:
+    """Between the requests of an iteration and its launch, outputs may be posted but not waited for."""
+    complaints = []
+    waited: list[Event] = []
+    for event in program_order(events):
+        if event.kind == "requests" and event.name in ("push", "ready"):
+            waited = []
+        elif event.kind == "output" and event.name == "wait":
+            waited.append(event)
+        elif event.name == "launch" and waited:
+            complaints.append(f"iteration {event.iteration} waited for {waited} before its launch")
+    return complaints
+
+
+def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -> list[str]:
+    """On the device lane: when the header of a microbatch arrives and a slot is free, the very next
+    event is the post of its receive, whatever forward is running or being waited for."""
+    complaints = []
+    held = 0  # posted or handed out, not yet released by the launch behind them
+    for event, following in zip(events, events[1:], strict=False):
+        if event.name == "launched":
+            held = max(0, held - 1)
+        if event.name == "post_receive":
+            held += 1
+        if (event.name, event.kind) == ("arrive", "proxy") and held < slots:
+            expected = ("post_receive", "proxy", event.iteration)
+            if (following.name, following.kind, following.iteration) != expected:
+                complaints.append(f"behind {event} came {following}")
+    return complaints
+
+
+def arrived_unasked(events: Sequence[Event], kind: str) -> int:
+    """Messages of `kind` that were here before the program expected them."""
+    posted = set()
+    early = 0
+    for event in events:
+        if event.kind == kind and event.name == "post":
+            posted.add(event.iteration)
+        elif event.kind == kind and event.name == "arrive":
+            early += event.iteration not in posted
+    return early
+
+
+def _is(events: Sequence[Event], name: str, kind: str, iteration: int) -> bool:
+    return [(e.name, e.kind, e.iteration) for e in events] == [(name, kind, iteration)]

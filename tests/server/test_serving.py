@@ -1,0 +1,157 @@
+"""Aborts, disconnects, streams and counters on one patched server, tp 1 pp 2."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from scripts.lib.server import Server
+from sglang_npu_pp.telemetry import read_snapshots, render_table
+
+from . import battery
+from .conftest import DIGITS_MODEL, Launcher, traces
+
+pytestmark = pytest.mark.server
+
+LONG = {"ignore_eos": True, "max_new_tokens": 2000}
+
+
+def reference(server: Server) -> dict[str, Any]:
+    return battery.summary(
+        battery.generate(
+            server, input_ids=battery.prompt(70), return_logprob=True, sampling_params={"ignore_eos": True}
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def unharmed(patched: Server) -> Any:
+    """Whatever a test does, a request behind it is answered as one before it."""
+    before = reference(patched)
+    yield
+    assert not battery.differences({"reference": before}, {"reference": reference(patched)})
+
+
+def test_abort_of_a_running_request_ends_it(patched: Server) -> None:
+    with patched.post(
+        "/generate",
+        {"input_ids": battery.prompt(20), "sampling_params": LONG, "stream": True, "rid": "victim"},
+        stream=True,
+    ) as response:
+        lines = response.iter_lines()
+        next(line for line in lines if line.startswith(b"data: {"))  # it runs
+        assert patched.post("/abort_request", {"rid": "victim"}).ok
+        last = [line for line in lines if line.startswith(b"data: {")][-1]
+    assert json.loads(last[6:])["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_abort_of_everything_under_load(patched: Server) -> None:
+    """Some are decoding, some are in the middle of chunked prefill, some wait."""
+    started = threading.Barrier(13)
+
+    def ask(index: int) -> dict[str, Any]:
+        started.wait(timeout=60)
+        return battery.generate(
+            patched, input_ids=battery.prompt(100 * index + 5, seed=index), sampling_params=LONG
+        )
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(ask, index) for index in range(12)]
+        started.wait(timeout=60)
+        while not all(answer.done() for answer in answers):
+            assert patched.post("/abort_request", {"abort_all": True}).ok
+        reasons = [answer.result()["meta_info"]["finish_reason"]["type"] for answer in answers]
+    assert set(reasons) == {"abort"}
+
+
+def test_a_client_that_disconnects_ends_its_request(patched: Server) -> None:
+    for _ in range(3):
+        body = {"input_ids": battery.prompt(30), "sampling_params": LONG, "stream": True}
+        with patched.post("/generate", body, stream=True) as response:
+            next(response.iter_lines())
+    deadline_requests = 2000  # loads polled, not time: each takes a scheduler iteration
+    for _ in range(deadline_requests):
+        loads = patched.get("/get_load").json()
+        if all(load["num_reqs"] == 0 for load in loads):
+            return
+    pytest.fail("the requests of disconnected clients are still running")
+
+
+def test_a_prompt_that_is_too_long_is_refused(patched: Server) -> None:
+    response = patched.post("/generate", {"input_ids": battery.prompt(9000)})
+    assert response.status_code == 400
+    assert "longer than the model's context length" in response.text
+
+
+def test_stream_comes_in_pieces(patched: Server) -> None:
+    chunks = battery.stream(patched, input_ids=battery.prompt(25), sampling_params={"ignore_eos": True})
+    assert len(chunks) > 2
+
+
+def test_mixed_load_with_random_aborts_leaves_every_other_answer_right(patched: Server) -> None:
+    prompts = [battery.prompt(10 + 37 * index % 500, seed=index) for index in range(40)]
+
+    def ask(index: int, rid: str) -> dict[str, Any]:
+        return battery.generate(
+            patched, input_ids=prompts[index], rid=rid, sampling_params={"ignore_eos": True}
+        )
+
+    alone = [ask(index, f"alone{index}")["output_ids"] for index in range(40)]
+    with ThreadPoolExecutor(20) as pool:
+        together = [pool.submit(ask, index, f"together{index}") for index in range(40)]
+        for index in range(0, 40, 5):
+            assert patched.post("/abort_request", {"rid": f"together{index}"}).ok
+        for index, answer in enumerate(together):
+            found = answer.result()
+            if found["meta_info"]["finish_reason"]["type"] != "abort":
+                assert found["output_ids"] == alone[index]
+            else:
+                assert index % 5 == 0
+
+
+def test_an_idle_server_sends_next_to_nothing(patched: Server) -> None:
+    """Upstream's stages exchange empty lists without pause. Here the first stage waits for clients, at
+    most a second at a time: the requests pushed between two looks are counted."""
+    before = len(traces(patched)[0])
+    after = len(traces(patched)[0])
+    assert after - before < 50
+
+
+def test_counters_of_both_ends_agree(patched: Server) -> None:
+    patched.dump_telemetry()
+    first, second = read_snapshots(patched.log.parent)
+    assert (first.stage, second.stage) == (0, 1)
+    for kind in ("requests", "proxy"):
+        # The dump of the two ranks is not one moment: an idle iteration may lie between.
+        assert abs(first.sent[kind]["messages"] - second.received[kind]["messages"]) <= 2
+    assert first.sent["proxy"]["messages"] == first.received["output"]["messages"]
+    assert second.sent["output"]["messages"] == second.received["proxy"]["messages"]
+    assert first.sent["proxy"]["bytes"] > 100_000
+    assert first.phases_s["forward"] > 0
+    assert "wait proxy" in render_table([first, second])
+
+
+def test_each_process_says_once_what_was_activated(patched: Server) -> None:
+    lines = [line for line in patched.log_text().splitlines() if "patches in force" in line]
+    assert len(lines) == 3  # engine, two schedulers
+    assert all("SGLang 0.5.21" in line for line in lines)
+    assert any("stage 0 rank 0 of 2 stages" in line for line in lines)
+
+
+def test_trained_model_reads_the_digits(make_launcher: Any) -> None:
+    launcher: Launcher = make_launcher("digits")
+    server = launcher.start(1, 2, patched=True, model=DIGITS_MODEL, args=("--dtype", "bfloat16"))
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda picture: battery.ask_about(server, picture), battery.DIGITS))
+        right = [
+            answer["text"] == picture.stem.split("_")[1]
+            for answer, picture in zip(answers, battery.DIGITS, strict=True)
+        ]
+        assert all(right), right
+    finally:
+        launcher.stop_all()
