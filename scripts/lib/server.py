@@ -82,7 +82,7 @@ class Server:
     sessions of its own, with a temporary directory of its own. With `nnodes` > 1 it starts that
     many launchers, as if each were on another machine; node i > 0 writes to `<log>.node<i>`.
 
-    `env` and `args` come after the defaults and win over them.
+    `env` and `args` come after the defaults and win over them, `node_env` over both for one node.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Server:
         args: Sequence[str] = (),
         python: Path | str = sys.executable,
         nnodes: int = 1,
+        node_env: Mapping[int, Mapping[str, str]] | None = None,
         port: int | None = None,
     ) -> None:
         if tp * pp % nnodes:
@@ -106,6 +107,7 @@ class Server:
         self.python = str(python)
         self.args = tuple(args)
         self.env = dict(env or {})
+        self.node_env = dict(node_env or {})
         self._nccl_port, self._init_port, *self._node_ports = free_ports(2 + nnodes)
         if port is not None:
             self._node_ports[0] = port
@@ -187,8 +189,9 @@ class Server:
         # SGLang leaves its ipc sockets in the temporary directory: this one goes with the server.
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-"))
         atexit.register(self.stop)
-        environment = {**os.environ, **self.environment, "TMPDIR": str(self._scratch)}
+        common = {**os.environ, **self.environment, "TMPDIR": str(self._scratch)}
         for node in range(self.nnodes):
+            environment = {**common, **self.node_env.get(node, {})}
             with self._log_of(node).open("wb") as log:
                 launcher = subprocess.Popen(
                     self.command(node),

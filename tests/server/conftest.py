@@ -49,6 +49,7 @@ class Launcher:
         env: Mapping[str, str] | None = None,
         release: Path | None = None,
         nnodes: int = 1,
+        node_env: Mapping[int, Mapping[str, str]] | None = None,
     ) -> Server:
         """A server that is not started. `release`: a directory with another SGLang."""
         self.started += 1
@@ -71,6 +72,7 @@ class Launcher:
             env=environment,
             args=(*ARGUMENTS, *args),
             nnodes=nnodes,
+            node_env=node_env,
         )
 
     def start(self, tp: int, pp: int, *, patched: bool, **options: object) -> Server:

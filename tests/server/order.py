@@ -6,6 +6,7 @@ used.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from sglang_npu_pp.trace import Event
@@ -63,7 +64,7 @@ def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -
     event is the post of its receive, whatever forward is running or being waited for."""
     complaints = []
     held = 0  # posted or handed out, not yet released by the launch behind them
-    for event, following in zip(events, events[1:], strict=False):
+    for event, following in itertools.pairwise(events):
         if event.name == "launched":
             held = max(0, held - 1)
         if event.name == "post_receive":

@@ -7,7 +7,7 @@ gloo are looked at as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,10 +97,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.name)
-def pair(request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher]) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher]) -> Pair:
     layout = request.param
     upstream = observe(make_launcher("upstream"), layout, patched=False)
-    yield Pair(layout, upstream, observe(make_launcher("patched"), layout, patched=True))
+    return Pair(layout, upstream, observe(make_launcher("patched"), layout, patched=True))
 
 
 def test_upstream_answers_do_not_depend_on_company(pair: Pair) -> None:

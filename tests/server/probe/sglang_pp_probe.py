@@ -5,6 +5,8 @@ environment variables:
 
 PP_PROBE_DIR          count torch.distributed point-to-point operations; one file a process
 PP_PROBE_FAKE_KV=1    a disaggregated server moves its KV cache with SGLang's own fake backend
+PP_PROBE_RELEASE=X    SGLang calls itself release X
+PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from typing import Any
 def register() -> None:
     if os.environ.get("PP_PROBE_FAKE_KV") == "1":
         use_fake_kv_transfer()
+    if release := os.environ.get("PP_PROBE_RELEASE"):
+        import sglang.version
+
+        sglang.version.__version__ = release
+    if os.environ.get("PP_PROBE_FAIL_PATCH") == "1":
+        fail_the_last_patch()
     directory = os.environ.get("PP_PROBE_DIR")
     if directory and multiprocessing.parent_process() is not None:
         count_point_to_point(Path(directory) / f"{os.getpid()}.p2p")
@@ -48,6 +56,20 @@ def count_point_to_point(path: Path) -> None:
 
     for name in ("send", "recv", "recv_anysource"):
         setattr(dist.ProcessGroup, name, counted(getattr(dist.ProcessGroup, name)))
+
+
+def fail_the_last_patch() -> None:
+    """Behind the contract check, so that all the other patches are in force when it fails."""
+    import sglang_npu_pp.patching as patching
+
+    apply_patch = patching.AppliedPatches._apply
+
+    def apply(self: Any, patch: Any) -> None:
+        if patch.target.endswith("_pp_send_recv_and_preprocess_output_tensors"):
+            raise RuntimeError("the probe does not let it")
+        apply_patch(self, patch)
+
+    patching.AppliedPatches._apply = apply  # type: ignore[method-assign]
 
 
 def use_fake_kv_transfer() -> None:

@@ -1,0 +1,29 @@
+"""`make demo`, as a new user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import RANDOM_MODEL, ROOT
+
+pytestmark = pytest.mark.server
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/serve.py", "--demo", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_demo_answers_and_shows_where_the_time_went() -> None:
+    result = demo()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "wait proxy" in result.stdout
+    assert "stage" in result.stdout
+
+
+def test_demo_fails_when_the_answer_is_wrong() -> None:
+    result = demo("--model", str(RANDOM_MODEL), "--pp", "2", "--tp", "1")
+    assert result.returncode == 1, result.stdout + result.stderr
