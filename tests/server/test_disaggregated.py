@@ -47,6 +47,8 @@ def serve(
     # Upstream's prefill server asserts on log-probabilities of a prompt that comes in chunks.
     logprobs = mode == "decode"
     args = ("--disaggregation-mode", mode, "--disaggregation-transfer-backend", backend)
+    # Room for all prompts: what the fake backend has "sent" is not given back in upstream either.
+    args = (*args, "--max-total-tokens", "65536")
     server = launcher.start(
         1,
         2,
