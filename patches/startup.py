@@ -120,11 +120,13 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         telemetry=telemetry,
         trace=trace,
     )
+    token_return = _open_token_return(link, streams)
+    host_lane.seal()
     attach_link(group, link)
     Reporter(settings, telemetry, trace).install()
     return AsyncPipeline(
         link,
-        _open_token_return(link, streams),
+        token_return,
         streams,
         slots=stages + parallel.pp_async_batch_depth,
     )

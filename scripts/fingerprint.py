@@ -18,7 +18,6 @@ import zipfile
 from pathlib import Path
 
 from sglang_npu_pp.patches import PATCHES
-
 from sglang_npu_pp.patching import contract_targets, fingerprint_in_file
 
 CONTRACTS = Path(__file__).resolve().parent.parent / "patches" / "contracts.json"

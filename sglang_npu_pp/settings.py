@@ -133,7 +133,7 @@ class Settings:
     )
     wait_limit_s: float = _setting(
         "_WAIT_LIMIT_S",
-        "600",
+        "1800",
         _number(float, 1, 86400, "seconds"),
         "longest wait for one message of a peer that is alive",
     )

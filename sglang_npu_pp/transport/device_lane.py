@@ -10,6 +10,7 @@ no streams, at the one place where the program needs the data.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,8 +166,8 @@ class DeviceLane:
         slot = self.free_receive_slots.popleft()
         if slot.buffer is not None and slot.buffer.numel() < nbytes and slot.freed is not None:
             slot.freed.synchronize()  # only while slots still grow: nobody reads the old buffer
-        buffer = slot.room(nbytes, self._streams.device)
         with self._streams.use(self._stream):
+            buffer = slot.room(nbytes, self._streams.device)  # memory of the stream that writes to it
             if slot.freed is not None:
                 self._streams.wait_for(slot.freed)
             work = dist.irecv(buffer, group=self._previous, group_src=0)
@@ -181,7 +182,9 @@ class DeviceLane:
         """
         if slot.work is None:
             return
+        began = time.monotonic()
         if not slot.work.is_completed():
             counters.backpressure += 1
         slot.work.wait()
         slot.work = None
+        counters.backpressure_s += time.monotonic() - began

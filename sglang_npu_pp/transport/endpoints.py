@@ -57,8 +57,8 @@ def node_identity() -> str:
 class SocketDirectory:
     """A directory that only this user can enter, for the ipc socket of one rank.
 
-    The files are needed only until every peer is connected: `clear()` then removes them, so that not
-    even a killed process leaves anything behind.
+    The files are needed only until every peer is connected: `HostLane.seal` then removes them, so that
+    not even a killed process leaves anything behind.
     """
 
     def __init__(self, base: Path | None, where: str) -> None:
@@ -98,7 +98,7 @@ def bind_tcp(socket: zmq.Socket, host: str, port: int, where: str) -> str:
         )
         raise TransportError(
             f"{where}: the host lane cannot listen on {host}:{port or 'any port'} "
-            f"({error.strerror}); {advice}."
+            f"({zmq.strerror(error.errno)}); {advice}."
         ) from None
     endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return f"tcp://{name}:{endpoint.rsplit(':', 1)[1]}"
@@ -110,7 +110,7 @@ def bind_ipc(socket: zmq.Socket, directory: SocketDirectory, where: str) -> str:
     except zmq.ZMQError as error:
         directory.clear()
         raise TransportError(
-            f"{where}: cannot listen on {directory.endpoint} ({error.strerror}); "
+            f"{where}: cannot listen on {directory.endpoint} ({zmq.strerror(error.errno)}); "
             "set SGLANG_NPU_PP_IPC_DIR to a directory on a local file system."
         ) from None
     return directory.endpoint

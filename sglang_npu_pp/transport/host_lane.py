@@ -96,8 +96,6 @@ class HostLane:
         except BaseException:
             self.close()
             raise
-        if self._directory is not None:
-            self._directory.clear()  # everyone is connected; the path is not needed again
 
     def open_port(self, port: str, senders: Collection[int]) -> dict[int, Outbox]:
         """Connections to all peers from each of the stages `senders`, for a thread of their own.
@@ -118,12 +116,22 @@ class HostLane:
             raise
         return outboxes
 
+    def seal(self) -> None:
+        """All ports are open: remove the files of the ipc socket, which nobody will need again.
+
+        Whoever connects to this rank has done so when `open` and `open_port` return. From here on not even
+        a killed process leaves files behind.
+        """
+        if self._directory is not None:
+            self._directory.clear()
+
     def _bind(self, exchange: Exchange) -> None:
         node = node_identity()
         if self._settings.host_transport == "tcp":
             node = f"{node}|{self.stage}"  # everyone is another node
-        mine = Card(stage=self.stage, node=node)
+        mine = Card(stage=self.stage, node=node, key=self._keys.public)
         cards = _exchange_cards(exchange, mine)
+        self._known.keys.update(card.key for card in cards)  # before anyone learns where to connect to
         nodes = [card.node for card in cards]
         ipc = tcp = ""
         if self._settings.host_transport == "ipc" and len(set(nodes)) > 1:
@@ -144,7 +152,6 @@ class HostLane:
             tcp = bind_tcp(router, self._host, self._port, self._where)
         mine = Card(self.stage, node, ipc, tcp, self._keys.public)
         self._cards = _exchange_cards(exchange, mine)
-        self._known.keys.update(card.key for card in self._cards)
 
     def _new_router(self) -> zmq.Socket:
         router = self._context.socket(zmq.ROUTER)

@@ -29,8 +29,8 @@ class _Channel:
 class Inbox:
     """Receives from all peers. Owned by one thread.
 
-    `authenticate(identity, frame)` decides whether the sender of a frame is the stage it claims to be;
-    nothing but the fixed header is read before it said yes.
+    `authenticate(identity, frame)` decides whether the sender of a frame is the stage it claims to be. A
+    connection opens with a hello; before that nothing but a header is read from it.
     """
 
     def __init__(
@@ -113,10 +113,8 @@ class Inbox:
         identity = frames[0].bytes
         stage = self._stages.get(identity)
         if stage is None:
-            stage = self._authenticate(identity, frames[-1])
-            if stage is None:
-                self._telemetry.refused += 1
-                return
+            self._meet(socket, frames)
+            return
         if len(frames) < 2:
             raise MessageError(f"{self._where}: stage {stage} sent a message without a header.")
         try:
@@ -124,8 +122,8 @@ class Inbox:
             if header.source != stage:
                 raise MessageError(f"It claims to come from stage {header.source}.")
             kind = Kind(header.kind)
-            if kind in (Kind.HELLO, Kind.GOODBYE):
-                self._greet(socket, identity, stage, kind)
+            if kind is Kind.GOODBYE:
+                self.departed.add(stage)
                 return
             channel = self._channel(stage, kind)
             self._check_number(channel, stage, kind, header.number)
@@ -147,9 +145,12 @@ class Inbox:
         self._trace.record("arrive", kind.label, message.slot, message.iteration)
         self.on_arrival(message)
 
-    def _greet(self, socket: zmq.Socket, identity: bytes, stage: int, kind: Kind) -> None:
-        if kind is Kind.GOODBYE:
-            self.departed.add(stage)
+    def _meet(self, socket: zmq.Socket, frames: list[zmq.Frame]) -> None:
+        """The first message of a connection: the hello of a stage, or it is a stranger's and is dropped."""
+        identity = frames[0].bytes
+        stage = self._authenticate(identity, frames[-1])
+        if stage is None or not _is_hello(frames[1:], stage):
+            self._telemetry.refused += 1
             return
         self._stages[identity] = stage
         self.greeted.add(identity)
@@ -172,3 +173,13 @@ class Inbox:
         if key not in self._channels:
             self._channels[key] = _Channel(CreditMeter(*self._window))
         return self._channels[key]
+
+
+def _is_hello(frames: list[zmq.Frame], stage: int) -> bool:
+    if len(frames) != 1:
+        return False
+    try:
+        header = read_header(frames[0].buffer)
+    except MessageError:
+        return False
+    return header.kind == Kind.HELLO and header.source == stage

@@ -126,9 +126,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a host tensor, any dtype, without a copy when it is contiguous."""
-    if not tensor.numel():
-        return memoryview(bytearray())  # an empty tensor may have strides that cannot be viewed as bytes
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride, and keeps it
     return flat.view(torch.uint8).numpy().data
 
 

@@ -157,9 +157,12 @@ class Outbox:
         self._read_credit()
 
     def close(self) -> None:
+        """Send what is queued, unless there is nobody to send it to."""
+        self.read_monitor()
+        gone = self._lost_at is not None or self._refused is not None
         self._socket.disable_monitor()
         self.monitor.close()
-        self._socket.close()
+        self._socket.close(linger=0 if gone else None)
 
     def _push(self, frames: list[Buffer]) -> None:
         """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,

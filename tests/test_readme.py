@@ -1,0 +1,42 @@
+"""The README says what the code says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sglang_npu_pp.patches import PATCHES
+from sglang_npu_pp.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("setting", fields(Settings), ids=lambda setting: setting.metadata["variable"])
+def test_every_setting_is_in_the_table_with_its_default_and_meaning(setting: object) -> None:
+    metadata = setting.metadata  # type: ignore[attr-defined]
+    default = f"`{metadata['default']}`" if metadata["default"] else ""
+    cells = [f"`{metadata['variable']}`", default, metadata["meaning"]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
+    shared = "; equal on all ranks" if metadata["shared"] else ""
+    assert [*cells[:2], cells[2] + shared] in rows
+
+
+def test_the_table_has_no_setting_that_does_not_exist() -> None:
+    named = set(re.findall(r"`(SGLANG_NPU_PP\w*)`", README))
+    assert named <= {setting.metadata["variable"] for setting in fields(Settings)}
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE))
+    assert len(targets) > 3
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_number_of_patches_is_right() -> None:
+    assert f"sglang-npu-pp: {len(PATCHES)} patches in force" in README

@@ -1,0 +1,188 @@
+"""The device lane over gloo: layout, slots that own their bytes, receives that are posted early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_npu_pp.errors import TransportError
+from sglang_npu_pp.streams import PassedEvent
+from sglang_npu_pp.transport.device_lane import ALIGNMENT, DeviceLane, pack_layout, unpack
+
+from .harness import Here, Team, results
+from .samples import Sample, assert_same, realise, samples
+
+pytestmark = pytest.mark.timeout(180)
+
+MEBIBYTE = 1 << 20
+sample_dicts = st.dictionaries(st.text(max_size=6), samples, max_size=5)
+
+
+def slices_of(names: list[str], tensors: dict[str, torch.Tensor], count: int) -> dict[str, Any]:
+    """Pretend that the tensors `names` are one of `count` slices of something larger."""
+    return {name: (count, (count, tensors[name].numel())) for name in names if tensors[name].numel()}
+
+
+# --- layout ------------------------------------------------------------------------------------
+
+
+@given(dicts=sample_dicts, count=st.integers(2, 4), data=st.data())
+def test_tensors_lie_apart_aligned_and_in_order(
+    dicts: dict[str, Sample], count: int, data: st.DataObject
+) -> None:
+    tensors = realise(dicts)
+    cut = data.draw(st.lists(st.sampled_from(sorted(tensors)), unique=True)) if tensors else []
+    specs, nbytes = pack_layout(tensors, slices_of(cut, tensors, count))
+    assert [spec.name for spec in specs] == list(tensors)
+    end = 0
+    for spec in specs:
+        assert spec.offset % ALIGNMENT == 0
+        assert spec.offset >= end
+        assert spec.nbytes == tensors[spec.name].nbytes
+        end = spec.offset + spec.nbytes
+    assert end <= nbytes < end + ALIGNMENT
+
+
+@given(dicts=sample_dicts, data=st.data())
+def test_what_is_packed_by_a_layout_is_unpacked_by_it(dicts: dict[str, Sample], data: st.DataObject) -> None:
+    tensors = realise(dicts)
+    cut = data.draw(st.lists(st.sampled_from(sorted(tensors)), unique=True)) if tensors else []
+    slices = slices_of(cut, tensors, 2)
+    specs, nbytes = pack_layout(tensors, slices)
+    buffer = torch.zeros(nbytes, dtype=torch.uint8)
+    for spec in specs:
+        source = tensors[spec.name].reshape(-1)
+        buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype).copy_(source)
+    expected = {name: tensor.reshape(-1) if name in slices else tensor for name, tensor in tensors.items()}
+    assert_same(unpack(buffer, specs), expected)
+
+
+def test_unpacked_tensors_are_views() -> None:
+    specs, nbytes = pack_layout({"a": torch.zeros(4), "b": torch.zeros(2, 2)}, {})
+    buffer = torch.zeros(nbytes, dtype=torch.uint8)
+    views = unpack(buffer, specs)
+    views["b"].fill_(1)
+    assert buffer.count_nonzero() == 2 * views["b"].numel()  # 1.0 has two bytes that are not 0
+    assert not views["a"].any()
+
+
+# --- transfers ---------------------------------------------------------------------------------
+
+
+def device_lane(here: Here) -> DeviceLane:
+    assert here.link.device_lane is not None
+    return here.link.device_lane
+
+
+def send_messages(here: Here, messages: list[dict[str, Sample]]) -> int:
+    """Send each and spoil its sources at once; returns how often a send had to wait for a slot."""
+    counters = here.telemetry.sending("proxy")
+    before = counters.backpressure
+    for message in messages:
+        tensors = {name: tensor.clone() for name, tensor in realise(message).items()}
+        specs, nbytes = pack_layout(tensors, {})
+        device_lane(here).send(tensors, specs, nbytes, counters)
+        for tensor in tensors.values():
+            tensor.view(torch.uint8).fill_(0xA5) if tensor.numel() else None
+    return counters.backpressure - before
+
+
+def layout_of(message: dict[str, Sample]) -> tuple[Any, int]:
+    return pack_layout(realise(message), {})
+
+
+def receive_messages(here: Here, messages: list[dict[str, Sample]], at_once: int = 1) -> None:
+    """Post the receives of `at_once` messages, then wait for them, the last one first."""
+    for begin in range(0, len(messages), at_once):
+        batch = messages[begin : begin + at_once]
+        layouts = [layout_of(message) for message in batch]
+        posted = [device_lane(here).post_receive(nbytes) for _, nbytes in layouts]
+        for receive, (specs, _), message in reversed(list(zip(posted, layouts, batch, strict=True))):
+            assert_same(unpack(receive.wait(), specs), realise(message))
+        for receive in posted:
+            receive.release(PassedEvent())
+
+
+nonempty = sample_dicts.filter(lambda message: any(0 not in sample.shape for sample in message.values()))
+
+
+@settings(max_examples=20)
+@given(messages=st.lists(nonempty, min_size=1, max_size=9), at_once=st.integers(1, 3))
+def test_messages_arrive_though_their_sources_are_overwritten(
+    team: Team, messages: list[dict[str, Sample]], at_once: int
+) -> None:
+    """More messages than slots, several receives posted, waited for in another order."""
+    a, b = team.open_links(2, slots=3)
+    results([a.start(send_messages, messages), b.start(receive_messages, messages, at_once)])
+
+
+def test_slots_grow_with_the_messages(team: Team) -> None:
+    a, b = team.open_links(2, slots=2)
+    sizes = [10, 3 * MEBIBYTE, 5, 100, 4 * MEBIBYTE, 4 * MEBIBYTE, 1, 8 * MEBIBYTE]
+    messages = [{"t": Sample(torch.uint8, (size,), seed)} for seed, size in enumerate(sizes)]
+    results([a.start(send_messages, messages), b.start(receive_messages, messages, 2)])
+
+
+def pass_on(here: Here, messages: list[dict[str, Sample]]) -> None:
+    receive_messages(here, messages)
+    send_messages(here, messages)
+
+
+def test_a_message_travels_down_three_stages(team: Team) -> None:
+    ranks = team.open_links(3, slots=2)
+    messages = [
+        {"hidden": Sample(torch.bfloat16, (16, 32), n), "scales": Sample(torch.float8_e4m3fn, (9,), n)}
+        for n in range(7)
+    ]
+    results(
+        [
+            ranks[0].start(send_messages, messages),
+            ranks[1].start(pass_on, messages),
+            ranks[2].start(receive_messages, messages),
+        ]
+    )
+
+
+def announce_full_slots(here: Here) -> None:
+    """From now on a send that finds its slot in use sends the note "full" and then waits."""
+    lane = device_lane(here)
+    original = lane._wait_until_sent
+
+    def noted(slot: Any, counters: Any) -> None:
+        if slot.work is not None and not slot.work.is_completed():
+            here.note("full")
+        original(slot, counters)
+
+    setattr(lane, "_wait_until_sent", noted)  # noqa: B010
+
+
+def test_a_sender_waits_when_all_its_slots_are_in_use_and_that_is_counted(team: Team) -> None:
+    a, b = team.open_links(2, slots=2)
+    a.call(announce_full_slots)
+    messages = [{"t": Sample(torch.uint8, (MEBIBYTE,), seed)} for seed in range(3)]
+    sending = a.start(send_messages, messages)  # gloo sends nothing before the receive is posted
+    assert sending.note() == "full"
+    receiving = b.start(receive_messages, messages)
+    assert sending.result() == 1
+    receiving.result()
+
+
+def describe_lane(here: Here) -> tuple[bool, bool]:
+    lane = device_lane(here)
+    return lane._previous is not None, lane._following is not None
+
+
+def send_nowhere(here: Here) -> None:
+    send_messages(here, [{"t": Sample(torch.uint8, (1,))}])
+
+
+def test_the_lane_has_one_direction(team: Team) -> None:
+    ranks = team.open_links(3)
+    ends = [rank.call(describe_lane) for rank in ranks]
+    assert ends == [(False, True), (True, True), (True, False)]
+    with pytest.raises(TransportError, match="stage 2 rank 0: the last stage has no next one"):
+        ranks[2].call(send_nowhere)
