@@ -34,16 +34,20 @@ def create_neighbour_groups(
     """Process groups (from the previous stage, to the next stage) of one pipeline.
 
     `ranks` are the global ranks of the pipeline by stage. Each group has two members and only they
-    take part in making it; stage i makes the group with i-1 before the one with i+1, so the calls
-    form a chain, never a ring.
+    take part in making it: first stages 0-1, 2-3, ..., then 1-2, 3-4, ... torch names such a group
+    after the number of groups that a member has made so far, so both members must have made equally
+    many; a stage without a partner makes one with itself.
     """
-    groups: list[dist.ProcessGroup | None] = [None, None]
-    for position, first in enumerate((stage - 1, stage)):
-        if first >= 0 and first + 1 < len(ranks):
-            groups[position] = dist.new_group(
-                [ranks[first], ranks[first + 1]], backend=backend, use_local_synchronization=True
-            )
-    return groups[0], groups[1]
+    neighbours: dict[int, dist.ProcessGroup] = {}
+    for parity in (0, 1):
+        partner = stage + 1 if stage % 2 == parity else stage - 1
+        members = sorted({stage, partner}) if 0 <= partner < len(ranks) else [stage]
+        neighbours[partner] = dist.new_group(
+            [ranks[member] for member in members], backend=backend, use_local_synchronization=True
+        )
+    previous = neighbours[stage - 1] if stage > 0 else None
+    following = neighbours[stage + 1] if stage + 1 < len(ranks) else None
+    return previous, following
 
 
 def pack_layout(

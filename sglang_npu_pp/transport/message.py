@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Any
 
 import msgspec
@@ -47,7 +48,10 @@ class Kind(enum.IntEnum):
 
     @property
     def label(self) -> str:
-        return self.name.lower()
+        return _LABELS[self]
+
+
+_LABELS = {kind: kind.name.lower() for kind in Kind}
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -57,7 +61,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     dtype: str  # torch name without "torch."
     shape: tuple[Count, ...]  # of the whole tensor, also when only a slice travels
     device: str  # device type that the sender held it on
-    sliced: Annotated[int, msgspec.Meta(ge=1)] = 1  # number of equal slices it was cut into; the receiver gathers them
+    sliced: Annotated[int, msgspec.Meta(ge=1)] = 1  # equal slices it was cut into, to be gathered
     offset: int = -1  # byte offset in the device-lane buffer; -1: travels as a frame
 
     @property
@@ -113,6 +117,7 @@ class Message:
     nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
 
 
+@lru_cache(maxsize=64)
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -120,13 +125,17 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+@lru_cache(maxsize=64)
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a host tensor, any dtype, without a copy when it is contiguous."""
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    dense = tensor.detach()
+    if dense.dtype.is_complex:
+        dense = dense.resolve_conj().resolve_neg()
+    dense = dense.contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride, and keeps it
     return flat.view(torch.uint8).numpy().data
 
@@ -135,10 +144,10 @@ def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> tor
     """A writable tensor over received bytes; copied only when the bytes are not aligned."""
     if len(buffer) == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    raw = torch.frombuffer(buffer, dtype=torch.uint8)
+    raw = torch.frombuffer(buffer, dtype=dtype)
     if raw.data_ptr() % max(_ALIGNMENT, dtype.itemsize):
         raw = raw.clone()
-    return raw.view(dtype).view(tuple(shape))
+    return raw.view(tuple(shape))
 
 
 # --- Python values -----------------------------------------------------------------------------
@@ -249,18 +258,18 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
     if _checksum(frames, check_all) != header.crc:
         raise MessageError(f"The frames of message {header.number} do not match their checksum.")
     in_frames = [spec for spec in header.tensors if spec.offset < 0]
-    with_bytes = sum(1 for spec in in_frames if spec.nbytes)
-    if with_bytes + header.values != len(frames):
+    tensors, used = _read_tensors(in_frames, frames, header.number)
+    if used + header.values != len(frames):
         raise MessageError(
             f"Message {header.number} has {len(frames)} frames, but its header describes "
-            f"{with_bytes} tensors and {header.values} value frames."
+            f"{used} tensors and {header.values} value frames."
         )
     return Message(
         kind=Kind(header.kind),
         slot=header.slot,
         iteration=header.iteration,
         keys=header.keys,
-        tensors=_read_tensors(in_frames, frames, header.number),
+        tensors=tensors,
         values=_read_values(frames[-header.values :], header.number) if header.values else None,
         device_specs=tuple(spec for spec in header.tensors if spec.offset >= 0),
         device_nbytes=header.device_nbytes,
@@ -283,19 +292,22 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
 
 def _read_tensors(
     specs: Sequence[TensorSpec], frames: Sequence[Buffer], number: int
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The tensors, and how many frames they took; an empty tensor takes none."""
     tensors: dict[str, torch.Tensor] = {}
-    waiting = iter(frames)
+    used = 0
     for spec in specs:
-        frame = next(waiting) if spec.nbytes else b""
-        if len(frame) != spec.nbytes:
+        dtype, elements = torch_dtype(spec.dtype), spec.elements
+        nbytes = elements * dtype.itemsize
+        frame: Buffer = frames[used] if nbytes and used < len(frames) else b""
+        if len(frame) != nbytes:
             raise MessageError(
                 f"Tensor {spec.name!r} of message {number} has {len(frame)} bytes, but a "
-                f"{spec.dtype} of {spec.elements} elements needs {spec.nbytes}."
+                f"{spec.dtype} of {elements} elements needs {nbytes}."
             )
-        shape = spec.shape if spec.sliced == 1 else (spec.elements,)
-        tensors[spec.name] = tensor_over(frame, torch_dtype(spec.dtype), shape)
-    return tensors
+        used += bool(nbytes)
+        tensors[spec.name] = tensor_over(frame, dtype, spec.shape if spec.sliced == 1 else (elements,))
+    return tensors, used
 
 
 def _checksum(frames: Sequence[Buffer], check_all: bool) -> int:

@@ -21,6 +21,7 @@ from .message import Buffer, Kind, Message, encode
 from .window import Window
 
 CREDIT = struct.Struct("<BQQ")  # kind, messages taken, bytes taken
+ZERO_COPY_BYTES = 64 << 10  # below, copying is cheaper than handing the memory over
 POLL_MS = 100  # how often a wait looks whether the peer is still there
 SETTLE_S = 0.5  # a server that is being stopped kills its ranks one after another: not an error yet
 
@@ -167,9 +168,10 @@ class Outbox:
     def _push(self, frames: list[Buffer]) -> None:
         """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,
         and then for ever: what waits here is the end of the settling time, in `check`."""
+        zero_copy = any(len(frame) >= ZERO_COPY_BYTES for frame in frames)
         while True:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=not zero_copy)
                 return
             except zmq.Again:
                 self._socket.poll(POLL_MS, zmq.POLLOUT)
