@@ -65,9 +65,30 @@ def fingerprint(target: str) -> str:
     if function is None:
         raise ContractError(f"{target} does not exist in this SGLang.")
     try:
-        return fingerprint_source(inspect.getsource(function))
+        source = inspect.getsource(function)  # of what its decorators wrap
     except (OSError, TypeError) as error:
         raise ContractError(f"The source of {target} cannot be read: {error}.") from None
+    if _layers(function) > _decorators(source):
+        code = function.__code__
+        raise ContractError(
+            f"{target} is wrapped by something that is not SGLang's ({code.co_filename}, line "
+            f"{code.co_firstlineno}; another plugin?)."
+        )
+    return fingerprint_source(source)
+
+
+def _layers(function: Any) -> int:
+    """How many functions are wrapped around the one whose source `inspect` finds."""
+    layers = 0
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+        layers += 1
+    return layers
+
+
+def _decorators(source: str) -> int:
+    (node,) = ast.parse(textwrap.dedent(source)).body
+    return len(getattr(node, "decorator_list", ()))
 
 
 def fingerprint_in_file(source: str, qualname: str) -> str | None:

@@ -146,7 +146,8 @@ def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> tor
         return torch.empty(tuple(shape), dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=dtype)
     if raw.data_ptr() % max(_ALIGNMENT, dtype.itemsize):
-        raw = raw.clone()
+        # Byte by byte: torch loads elements as if they were aligned, and faults where they are not.
+        raw = torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype)
     return raw.view(tuple(shape))
 
 

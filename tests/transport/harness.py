@@ -39,6 +39,7 @@ from sglang_npu_pp.transport.stage_link import StageLink
 from .samples import assert_same, realise
 
 CALL_LIMIT_S = 30.0
+AFTER_ERROR_S = 5.0
 START_LIMIT_S = 120.0
 GROUP_LIMIT = timedelta(seconds=60)
 
@@ -160,6 +161,11 @@ def open_device_lane(here: Here, ranks: Sequence[int], stage: int, slots: int) -
     here.link = StageLink(here.lane, lane, telemetry=here.telemetry, trace=here.trace)
 
 
+def keep_pace(here: Here, rank: int) -> None:
+    """Make as many groups as the ranks that open a device lane: torch wants equally many everywhere."""
+    create_neighbour_groups([rank], 0, "gloo")
+
+
 def close_lanes(here: Here) -> None:
     here.kept.clear()
     while here.closers:
@@ -181,6 +187,7 @@ def join_process_group(here: Here, round_name: str, world_size: int) -> None:
 
 def _serve(index: int, port: int, connection: Connection, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # a test that ran into its limit asks where we are
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -260,7 +267,12 @@ class Rank:
         **kwargs: Options.kwargs,
     ) -> Call[Result]:
         """Begin `function(here, *args, **kwargs)` over there."""
-        self._connection.send((function, args, kwargs))
+        assert not self.failed, f"rank process {self.index} has failed before"
+        try:
+            self._connection.send((function, args, kwargs))
+        except BrokenPipeError:
+            self.failed = True
+            raise AssertionError(f"rank process {self.index} has ended: {self._process}") from None
         self._unanswered += 1
         return Call(self, getattr(function, "__name__", str(function)))
 
@@ -283,7 +295,8 @@ class Rank:
             tag, value = self._connection.recv()
         except EOFError:
             self.failed = True
-            raise AssertionError(f"rank process {self.index} ended before {what}") from None
+            self._process.join(CALL_LIMIT_S)
+            raise AssertionError(f"rank process {self.index} ended before {what}: {self._process}") from None
         self._unanswered -= tag in ("result", "error")
         return tag, value
 
@@ -385,7 +398,9 @@ class Team:
         """Host lanes and between neighbours a device lane, whose device is the CPU."""
         chosen = self.open_lanes(stages, settings)
         indices = [rank.index for rank in chosen]
-        results([rank.start(open_device_lane, indices, stage, slots) for stage, rank in enumerate(chosen)])
+        calls = [rank.start(open_device_lane, indices, stage, slots) for stage, rank in enumerate(chosen)]
+        calls += [rank.start(keep_pace, rank.index) for rank in self.ranks if rank not in chosen]
+        results(calls)
         return chosen
 
     @property
@@ -404,12 +419,15 @@ class Team:
 
 
 def results(calls: Sequence[Call[Result]], limit_s: float = CALL_LIMIT_S) -> list[Result]:
-    """The results of calls that run at the same time. Raises the first error, when all have ended."""
+    """The results of calls that run at the same time.
+
+    Raises the first error, when all have ended; who waits for the one that failed has a few seconds.
+    """
     collected: list[Result] = []
     errors: list[BaseException] = []
     for call in calls:
         try:
-            collected.append(call.result(limit_s))
+            collected.append(call.result(AFTER_ERROR_S if errors else limit_s))
         except BaseException as error:
             errors.append(error)
     if errors:

@@ -295,6 +295,8 @@ SLICED: Mapping[str, Any] = {
 
 def whole_of(world_size: int) -> list[torch.Tensor]:
     """What travels in slices, in the order of the dict."""
+    if world_size == 1:
+        return []
     tensors = [value.tensor() for value in SLICED.values() if isinstance(value, Sample)]
     return [tensor for tensor in tensors if tensor.numel() and tensor.numel() % world_size == 0]
 

@@ -1,0 +1,251 @@
+"""Tensor dicts and objects through SGLang's own `GroupCoordinator`, four processes: tp 2 pp 2.
+
+The same exchanges three ways: upstream's functions, ours over torch.distributed (a group without lanes), and
+ours over the lanes (the pipeline group of a patched server). CPU tensors count as host tensors, so the
+lanes here are host lanes; the device lane has its own tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_npu_pp.settings import Settings
+from tests.transport.harness import Here, Rank, Team, results
+
+WAYS = ("upstream", "torch", "lanes")
+
+# What a rank process keeps for the whole module: `Here.kept` goes with every test.
+_groups: dict[str, Any] = {}
+
+
+def sample(seed: int) -> dict[str, Any]:
+    """The same on every rank: tensor-parallel ranks hold equal proxies."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden": torch.randn(6, 8, generator=generator),
+        "count": seed,
+        "odd": torch.randn(3, 5, generator=generator),
+        "half": torch.randn(4, 4, generator=generator).to(torch.bfloat16),
+        "empty": torch.empty(0, 4),
+        "ids": torch.randint(0, 500, (7,), generator=generator),
+        "nothing": None,
+        "nested": ["text", (1, 2.5)],
+    }
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype
+            assert found[name].shape == value.shape
+            assert torch.equal(found[name], value), name
+        else:
+            assert found[name] == value
+
+
+# --- in the rank's process ---------------------------------------------------------------------
+
+
+def make_groups(here: Here) -> None:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    for name, layout in (("pp", [[0, 2], [1, 3]]), ("tp", [[0, 1], [2, 3]])):
+        _groups[name] = GroupCoordinator(
+            group_ranks=layout,
+            local_rank=0,
+            torch_distributed_backend="gloo",
+            use_pynccl=False,
+            use_mscclpp=False,
+            use_custom_allreduce=False,
+            use_torch_symm_mem_all_reduce=False,
+            use_hpu_communicator=False,
+            use_xpu_communicator=False,
+            use_npu_communicator=False,
+            group_name=f"test-{name}",
+        )
+
+
+def choose(here: Here, way: str) -> None:
+    """Put the functions of `way` in force."""
+    import sglang_npu_pp
+    from sglang_npu_pp.patches import groups
+
+    sglang_npu_pp.deactivate()
+    vars(_groups["pp"]).pop("_npu_pp_link", None)
+    if way != "upstream":
+        assert sglang_npu_pp.activate()
+    if way == "lanes":
+        groups.attach_link(_groups["pp"], here.link)
+
+
+def send_and_receive(here: Here, gather: bool, count: int) -> None:
+    """Stage 0 sends `count` dicts without waiting, stage 1 receives them one after another."""
+    pp, all_gather_group = _groups["pp"], _groups["tp"] if gather else None
+    if pp.is_first_rank:
+        works = []
+        for seed in range(count):
+            works += pp.send_tensor_dict(sample(seed), all_gather_group=all_gather_group, async_send=True)
+        for work in works:
+            work.work.wait()
+    else:
+        for seed in range(count):
+            assert_equal(pp.recv_tensor_dict(all_gather_group=all_gather_group), sample(seed))
+
+
+def blocking_send(here: Here) -> None:
+    pp = _groups["pp"]
+    if pp.is_first_rank:
+        assert pp.send_tensor_dict(sample(1)) == []
+    else:
+        assert_equal(pp.recv_tensor_dict(src=0), sample(1))
+
+
+def swap(here: Here) -> None:
+    """Both stages send and receive at the same time."""
+    pp = _groups["pp"]
+    found = pp.send_recv_tensor_dict(
+        sample(pp.rank_in_group), send_all_gather_group=_groups["tp"], recv_all_gather_group=_groups["tp"]
+    )
+    expected = sample(1 - pp.rank_in_group)
+    assert found.keys() == expected.keys()  # upstream's paired exchange puts tensors last
+    assert_equal({name: found[name] for name in expected}, expected)
+
+
+def objects(here: Here) -> None:
+    pp = _groups["pp"]
+    payload = ({1, 2}, {"tensor": torch.arange(3)})
+    if pp.is_first_rank:
+        pp.send_object(payload, dst=1, tag=5)
+        for work in pp.send_object("second", dst=1, async_send=True, tag=5):
+            work.work.wait()
+    else:
+        first = pp.recv_object(src=0, tag=5)
+        assert first[0] == {1, 2}
+        assert torch.equal(first[1]["tensor"], torch.arange(3))
+        assert pp.recv_object(src=0, tag=5) == "second"
+
+
+def isend(here: Here, seeds: range, gather: bool) -> None:
+    pp = _groups["pp"]
+    for seed in seeds:
+        tensors = sample(seed)
+        handles = pp.isend_tensor_dict(tensors, all_gather_group=_groups["tp"] if gather else None)
+        for handle in handles:
+            handle.wait()
+        tensors["hidden"].zero_()  # a send owns its bytes
+
+
+def post(here: Here, count: int, gather: bool) -> None:
+    """Post `count` receives. On the lanes nothing has been sent yet, so none of them may wait."""
+    pp = _groups["pp"]
+    here.kept["posted"] = [
+        pp.irecv_tensor_dict(all_gather_group=_groups["tp"] if gather else None) for _ in range(count)
+    ]
+
+
+def finish(here: Here, seeds: range) -> list[str]:
+    for received, seed in zip(here.kept["posted"], seeds, strict=True):
+        tensors, handles, postprocess = received
+        for handle in handles:
+            handle.wait()
+        for step in postprocess:
+            step()
+        assert_equal(tensors, sample(seed))
+    return [event.name for event in here.trace.events() if event.name in ("post", "wait")]
+
+
+def post_and_finish(here: Here, seeds: range, gather: bool) -> None:
+    """Off the lanes a posted receive waits for the dict's description, so sender and receiver meet."""
+    post(here, len(seeds), gather)
+    finish(here, seeds)
+
+
+def refuse(here: Here) -> list[str]:
+    pp = _groups["pp"]
+    complaints = []
+    for call in (
+        lambda: pp.isend_tensor_dict(sample(0), dst=pp.rank_in_group),
+        lambda: pp.isend_tensor_dict(sample(0), dst=7),
+        lambda: pp.isend_tensor_dict([torch.zeros(1)]),
+        lambda: pp.isend_tensor_dict({1: torch.zeros(1)}),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            complaints.append(str(error))
+    return complaints
+
+
+# --- in the test's process ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def square() -> Iterator[Team]:
+    """Four ranks with real pipeline and tensor-parallel groups."""
+    team = Team(4, process_group=True, environment={"SGLANG_USE_CPU_ENGINE": "1"})
+    results([rank.start(make_groups) for rank in team.ranks], limit_s=120)
+    yield team
+    team.close()
+
+
+def prepare(square: Team, way: str) -> tuple[list[Rank], list[Rank]]:
+    """The ranks of stage 0 and of stage 1, with the functions of `way` in force."""
+    for column in (0, 1):
+        square.open_lanes([square.ranks[column], square.ranks[column + 2]], Settings(wait_limit_s=20))
+    results([rank.start(choose, way) for rank in square.ranks], limit_s=60)
+    return square.ranks[:2], square.ranks[2:]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("gather", [False, True], ids=["whole", "gathered"])
+def test_dicts_arrive_in_order_and_equal(square: Team, way: str, gather: bool) -> None:
+    prepare(square, way)
+    square.each(send_and_receive, gather, 4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocking_send_and_named_source(square: Team, way: str) -> None:
+    prepare(square, way)
+    square.each(blocking_send)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_stages_may_send_at_the_same_time(square: Team, way: str) -> None:
+    prepare(square, way)
+    square.each(swap)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_objects_arrive(square: Team, way: str) -> None:
+    prepare(square, way)
+    square.each(objects)
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["whole", "gathered"])
+def test_receives_are_posted_before_anything_is_sent(square: Team, gather: bool) -> None:
+    first, second = prepare(square, "lanes")
+    results([rank.start(post, 3, gather) for rank in second])
+    results([rank.start(isend, range(3), gather) for rank in first])
+    for order in results([rank.start(finish, range(3)) for rank in second]):
+        assert order == ["post"] * 3 + ["wait"] * 3
+
+
+def test_a_group_without_lanes_keeps_torch_distributed(square: Team) -> None:
+    first, second = prepare(square, "torch")
+    calls = [rank.start(isend, range(3), True) for rank in first]
+    calls += [rank.start(post_and_finish, range(3), True) for rank in second]
+    results(calls)
+
+
+def test_what_cannot_be_sent_is_refused_with_a_sentence(square: Team) -> None:
+    first, _ = prepare(square, "lanes")
+    same, outside, no_dict, no_string = first[0].call(refuse)
+    assert same == "rank 0 of a group of 2 cannot exchange a tensor dict with rank 0."
+    assert outside == "rank 0 of a group of 2 cannot exchange a tensor dict with rank 7."
+    assert no_dict == "isend_tensor_dict needs a dict, not a list."
+    assert no_string == "stage 0 rank 0: a tensor dict needs string keys, not 1."

@@ -1,0 +1,187 @@
+"""Patches: checked against the release, applied all or nothing, and undone."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_npu_pp.errors import ContractError
+from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
+from sglang_npu_pp.patching import (
+    AppliedPatches,
+    Patch,
+    check_contracts,
+    contract_targets,
+    fingerprint,
+    fingerprint_in_file,
+)
+
+UPSTREAM = '''
+import functools
+
+def decorate(function):
+    @functools.wraps(function)
+    def decorated(*args):
+        return function(*args)
+
+    return decorated
+
+def plain(value):
+    return value + 1
+
+class Scheduler:
+    @decorate
+    def step(self, value):
+        """Docstring."""
+        return value * 2
+
+    @staticmethod
+    def fixed():
+        return 0
+'''
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A small module in the place of SGLang."""
+    (tmp_path / "fake_upstream.py").write_text(UPSTREAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("fake_upstream")
+    sys.modules.pop("fake_upstream", None)
+
+
+def patch(target: str, wrapper: Any, **options: Any) -> Patch:
+    return Patch(target=target, wrapper=wrapper, why="w", how="h", upstream="u", plan="p", **options)
+
+
+STEP = patch("fake_upstream:Scheduler.step", lambda original, self, value: original(self, value) + 100)
+PLAIN = patch("fake_upstream:plain", lambda original, value: -original(value))
+ADDED = patch("fake_upstream:Scheduler.extra", lambda self: "extra", adds=True, relies_on=(STEP.target,))
+
+
+def contract() -> dict[str, dict[str, str]]:
+    targets = contract_targets([STEP, PLAIN, ADDED])
+    return {"1.0": {target: fingerprint(target) for target in targets}}
+
+
+def test_patches_apply_and_undo(upstream: Any) -> None:
+    before = upstream.Scheduler.step
+    applied = AppliedPatches([STEP, PLAIN, ADDED])
+    assert upstream.Scheduler().step(3) == 106
+    assert upstream.plain(1) == -2
+    assert upstream.Scheduler().extra() == "extra"
+    applied.undo()
+    assert upstream.Scheduler.step is before
+    assert upstream.plain(1) == 2
+    assert not hasattr(upstream.Scheduler, "extra")
+
+
+@pytest.mark.parametrize("target", ["fake_upstream:Scheduler.fixed", "fake_upstream:Scheduler.missing"])
+def test_when_one_patch_fails_none_is_in_force(upstream: Any, target: str) -> None:
+    before = upstream.Scheduler.step
+    with pytest.raises(ContractError, match=f"^The patch of {target} could not be applied"):
+        AppliedPatches([STEP, PLAIN, ADDED, patch(target, lambda original: 1)])
+    assert upstream.Scheduler.step is before
+    assert upstream.plain(1) == 2
+    assert not hasattr(upstream.Scheduler, "extra")
+
+
+def test_a_known_release_is_accepted(upstream: Any) -> None:
+    check_contracts([STEP, PLAIN, ADDED], "1.0", contract())
+
+
+def test_an_unknown_release_is_refused_with_those_that_are_known(upstream: Any) -> None:
+    with pytest.raises(ContractError, match=r"SGLang 2\.0 is not a release .* \(1\.0\)"):
+        check_contracts([STEP], "2.0", contract())
+
+
+def test_a_changed_function_is_named(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = contract()
+
+    def step(self: Any, value: Any) -> Any:
+        return value * 3
+
+    monkeypatch.setattr(upstream.Scheduler, "step", step)
+    with pytest.raises(ContractError, match=r"calls itself 1\.0, but fake_upstream:Scheduler\.step differs"):
+        check_contracts([STEP, PLAIN], "1.0", known)
+
+
+def test_a_function_that_another_plugin_has_wrapped_is_named(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its source, as `inspect` finds it, is still upstream's."""
+    known = contract()
+    original = upstream.plain
+
+    @functools.wraps(original)
+    def timed(value: Any) -> Any:
+        return original(value)
+
+    monkeypatch.setattr(upstream, "plain", timed)
+    with pytest.raises(
+        ContractError, match=rf"fake_upstream:plain is wrapped by .* \({__file__}, line \d+; another plugin\?"
+    ):
+        check_contracts([STEP, PLAIN], "1.0", known)
+
+
+def test_a_function_that_is_gone_is_named(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = contract()
+    monkeypatch.delattr(upstream, "plain")
+    with pytest.raises(ContractError, match="fake_upstream:plain does not exist"):
+        check_contracts([STEP, PLAIN], "1.0", known)
+
+
+def test_a_method_that_upstream_has_by_now_is_not_added(upstream: Any, monkeypatch: Any) -> None:
+    known = contract()
+    monkeypatch.setattr(upstream.Scheduler, "extra", lambda self: "theirs", raising=False)
+    with pytest.raises(ContractError, match=r"already has fake_upstream:Scheduler\.extra"):
+        check_contracts([ADDED], "1.0", known)
+
+
+@pytest.mark.parametrize("target", ["plain", "Scheduler.step", "decorate"])
+def test_fingerprints_of_the_file_and_of_the_process_are_equal(upstream: Any, target: str) -> None:
+    assert fingerprint(f"fake_upstream:{target}") == fingerprint_in_file(UPSTREAM, target)
+
+
+def test_a_fingerprint_sees_every_character() -> None:
+    changed = UPSTREAM.replace("value * 2", "value * 4")
+    assert fingerprint_in_file(UPSTREAM, "Scheduler.step") != fingerprint_in_file(changed, "Scheduler.step")
+    assert fingerprint_in_file(UPSTREAM, "Scheduler.missing") is None
+
+
+# --- our patches and the installed SGLang ------------------------------------------------------
+
+
+def test_the_installed_sglang_is_a_release_that_we_know() -> None:
+    check_contracts(PATCHES, sglang_release(), load_contracts())
+
+
+@pytest.mark.parametrize("target", contract_targets(PATCHES))
+def test_the_fingerprint_script_reads_what_the_process_has(target: str) -> None:
+    module, _, qualname = target.partition(":")
+    specification = importlib.util.find_spec(module)
+    assert specification is not None
+    assert specification.origin is not None
+    source = Path(specification.origin).read_text()
+    assert fingerprint_in_file(source, qualname) == fingerprint(target)
+
+
+def test_every_patch_says_why_and_until_when() -> None:
+    for each in PATCHES:
+        for text in (each.why, each.how, each.upstream, each.plan):
+            assert text.strip(), each.target
+    assert len({each.target for each in PATCHES}) == len(PATCHES)
+
+
+def test_contracts_cover_both_supported_releases() -> None:
+    contracts = load_contracts()
+    assert set(contracts) == {"0.5.21", "0.5.23"}
+    for known in contracts.values():
+        assert set(known) == set(contract_targets(PATCHES))

@@ -1,0 +1,97 @@
+"""Counters and recorded order, and that what is written can be read again."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from sglang_npu_pp.reporting import Reporter
+from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.telemetry import Telemetry, read_snapshots, render_table
+from sglang_npu_pp.trace import Trace, read_trace
+
+
+def filled(stage: int, rank: int) -> Telemetry:
+    telemetry = Telemetry(stage, rank)
+    telemetry.sending("proxy").messages = 3
+    telemetry.sending("proxy").bytes = 3 << 20
+    telemetry.receiving("output").wait_s = 0.25
+    telemetry.sending("requests").backpressure_s = 0.5
+    with telemetry.phase("forward"):
+        pass
+    return telemetry
+
+
+def test_snapshots_are_read_back_in_the_order_of_stages(tmp_path: Path) -> None:
+    written = [filled(stage, rank).snapshot() for stage, rank in ((1, 0), (0, 1), (0, 0))]
+    for snapshot in written:
+        snapshot.write(tmp_path)
+    assert read_snapshots(tmp_path) == sorted(written, key=lambda s: (s.stage, s.rank))
+
+
+def test_the_table_has_a_line_a_rank_and_says_where_the_time_went() -> None:
+    table = render_table([filled(0, 0).snapshot(), filled(1, 0).snapshot()])
+    head, rule, first, second = table.splitlines()
+    assert [word for word in ("forward", "wait output", "back-pressure") if word not in head] == []
+    assert len({len(line) for line in (head, rule, first, second)}) == 1
+    assert "250.0 ms" in first
+    assert "500.0 ms" in second
+    assert "3.00" in second
+
+
+def test_a_snapshot_does_not_change_any_more() -> None:
+    telemetry = filled(0, 0)
+    snapshot = telemetry.snapshot()
+    telemetry.sending("proxy").messages += 1
+    telemetry.sending("output")
+    assert snapshot.sent["proxy"]["messages"] == 3
+    assert "output" not in snapshot.sent
+
+
+def test_a_snapshot_can_be_taken_while_another_thread_counts() -> None:
+    telemetry = Telemetry(0, 0)
+    end = threading.Event()
+
+    def count() -> None:
+        number = 0
+        while not end.is_set():
+            telemetry.sending(f"kind {number % 1000}").messages += 1
+            number += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for _ in range(300):
+            telemetry.snapshot()
+    finally:
+        end.set()
+        thread.join(timeout=10)
+
+
+def test_a_trace_is_written_and_read_in_order(tmp_path: Path) -> None:
+    trace = Trace(enabled=True)
+    trace.record("push", "proxy", 1, 7)
+    trace.record("launch", iteration=8)
+    trace.write(tmp_path / "order.trace")
+    assert read_trace(tmp_path / "order.trace") == trace.events()
+    assert [event[1:] for event in trace.events()] == [("push", "proxy", 1, 7), ("launch", "", -1, 8)]
+
+
+def test_a_trace_that_is_off_keeps_nothing_and_one_that_is_full_drops_the_oldest() -> None:
+    off, full = Trace(), Trace(enabled=True, capacity=2)
+    for number in range(3):
+        off.record("push", iteration=number)
+        full.record("push", iteration=number)
+    assert off.events() == []
+    assert [event.iteration for event in full.events()] == [1, 2]
+
+
+def test_the_last_report_is_made_once(tmp_path: Path) -> None:
+    telemetry, trace = filled(1, 2), Trace(enabled=True)
+    reporter = Reporter(
+        Settings(telemetry_dir=tmp_path / "new", trace_dir=tmp_path / "new"), telemetry, trace
+    )
+    reporter.finish()
+    (tmp_path / "new" / "stage1-rank2.json").unlink()
+    reporter.finish()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["stage1-rank2.trace"]
