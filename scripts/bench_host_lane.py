@@ -49,7 +49,9 @@ def open_lane(stage: int, transport: str, store: str) -> HostLane:
         telemetry=Telemetry(stage, 0),
         trace=Trace(),
     )
-    lane.open(process_group_exchange(dist.group.WORLD))
+    world = dist.group.WORLD
+    assert world is not None
+    lane.open(process_group_exchange(world))
     return lane
 
 

@@ -37,18 +37,17 @@ for line in sys.stdin:
 @contextmanager
 def rank(folder: Path, before: str = "") -> Iterator[subprocess.Popen[str]]:
     """A process that counts a message for every line it reads, and says so."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(before=before), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        expect(process, "installed")
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=20)
+    ) as process:
+        try:
+            expect(process, "installed")
+            yield process
+        finally:
+            process.kill()
 
 
 def expect(process: subprocess.Popen[str], line: str) -> None:

@@ -1,7 +1,8 @@
 """Tokens on their way home: order, who waits, and what happens when sending fails.
 
-The link and the outbox are doubles that record calls, and so is the device's event: an asynchronous device
-cannot be had here. What really crosses sockets is tested in tests/transport and tests/server.
+An asynchronous device cannot be had here, so the device's event is a double, which passes when the test says
+so. In the first half the link and the outbox are doubles too, that record calls; in the second half tokens
+travel between three real ranks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_npu_pp.errors import PipelineError
+from sglang_npu_pp.errors import PeerLostError, PipelineError
+from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import HostCopy, TokenReturn, Uploads, copy_to_host
+from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, Uploads, copy_to_host
 from sglang_npu_pp.transport.message import Kind
+from tests.transport.harness import Here, Rank, Team, close_lanes, receive, results
 
 LIMIT_S = 20
 
@@ -137,3 +140,101 @@ def test_nested_outputs_keep_their_shape() -> None:
 def test_on_cpu_an_upload_is_the_tensor_itself() -> None:
     tensor = torch.tensor([1, 2])
     assert Uploads(DeviceStreams("cpu")).to_device(tensor) is tensor
+
+
+# --- between real ranks ------------------------------------------------------------------------
+
+
+def tokens_of(iteration: int) -> dict[str, Any]:
+    return {
+        "next_token_ids": torch.arange(3) + 10 * iteration,
+        "logprobs": [torch.full((2,), 0.5 * iteration), None],
+        "top": [1, (2, iteration)],
+    }
+
+
+def start_return(here: Here, threaded: bool) -> None:
+    """The last stage's side; `threaded` as on a device, else as on CPU."""
+    tokens = TokenReturn(here.link, here.kept[PORT] if threaded else None)
+    here.kept["token return"] = tokens
+    here.closers.append(tokens.close)
+
+
+def post_and_let_pass(here: Here, count: int) -> list[str]:
+    """Post outputs that are still on the device, do other work, let the events pass, the last one first."""
+    tokens: TokenReturn = here.kept["token return"]
+    events = [DeviceEvent() for _ in range(count)]
+    for iteration, event in enumerate(events):
+        tokens.post(HostCopy(tokens_of(iteration), event), slot=iteration % 3, iteration=iteration)
+        here.trace.record("posted")
+    here.link.push(Kind.REQUESTS, 0, "meanwhile")
+    for event in reversed(events):
+        here.trace.record("passes")
+        event.passed.set()
+    tokens.close()  # sends what is queued
+    return [event.name if event.kind != "requests" else "meanwhile" for event in here.trace.events()]
+
+
+def post_from_cpu(here: Here, count: int) -> None:
+    tokens: TokenReturn = here.kept["token return"]
+    streams = DeviceStreams("cpu")
+    for iteration in range(count):
+        copy = copy_to_host(tokens_of(iteration), streams, None, None)
+        tokens.post(copy, slot=iteration % 3, iteration=iteration)
+        assert_tokens(tokens.own(iteration % 3, iteration).wait(), iteration)
+
+
+def take_tokens(here: Here, count: int) -> None:
+    for iteration in range(count):
+        pending = here.link.post(Kind.OUTPUT, 2, slot=iteration % 3, iteration=iteration)
+        assert_tokens(pending.wait(), iteration)
+
+
+def assert_tokens(found: Any, iteration: int) -> None:
+    expected = tokens_of(iteration)
+    assert list(found) == list(expected)
+    assert found["next_token_ids"].tolist() == expected["next_token_ids"].tolist()
+    assert found["logprobs"][0].tolist() == expected["logprobs"][0].tolist()
+    assert found["logprobs"][1] is None
+    assert found["top"] == expected["top"]
+
+
+def open_returns(team: Team, transport: str, *, threaded: bool) -> list[Rank]:
+    settings = Settings(host_transport=transport, wait_limit_s=20, start_limit_s=20)
+    ranks = team.open_lanes(3, settings, extra_ports={PORT: [2]} if threaded else None)
+    ranks[2].call(start_return, threaded)
+    return ranks
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_tokens_of_a_device_reach_every_stage_in_order_once_they_are_there(
+    team: Team, transport: str
+) -> None:
+    ranks = open_returns(team, transport, threaded=True)
+    taking = [rank.start(take_tokens, 3) for rank in ranks[:2]]
+    order = ranks[2].call(post_and_let_pass, 3)
+    assert order == ["posted"] * 3 + ["meanwhile"] + ["passes"] * 3 + ["push"] * 6
+    results(taking)
+    assert ranks[0].call(receive, 2, Kind.REQUESTS, range(1)) == ["meanwhile"]
+
+
+def test_tokens_of_a_cpu_reach_every_stage_and_the_last_keeps_its_own(team: Team) -> None:
+    ranks = open_returns(team, "ipc", threaded=False)
+    results([ranks[2].start(post_from_cpu, 5), *(rank.start(take_tokens, 5) for rank in ranks[:2])])
+
+
+def post_until_it_fails(here: Here) -> None:
+    tokens: TokenReturn = here.kept["token return"]
+    while True:
+        event = DeviceEvent()
+        event.passed.set()
+        tokens.post(HostCopy(tokens_of(0), event), slot=0, iteration=0)
+        assert tokens._thread is not None
+        tokens._thread.join(0.01)  # a pace, so that the queue does not grow
+
+
+def test_a_stage_that_is_gone_surfaces_in_the_scheduler_of_the_last_one(team: Team) -> None:
+    ranks = open_returns(team, "ipc", threaded=True)
+    ranks[1].call(close_lanes)
+    with pytest.raises(PeerLostError, match="stage 2 rank 0: stage 1 "):
+        ranks[2].call(post_until_it_fails)

@@ -98,7 +98,7 @@ def bind_tcp(socket: zmq.Socket, host: str, port: int, where: str) -> str:
         )
         raise TransportError(
             f"{where}: the host lane cannot listen on {host}:{port or 'any port'} "
-            f"({zmq.strerror(error.errno)}); {advice}."
+            f"({zmq.strerror(error.errno or 0)}); {advice}."
         ) from None
     endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return f"tcp://{name}:{endpoint.rsplit(':', 1)[1]}"
@@ -110,7 +110,7 @@ def bind_ipc(socket: zmq.Socket, directory: SocketDirectory, where: str) -> str:
     except zmq.ZMQError as error:
         directory.clear()
         raise TransportError(
-            f"{where}: cannot listen on {directory.endpoint} ({zmq.strerror(error.errno)}); "
+            f"{where}: cannot listen on {directory.endpoint} ({zmq.strerror(error.errno or 0)}); "
             "set SGLANG_NPU_PP_IPC_DIR to a directory on a local file system."
         ) from None
     return directory.endpoint

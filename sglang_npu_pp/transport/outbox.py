@@ -158,7 +158,9 @@ class Outbox:
         self._read_credit()
 
     def close(self) -> None:
-        """Send what is queued, unless there is nobody to send it to."""
+        """Send what is queued, unless there is nobody to send it to. Can be called twice."""
+        if self._socket.closed:
+            return
         self.read_monitor()
         gone = self._lost_at is not None or self._refused is not None
         self._socket.disable_monitor()

@@ -100,6 +100,10 @@ def _length_case(length: int) -> Case:
     return case
 
 
+def _picture_case(picture: Path) -> Case:
+    return lambda server: ask_about(server, picture)
+
+
 def _shared_prefix_case(suffix: int) -> Case:
     """Meets the radix cache from the second of these on."""
 
@@ -152,10 +156,7 @@ def cases() -> dict[str, Case]:
     """All cases by name."""
     found: dict[str, Case] = {f"length {length}": _length_case(length) for length in LENGTHS}
     found |= {f"shared prefix {suffix}": _shared_prefix_case(suffix) for suffix in range(4)}
-    found |= {
-        f"picture {picture.stem}": lambda server, picture=picture: ask_about(server, picture)
-        for picture in DIGITS[:6]
-    }
+    found |= {f"picture {picture.stem}": _picture_case(picture) for picture in DIGITS[:6]}
     return found | {
         "token ids logprob": _token_ids_logprob,
         "stop string": _stop_string,

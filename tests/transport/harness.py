@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,6 @@ AFTER_ERROR_S = 5.0
 START_LIMIT_S = 120.0
 GROUP_LIMIT = timedelta(seconds=60)
 
-Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 
@@ -62,7 +61,7 @@ def short_directory() -> Iterator[Path]:
         yield Path(path)
 
 
-def store_exchange(store: dist.Store, round_name: str, stage: int, stages: int) -> Exchange:
+def store_exchange(store: Any, round_name: str, stage: int, stages: int) -> Exchange:
     """An `Exchange` over a key-value store. Unlike a process group it does not mind a rank that dies."""
     calls = 0
 
@@ -83,7 +82,7 @@ class Here:
     """What a rank process keeps from one call to the next."""
 
     index: int
-    store: dist.Store
+    store: Any
     lane: HostLane = field(init=False)
     link: StageLink = field(init=False)
     telemetry: Telemetry = field(init=False)
@@ -262,9 +261,9 @@ class Rank:
 
     def start(
         self,
-        function: Callable[Concatenate[Here, Options], Result],
-        *args: Options.args,
-        **kwargs: Options.kwargs,
+        function: Callable[..., Result],
+        *args: Any,
+        **kwargs: Any,
     ) -> Call[Result]:
         """Begin `function(here, *args, **kwargs)` over there."""
         assert not self.failed, f"rank process {self.index} has failed before"
@@ -278,9 +277,9 @@ class Rank:
 
     def call(
         self,
-        function: Callable[Concatenate[Here, Options], Result],
-        *args: Options.args,
-        **kwargs: Options.kwargs,
+        function: Callable[..., Result],
+        *args: Any,
+        **kwargs: Any,
     ) -> Result:
         """`function(here, *args, **kwargs)` over there, and its result here."""
         return self.start(function, *args, **kwargs).result()
@@ -338,9 +337,9 @@ class Team:
 
     def each(
         self,
-        function: Callable[Concatenate[Here, Options], Result],
-        *args: Options.args,
-        **kwargs: Options.kwargs,
+        function: Callable[..., Result],
+        *args: Any,
+        **kwargs: Any,
     ) -> list[Result]:
         """The same call in every process at the same time."""
         return results([rank.start(function, *args, **kwargs) for rank in self.ranks])
@@ -418,12 +417,12 @@ class Team:
             rank.kill()
 
 
-def results(calls: Sequence[Call[Result]], limit_s: float = CALL_LIMIT_S) -> list[Result]:
+def results(calls: Sequence[Call[Any]], limit_s: float = CALL_LIMIT_S) -> list[Any]:
     """The results of calls that run at the same time.
 
     Raises the first error, when all have ended; who waits for the one that failed has a few seconds.
     """
-    collected: list[Result] = []
+    collected: list[Any] = []
     errors: list[BaseException] = []
     for call in calls:
         try:
@@ -468,7 +467,7 @@ class TeamKeeper:
 # --- functions that many tests run in a rank's process -----------------------------------------
 
 
-def send(here: Here, peer: int, kind: Kind, *values: Any, **place: int) -> int:
+def send(here: Here, peer: int, kind: Kind, *values: Any, **place: Any) -> int:
     """Push one message a value; returns how many. `place`: slot and iteration."""
     for value in values:
         here.lane.send(peer, Message(kind, values=value, **place))
@@ -480,12 +479,12 @@ def receive(here: Here, source: int, kind: Kind, numbers: range, limit_s: float 
     return [here.lane.wait(source, kind, number, limit_s).values for number in numbers]
 
 
-def push_dict(here: Here, kind: Kind, peer: int, values: Mapping[str, Any], **place: int) -> None:
+def push_dict(here: Here, kind: Kind, peer: int, values: Mapping[str, Any], **place: Any) -> None:
     """Push a tensor dict; samples in it become tensors. `place`: slot and iteration."""
     here.link.push_tensors(kind, peer, realise(values), **place)
 
 
-def take_dict(here: Here, kind: Kind, source: int, values: Mapping[str, Any], **place: int) -> None:
+def take_dict(here: Here, kind: Kind, source: int, values: Mapping[str, Any], **place: Any) -> None:
     """Take the next tensor dict of a channel, compare it with what was sent, and free its slot."""
     found = here.link.post(kind, source, **place).wait()
     assert_same(found, realise(values), kind.label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 def _is_plain(dtype: torch.dtype) -> bool:
     """Whether torch can hold and copy a tensor of this dtype (not quantized, no part of a byte)."""
     try:
-        torch.zeros(2, dtype=dtype).clone().view(torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "ComplexHalf support is experimental"
+            torch.zeros(2, dtype=dtype).clone().view(torch.uint8)
     except (RuntimeError, NotImplementedError):
         return False
     return True
@@ -65,16 +68,8 @@ def _random(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tens
 
 def bits(tensor: torch.Tensor) -> bytes:
     """All bytes of a tensor in element order: equal for NaNs with equal payloads, too."""
-    return (
-        tensor.contiguous()
-        .clone(memory_format=torch.contiguous_format)
-        .view(-1)
-        .view(torch.uint8)
-        .numpy()
-        .tobytes()
-        if tensor.numel()
-        else b""
-    )
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
 
 
 def assert_same_tensor(found: object, expected: torch.Tensor, name: str = "the tensor") -> None:

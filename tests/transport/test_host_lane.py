@@ -496,7 +496,7 @@ def test_an_ipc_stranger_that_said_no_hello_is_refused_and_nothing_is_unpickled(
         team.store.set(f"go on, {endpoint}", "")
         results([opening_a, opening_b])
         team.ranks[0].call(pump_until_refused, len(identities) * len(said))
-        assert_serving(*team.ranks[:2])
+        assert_serving(team.ranks[0], team.ranks[1])
     assert not trap.exists()
 
 
@@ -809,7 +809,7 @@ def test_the_given_port_is_used(team: Team) -> None:
     ports = {0: free_port(), 1: free_port()}
     ranks = team.open_lanes(2, Settings(host_transport="tcp"), ports=ports)
     assert [rank.call(endpoint_of)[0] for rank in ranks] == [f"tcp://127.0.0.1:{p}" for p in ports.values()]
-    assert_serving(*ranks)
+    assert_serving(ranks[0], ranks[1])
 
 
 def test_errors_of_the_lane_are_all_of_one_family() -> None:

@@ -209,7 +209,7 @@ def over(wire: tuple[zmq.Socket, zmq.Socket], message: Message) -> tuple[Message
     """The message behind a real socket, and the memory that it was received into."""
     near, far = wire
     near.send_multipart(encode(message, source=0, number=0, check_all=False), copy=False)
-    frames = [frame.buffer for frame in far.recv_multipart(copy=False)]
+    frames: list[Buffer] = [frame.buffer for frame in far.recv_multipart(copy=False)]
     return as_read(frames), frames
 
 

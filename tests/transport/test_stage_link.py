@@ -125,7 +125,7 @@ def test_tensors_for_a_stage_further_away_take_the_host_lane(team: Team, lanes: 
 def test_a_key_that_is_no_string_raises_and_uses_up_no_number(team: Team) -> None:
     a, b = team.open_lanes(2)
     with pytest.raises(TypeError, match="stage 0 rank 0: a tensor dict needs string keys, not 7"):
-        a.call(push_dict, Kind.PROXY, 1, {7: 1})  # type: ignore[dict-item]
+        a.call(push_dict, Kind.PROXY, 1, {7: 1})
     a.call(push_dict, Kind.PROXY, 1, HIDDEN)
     b.call(take_dict, Kind.PROXY, 0, HIDDEN)
 
@@ -157,16 +157,9 @@ def test_receives_are_posted_by_their_headers_before_any_of_them_is_waited_for(t
         b.call(take_dict, Kind.PROXY, 0, HIDDEN, slot=iteration, iteration=iteration)
     headers = [step for i in range(3) for step in [("arrive", i), ("post_receive", i)]]
     program = [step for i in range(3) for step in [("post", i), ("wait", i), ("ready", i)]]
-    assert names(b, "proxy") == sorted_by_arrival(headers, program)
+    assert names(b, "proxy") == [*headers, *program]
     sends = [step for i in range(3) for step in [("push", i), ("post_send", i)]]
     assert names(a, "proxy") == sends
-
-
-def sorted_by_arrival(
-    headers: list[tuple[str, int]], program: list[tuple[str, int]]
-) -> list[tuple[str, int]]:
-    """An arrival is recorded before the receive that it posts; both before the program's own steps."""
-    return headers[:0] + [*headers, *program]
 
 
 def hold_one_and_watch_the_next(here: Here) -> None:
@@ -190,22 +183,27 @@ def test_the_next_receive_is_posted_while_the_tensors_of_the_last_are_in_use(tea
     assert steps.index(("ready", 0)) < steps.index(("post_receive", 1)) < steps.index(("forward ends", 0))
 
 
-def wait_for_output_first(here: Here) -> None:
-    proxy = here.link.post(Kind.PROXY, 0, iteration=1, slot=0)
-    output = here.link.post(Kind.OUTPUT, 0, iteration=0, slot=0)
-    assert output.wait()["ids"].tolist() == [0]
-    assert_same(proxy.wait(), realise(HIDDEN))
+def wait_for_requests(here: Here) -> list[tuple[str, str]]:
+    """What the rank did until a message of another kind was there."""
+    assert here.link.post(Kind.REQUESTS, 0, iteration=0).wait_values() == "requests"
+    steps = [(event.name, event.kind) for event in here.trace.events()]
+    assert_same(here.link.post(Kind.PROXY, 0).wait(), realise(HIDDEN))
+    return steps
 
 
 def test_a_device_message_is_posted_while_the_program_waits_for_something_else(team: Team) -> None:
     a, b = team.open_links(2)
-    a.call(push_dict, Kind.PROXY, 1, HIDDEN, slot=0, iteration=1)
-    a.call(push_dict, Kind.OUTPUT, 1, {"ids": Sample(torch.bool, (1,), 1), "n": 1}, slot=0, iteration=0)
-    b.call(await_message, 0, Kind.OUTPUT, 0)
-    steps = [(event.name, event.kind) for event in b.call(trace_of)]
-    assert steps == [
-        ("arrive", "proxy"), ("post_receive", "proxy"), ("arrive", "output"), ("post_receive", "output")
-    ]  # fmt: skip
+    waiting = b.start(wait_for_requests)
+    a.call(push_dict, Kind.PROXY, 1, HIDDEN)
+    a.call(push_requests, 0)
+    steps = waiting.result()
+    proxy = [steps.index((name, "proxy")) for name in ("arrive", "post_receive")]
+    assert proxy == sorted(proxy)
+    assert proxy[-1] < steps.index(("ready", "requests"))
+
+
+def push_requests(here: Here, iteration: int) -> None:
+    here.link.push(Kind.REQUESTS, 1, "requests", iteration=iteration)
 
 
 # --- receive slots -----------------------------------------------------------------------------
@@ -235,7 +233,9 @@ def take_one_filled(here: Here, number: int) -> None:
 def test_without_a_release_the_receive_slots_run_out_with_a_clear_error(team: Team) -> None:
     a, b = team.open_links(2, slots=2)
     sending = a.start(push_filled, 0, 3)
-    with pytest.raises(SequenceError, match=r"stage 1 rank 0: all receive slots are held .* SGLANG_NPU_PP_SLOTS"):
+    with pytest.raises(
+        SequenceError, match=r"stage 1 rank 0: all receive slots are held .* SGLANG_NPU_PP_SLOTS"
+    ):
         b.call(take_and_keep, 3)
     b.call(release_all)
     sending.result()
@@ -355,7 +355,8 @@ def test_a_message_of_another_microbatch_is_never_used(
     a.call(push_dict, Kind.PROXY, 1, HIDDEN, slot=1, iteration=9)
     with pytest.raises(
         SequenceError,
-        match=rf"stage 1 rank 0: expected the proxy message of microbatch slot {slot}, iteration {iteration}, "
+        match=r"stage 1 rank 0: expected the proxy message of microbatch "
+        rf"slot {slot}, iteration {iteration}, "
         r"but stage 0 sent slot 1, iteration 9",
     ):
         b.call(take_dict, Kind.PROXY, 0, HIDDEN, slot=slot, iteration=iteration)
