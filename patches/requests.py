@@ -39,7 +39,7 @@ def recv_requests(original: Any, receiver: Any, local_reqs: Any = None) -> list[
     return pipeline.receive_requests()
 
 
-def send_object(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:
+def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:
     """Requests have left already (`ingest_requests`); what remains are the request ids that the stages
     of a disaggregated server agree on, once around the ring."""
     pipeline = current()
@@ -51,7 +51,7 @@ def send_object(original: Any, scheduler: Any, data: Any, async_send: bool = Fal
     return []
 
 
-def recv_object(original: Any, scheduler: Any) -> Any:
+def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
     pipeline = current()
     if pipeline is None:
         return original(scheduler)
@@ -101,7 +101,7 @@ PATCHES = (
     ),
     Patch(
         target=f"{_MIXIN}._pp_send_pyobj_to_next_stage",
-        wrapper=send_object,
+        wrapper=send_to_next_stage,
         why="two gloo sends that complete only when the next stage asks for them",
         how="one push on the host lane",
         upstream="sglang #19582",
@@ -110,7 +110,7 @@ PATCHES = (
     ),
     Patch(
         target=f"{_MIXIN}._pp_recv_pyobj_from_prev_stage",
-        wrapper=recv_object,
+        wrapper=recv_from_previous_stage,
         why="two blocking gloo receives",
         how="one host-lane message; the broadcast inside the stage stays",
         upstream="sglang #19582",

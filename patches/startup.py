@@ -6,9 +6,11 @@ close together in time and communicators count in the memory that is measured la
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -59,6 +61,7 @@ def init_idle_sleeper(original: Any, scheduler: Any) -> None:
         return
     pipeline = _start_pipeline(scheduler, parallel, settings)
     set_current(pipeline)
+    atexit.register(pipeline.close)  # the other stages then know that this one left on purpose
     if settings.idle_sleep == "1":
         _sleep_when_idle(scheduler, parallel)
     lane = "host" if pipeline.link.device_lane is None else "device"
@@ -103,6 +106,10 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     telemetry = Telemetry(stage, rank)
     trace = Trace(enabled=settings.trace_dir is not None)
     streams = DeviceStreams(group.device)
+    slots = stages + parallel.pp_async_batch_depth
+    # As many microbatches can be in flight as there are slots. A smaller window could be full of outputs
+    # at one end of the pipeline and of requests at the other, each waiting for the other to be taken.
+    settings = replace(settings, window=max(settings.window, slots + 2))
     host_lane = HostLane(
         stage=stage,
         stages=stages,
@@ -124,12 +131,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     host_lane.seal()
     attach_link(group, link)
     Reporter(settings, telemetry, trace).install()
-    return AsyncPipeline(
-        link,
-        token_return,
-        streams,
-        slots=stages + parallel.pp_async_batch_depth,
-    )
+    return AsyncPipeline(link, token_return, streams, slots)
 
 
 def _open_device_lane(
@@ -156,7 +158,7 @@ def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn |
     """The last stage sends; on a device from a thread with connections of its own."""
     last = link.stages - 1
     outboxes = link.host_lane.open_port(PORT, senders=[last]) if streams.asynchronous else None
-    return TokenReturn(link, outboxes) if link.stage == last else None
+    return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None
 
 
 def _address_towards_master() -> str:

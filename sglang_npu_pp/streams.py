@@ -41,6 +41,12 @@ class DeviceStreams:
     def new_stream(self) -> Any:
         return self._module.Stream() if self.asynchronous else None
 
+    def adopt_thread(self) -> None:
+        """Give the calling thread this device: events are waited for in the context of a device, and a new
+        thread has none (NPU) or the first one (CUDA)."""
+        if self.asynchronous:
+            self._module.set_device(self.device)
+
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """Make `stream` current inside the block."""
         return self._module.stream(stream) if self.asynchronous else nullcontext()

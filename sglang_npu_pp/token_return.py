@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,11 +108,17 @@ class TokenReturn:
     """The last stage's side: sends outputs to every other stage and keeps its own.
 
     `outboxes` are connections for the sending thread (device outputs); None sends at once, from the
-    caller's thread, which needs the copies to be complete (CPU).
+    caller's thread, which needs the copies to be complete (CPU). `adopt_thread` is called first in the
+    sending thread.
     """
 
-    def __init__(self, link: StageLink, outboxes: Mapping[int, Outbox] | None) -> None:
-        self._link, self._outboxes = link, outboxes
+    def __init__(
+        self,
+        link: StageLink,
+        outboxes: Mapping[int, Outbox] | None,
+        adopt_thread: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._link, self._outboxes, self._adopt_thread = link, outboxes, adopt_thread
         self._own: dict[int, _Outgoing] = {}
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
@@ -151,12 +157,12 @@ class TokenReturn:
             outbox.close()
 
     def _run(self) -> None:
-        while (outgoing := self._queue.get()) is not None:
-            try:
+        try:
+            self._adopt_thread()
+            while (outgoing := self._queue.get()) is not None:
                 self._send(outgoing)
-            except BaseException as error:
-                self._failure = error
-                return
+        except BaseException as error:
+            self._failure = error
 
     def _send(self, outgoing: _Outgoing) -> None:
         values = outgoing.copy.wait()
