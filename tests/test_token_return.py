@@ -52,8 +52,10 @@ class DeviceEvent:
 
     def __init__(self) -> None:
         self.passed = threading.Event()
+        self.awaited = threading.Event()
 
     def synchronize(self) -> None:
+        self.awaited.set()
         assert self.passed.wait(LIMIT_S), "the test never let the event pass"
 
     def query(self) -> bool:
@@ -99,6 +101,7 @@ def test_on_a_device_tokens_wait_for_their_event_and_the_scheduler_does_not() ->
     for slot, event in enumerate(events):
         tokens.post(copy_of(10 + slot, event), slot, iteration=slot)  # returns although nothing passed
     events[1].passed.set()
+    assert events[0].awaited.wait(LIMIT_S), "nobody waits for the first event"
     assert link.pushed == []  # the first is not there yet, and order is kept
     events[0].passed.set()
     link.await_pushes(4)
@@ -168,6 +171,7 @@ def post_and_let_pass(here: Here, count: int) -> list[str]:
         tokens.post(HostCopy(tokens_of(iteration), event), slot=iteration % 3, iteration=iteration)
         here.trace.record("posted")
     here.link.push(Kind.REQUESTS, 0, "meanwhile")
+    assert events[0].awaited.wait(LIMIT_S), "nobody waits for the first event"
     for event in reversed(events):
         here.trace.record("passes")
         event.passed.set()

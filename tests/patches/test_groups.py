@@ -1,8 +1,8 @@
 """Tensor dicts and objects through SGLang's own `GroupCoordinator`, four processes: tp 2 pp 2.
 
-The same exchanges three ways: upstream's functions, ours over torch.distributed (a group without lanes), and
-ours over the lanes (the pipeline group of a patched server). CPU tensors count as host tensors, so the
-lanes here are host lanes; the device lane has its own tests.
+The same exchanges four ways: upstream's functions, ours over torch.distributed (a group without lanes), and
+ours over the lanes (the pipeline group of a patched server): the host lane alone, and with a device lane
+over gloo, whose device is the CPU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from sglang_npu_pp.settings import Settings
-from tests.transport.harness import Here, Rank, Team, results
+from tests.transport.harness import Here, Rank, Team, open_device_lane, results, trace_of
 
-WAYS = ("upstream", "torch", "lanes")
+WAYS = ("upstream", "torch", "host lane", "both lanes")
 
 # What a rank process keeps for the whole module: `Here.kept` goes with every test.
 _groups: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def choose(here: Here, way: str) -> None:
     vars(_groups["pp"]).pop("_npu_pp_link", None)
     if way != "upstream":
         assert sglang_npu_pp.activate()
-    if way == "lanes":
+    if way in ("host lane", "both lanes"):
         groups.attach_link(_groups["pp"], here.link)
 
 
@@ -128,6 +128,14 @@ def objects(here: Here) -> None:
         assert first[0] == {1, 2}
         assert torch.equal(first[1]["tensor"], torch.arange(3))
         assert pp.recv_object(src=0, tag=5) == "second"
+
+
+def object_with_tag(here: Here, tag: int) -> None:
+    pp = _groups["pp"]
+    if pp.is_first_rank:
+        pp.send_object("tagged", dst=1, tag=tag)
+    else:
+        assert pp.recv_object(src=0, tag=tag) == "tagged"
 
 
 def isend(here: Here, seeds: range, gather: bool) -> None:
@@ -197,6 +205,9 @@ def prepare(square: Team, way: str) -> tuple[list[Rank], list[Rank]]:
     """The ranks of stage 0 and of stage 1, with the functions of `way` in force."""
     for column in (0, 1):
         square.open_lanes([square.ranks[column], square.ranks[column + 2]], Settings(wait_limit_s=20))
+    if way == "both lanes":
+        places = [(rank, rank.index % 2, rank.index // 2) for rank in square.ranks]
+        results([rank.start(open_device_lane, [c, c + 2], stage, 4) for rank, c, stage in places])
     results([rank.start(choose, way) for rank in square.ranks], limit_s=60)
     return square.ranks[:2], square.ranks[2:]
 
@@ -204,8 +215,12 @@ def prepare(square: Team, way: str) -> tuple[list[Rank], list[Rank]]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gather", [False, True], ids=["whole", "gathered"])
 def test_dicts_arrive_in_order_and_equal(square: Team, way: str, gather: bool) -> None:
-    prepare(square, way)
+    first, _ = prepare(square, way)
     square.each(send_and_receive, gather, 4)
+    for rank in first:
+        sends = [event.name for event in rank.call(trace_of)]
+        assert sends.count("push") == (4 if "lane" in way else 0)
+        assert sends.count("post_send") == (4 if way == "both lanes" else 0)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -226,13 +241,23 @@ def test_objects_arrive(square: Team, way: str) -> None:
     square.each(objects)
 
 
+@pytest.mark.parametrize("way", ["host lane", "both lanes"])
 @pytest.mark.parametrize("gather", [False, True], ids=["whole", "gathered"])
-def test_receives_are_posted_before_anything_is_sent(square: Team, gather: bool) -> None:
-    first, second = prepare(square, "lanes")
+def test_receives_are_posted_before_anything_is_sent(square: Team, way: str, gather: bool) -> None:
+    first, second = prepare(square, way)
     results([rank.start(post, 3, gather) for rank in second])
     results([rank.start(isend, range(3), gather) for rank in first])
     for order in results([rank.start(finish, range(3)) for rank in second]):
         assert order == ["post"] * 3 + ["wait"] * 3
+
+
+def test_an_object_with_another_tag_is_refused(square: Team) -> None:
+    (first, _), (second, _) = prepare(square, "host lane")
+    first.call(object_with_tag, 5)
+    with pytest.raises(
+        RuntimeError, match="expected an object with tag 6 from stage 0, but it sent .* tag 5"
+    ):
+        second.call(object_with_tag, 6)
 
 
 def test_a_group_without_lanes_keeps_torch_distributed(square: Team) -> None:
@@ -243,7 +268,7 @@ def test_a_group_without_lanes_keeps_torch_distributed(square: Team) -> None:
 
 
 def test_what_cannot_be_sent_is_refused_with_a_sentence(square: Team) -> None:
-    first, _ = prepare(square, "lanes")
+    first, _ = prepare(square, "host lane")
     same, outside, no_dict, no_string = first[0].call(refuse)
     assert same == "rank 0 of a group of 2 cannot exchange a tensor dict with rank 0."
     assert outside == "rank 0 of a group of 2 cannot exchange a tensor dict with rank 7."

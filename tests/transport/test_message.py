@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -49,7 +49,7 @@ def as_sent(message: Message, *, check_all: bool = False) -> list[bytearray]:
     return [bytearray(frame) for frame in encode(message, source=1, number=3, check_all=check_all)]
 
 
-def as_read(frames: list[bytearray] | list[Buffer], *, check_all: bool = False) -> Message:
+def as_read(frames: Sequence[Buffer], *, check_all: bool = False) -> Message:
     return decode(read_header(frames[0]), frames[1:], check_all=check_all)
 
 
@@ -330,6 +330,35 @@ def test_random_bytes_are_no_header(noise: bytes) -> None:
 def test_random_bytes_under_a_right_checksum_are_no_header(noise: bytes) -> None:
     with pytest.raises(MessageError):
         read_header(struct.pack("<I", zlib.crc32(noise)) + noise)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"shape": (-2, -2)},
+        {"shape": (2, 3)},
+        {"shape": (2**40, 2**40)},
+        {"sliced": 0},
+        {"sliced": -1},
+        {"sliced": 3},
+        {"dtype": "float64"},
+        {"dtype": "Tensor"},
+    ],
+    ids=str,
+)
+def test_a_description_that_cannot_be_true_is_refused(lie: dict[str, Any]) -> None:
+    frames = as_sent(Message(Kind.PROXY, keys=("t",), tensors={"t": torch.zeros(2, 2)}))
+    header = read_header(frames[0])
+    spec = msgspec.structs.replace(header.tensors[0], **lie)
+    with pytest.raises(MessageError):
+        as_read([reseal(msgspec.structs.replace(header, tensors=(spec,))), *frames[1:]])
+
+
+@pytest.mark.parametrize("field", ["values", "device_nbytes", "kind"])
+def test_a_negative_count_is_refused(field: str) -> None:
+    header = read_header(as_sent(small_message())[0])
+    with pytest.raises(MessageError, match="cannot be read"):
+        read_header(reseal(msgspec.structs.replace(header, **{field: -1})))
 
 
 _small_ints = st.one_of(st.integers(-3, 8), st.sampled_from([-(2**63), 2**63 - 1]))

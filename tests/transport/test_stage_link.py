@@ -21,6 +21,7 @@ from .samples import Sample, assert_same, assert_same_tensor, python_values, rea
 
 pytestmark = pytest.mark.timeout(180)
 
+LARGE = (2048, 1024)
 DICT_KINDS = [Kind.PROXY, Kind.OUTPUT, Kind.TENSORS]
 HIDDEN = {
     "hidden_states": Sample(torch.bfloat16, (6, 8), 1),
@@ -72,8 +73,8 @@ def test_tensor_dicts_arrive_as_they_were_in_the_order_of_their_kind(
 
 
 def push_and_spoil(here: Here, count: int) -> None:
-    """One buffer for all messages, as a replayed graph has it."""
-    buffer = torch.empty(64, 64, dtype=torch.bfloat16)
+    """One buffer for all messages, as a replayed graph has it; too large to be copied on the way."""
+    buffer = torch.empty(LARGE, dtype=torch.bfloat16)
     for number in range(count):
         buffer.fill_(number)
         here.link.push_tensors(Kind.PROXY, here.link.stage + 1, {"hidden": buffer, "mean": buffer[0]})
@@ -83,8 +84,8 @@ def push_and_spoil(here: Here, count: int) -> None:
 def take_filled(here: Here, count: int) -> None:
     for number in range(count):
         found = here.link.post(Kind.PROXY, here.link.stage - 1).wait()
-        assert_same_tensor(found["hidden"], torch.full((64, 64), number, dtype=torch.bfloat16))
-        assert_same_tensor(found["mean"], torch.full((64,), number, dtype=torch.bfloat16))
+        assert_same_tensor(found["hidden"], torch.full(LARGE, number, dtype=torch.bfloat16))
+        assert_same_tensor(found["mean"], torch.full(LARGE[1:], number, dtype=torch.bfloat16))
         here.link.release(PassedEvent())
 
 
