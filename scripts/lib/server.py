@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -59,6 +60,8 @@ FIRST_STAGE, READY = "spawning", "ready"
 # Prefixes of the shared memory that SGLang and multiprocessing leave in /dev/shm.
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.", "psm_", "torch_")
+
+PORT_RANGE = (20000, 32000)  # the kernel's own, net.ipv4.ip_local_port_range, begins at 32768
 
 POLL_S = 0.1
 TRACK_EVERY_S = 1.0
@@ -394,12 +397,21 @@ class Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` different TCP ports of the loopback interface that nobody listens on."""
+    """Return `count` different TCP ports of the loopback interface that nobody listens on.
+
+    Below the range from which the kernel gives ports to connections: a server binds seconds after the
+    choice, and until then its own processes open dozens of connections.
+    """
+    found: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((HOST, 0))
-        return [each.getsockname()[1] for each in sockets]
+        for port in random.sample(range(*PORT_RANGE), k=200):
+            probe = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind((HOST, port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise ServerError(f"no {count} free ports among 200 of {PORT_RANGE[0]} to {PORT_RANGE[1]}")
 
 
 def check_port_is_free(port: int) -> None:
