@@ -16,6 +16,7 @@ import torch
 
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import PassedEvent
+from sglang_npu_pp.token_return import upload
 
 from .pipeline import AsyncPipeline, Launch, current
 
@@ -50,7 +51,7 @@ class OutputTicket:
         own = self._launch.device_outputs
         if own is not None:
             return own[name]
-        return self._pipeline.uploads.to_device(value)
+        return upload(value, self._pipeline.streams)
 
     def _wait(self) -> Mapping[str, Any]:
         if self._pending is not None:

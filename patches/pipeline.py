@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import TokenReturn, Uploads
+from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
 
@@ -48,7 +48,6 @@ class AsyncPipeline:
         self, link: StageLink, token_return: TokenReturn | None, streams: DeviceStreams, slots: int
     ) -> None:
         self.link, self.token_return, self.streams = link, token_return, streams
-        self.uploads = Uploads(streams)
         self.slots = slots
         self.iteration = -1
         self.launched: dict[int, Launch] = {}

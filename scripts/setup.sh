@@ -38,6 +38,8 @@ main() {
   step "test and development tools" pip_install -r requirements/dev.txt
   step "SGLang, torchvision, compressed-tensors" pip_install --no-deps -r requirements/nodeps.txt
   step "SGLang $OTHER_RELEASE, beside it" install_other_release
+  optional_step "torch_npu, beside it" install_torch_npu \
+    "The tests on the simulated Ascend will be skipped (rm $STAMP to try again)."
   step "this package, editable" pip_install --no-deps --no-build-isolation -e .
   step "CPU compatibility layer" activate_cpu_compat
   step "check" check_result
@@ -61,7 +63,7 @@ take_turn() {
 
 check_inputs() {
   local file
-  for file in pyproject.toml README.md requirements/{cpu,nodeps,dev}.txt scripts/cpu_compat; do
+  for file in pyproject.toml README.md requirements/{cpu,nodeps,dev,ascend_sim}.txt scripts/cpu_compat; do
     [[ -e $file ]] || fail "$ROOT/$file is missing, this clone is not complete"
   done
 }
@@ -119,6 +121,17 @@ step() {
   printf '%4s s\n' $((SECONDS - started))
 }
 
+# optional_step TITLE COMMAND CONSEQUENCE: as step, but a failure only prints what follows from it.
+optional_step() {
+  local title=$1 command=$2 consequence=$3 started=$SECONDS
+  printf '  %-42s' "$title"
+  if "$command" >>"$LOG" 2>&1; then
+    printf '%4s s\n' $((SECONDS - started))
+  else
+    printf 'failed after %s s (see %s). %s\n' $((SECONDS - started)) "$LOG" "$consequence"
+  fi
+}
+
 # The steps below run as a condition of step(), where bash ignores `set -e`: each one chains its
 # commands with && or returns early.
 
@@ -134,7 +147,7 @@ make_venv() {
   if runs "$VENV_PYTHON" && "$VENV_PYTHON" -m pip --version; then
     return
   fi
-  rm -rf -- "${VENV:?}"/{bin,lib,lib64,include,releases}
+  rm -rf -- "${VENV:?}"/{bin,lib,lib64,include,releases,ascend_sim}
   if "$1" -c 'import ensurepip'; then
     "$1" -m venv "$VENV"
     return
@@ -168,6 +181,18 @@ install_other_release() {
   [[ -d $target ]] && return
   rm -rf -- "$target.part"
   pip_install --no-deps --target "$target.part" "sglang==$OTHER_RELEASE" &&
+    mv -- "$target.part" "$target"
+}
+
+# The wheel that Ascend machines use, for the simulated Ascend (tests/ascend_sim). Not in site-packages:
+# torch loads it by itself where it finds it, and then wants an Ascend machine.
+install_torch_npu() {
+  local target=$VENV/ascend_sim/site
+  cmp --quiet requirements/ascend_sim.txt "$target/requirements.txt" && return
+  rm -rf -- "$target" "$target.part"
+  mkdir -p "$VENV/ascend_sim" &&
+    pip_install --no-deps --target "$target.part" -r requirements/ascend_sim.txt &&
+    cp requirements/ascend_sim.txt "$target.part/requirements.txt" &&
     mv -- "$target.part" "$target"
 }
 

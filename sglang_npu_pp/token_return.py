@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,27 +73,15 @@ def _to_pinned(value: Any) -> Any:
     return value
 
 
-class Uploads:
-    """Host to device without blocking: through pinned memory that is kept until its copy has passed.
+def upload(tensor: torch.Tensor, streams: DeviceStreams) -> torch.Tensor:
+    """`tensor` on the device, ordered on the current stream, without blocking. On CPU `tensor` itself.
 
-    (A pinned buffer that is overwritten too early arrives with the new bytes, and an unpinned one
-    blocks the host; both were seen on torch_npu.)
+    Through pinned memory, because an unpinned copy blocks the host. Every upload has memory of its own,
+    which torch's allocator of pinned memory does not hand out again before the copy has passed.
     """
-
-    def __init__(self, streams: DeviceStreams) -> None:
-        self._streams = streams
-        self._in_flight: deque[tuple[Event, torch.Tensor]] = deque()
-
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` on the device, ordered on the current stream. On CPU `tensor` itself."""
-        if not self._streams.asynchronous:
-            return tensor
-        while self._in_flight and self._in_flight[0][0].query():
-            self._in_flight.popleft()
-        pinned = tensor.pin_memory()
-        uploaded = pinned.to(self._streams.device, non_blocking=True)
-        self._in_flight.append((self._streams.record(), pinned))
-        return uploaded
+    if not streams.asynchronous:
+        return tensor
+    return tensor.pin_memory().to(streams.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from sglang_npu_pp.errors import PeerLostError, PipelineError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, Uploads, copy_to_host
+from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, copy_to_host, upload
 from sglang_npu_pp.transport.message import Kind
 from tests.transport.harness import Here, Rank, Team, close_lanes, receive, results
 
@@ -142,7 +142,7 @@ def test_nested_outputs_keep_their_shape() -> None:
 
 def test_on_cpu_an_upload_is_the_tensor_itself() -> None:
     tensor = torch.tensor([1, 2])
-    assert Uploads(DeviceStreams("cpu")).to_device(tensor) is tensor
+    assert upload(tensor, DeviceStreams("cpu")) is tensor
 
 
 # --- between real ranks ------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 It flows in one direction only, on process groups of its own (one for each pair of neighbours), so a ring of
 rendezvous sends that wait for each other cannot form. One message is one contiguous buffer. Sends are
 packed into a ring of slots and therefore own their bytes; receives land in a ring of slots and are posted as
-soon as the header on the host lane announces them. Everything runs on a communication stream of the
-lane; `Work.wait()` is only ever called where it makes a stream wait (HCCL, NCCL), and on gloo, which has
-no streams, at the one place where the program needs the data.
+soon as the header on the host lane announces them. Sends and receives are issued on a stream each, so
+that a receive never waits for the forward that a send is waiting for. `Work.wait()` is only ever called
+where it makes a stream wait (HCCL, NCCL), and on gloo, which has no streams, at the one place where the
+program needs the data.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class DeviceLane:
         self._previous, self._following = previous, following
         self._streams = DeviceStreams(device)
         self.device_type = self._streams.device.type
-        self._stream = self._streams.new_stream()
+        self._sending, self._receiving = self._streams.new_stream(), self._streams.new_stream()
         self._where = where
         self._send_slots = deque(_Slot() for _ in range(slots))
         self.free_receive_slots = deque(_Slot() for _ in range(slots))
@@ -128,12 +129,11 @@ class DeviceLane:
         """One small message each way of the chain, so that the communicators exist before the first
         request. Blocks until the neighbours do the same; receives first, so the chain unwinds."""
         token = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._streams.device)
-        with self._streams.use(self._stream):
-            if self._previous is not None:
-                dist.recv(token, group=self._previous, group_src=0)
-            if self._following is not None:
-                dist.send(token, group=self._following, group_dst=1)
-            self._streams.record().synchronize()
+        if self._previous is not None:
+            dist.recv(token, group=self._previous, group_src=0)
+        if self._following is not None:
+            dist.send(token, group=self._following, group_dst=1)
+        self._streams.record().synchronize()
 
     def send(
         self,
@@ -158,7 +158,7 @@ class DeviceLane:
             target = buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype)
             target.copy_(source)
         packed = self._streams.record()
-        with self._streams.use(self._stream):
+        with self._streams.use(self._sending):
             self._streams.wait_for(packed)
             slot.work = dist.isend(buffer, group=self._following, group_dst=1)
 
@@ -168,12 +168,11 @@ class DeviceLane:
     def post_receive(self, nbytes: int) -> Receive:
         """Post the receive of the next message; call in the order of the headers."""
         slot = self.free_receive_slots.popleft()
-        if slot.buffer is not None and slot.buffer.numel() < nbytes and slot.freed is not None:
-            slot.freed.synchronize()  # only while slots still grow: nobody reads the old buffer
-        with self._streams.use(self._stream):
-            buffer = slot.room(nbytes, self._streams.device)  # memory of the stream that writes to it
+        with self._streams.use(self._receiving):
             if slot.freed is not None:
                 self._streams.wait_for(slot.freed)
+            # Behind that wait, because a slot that grows gives its old buffer back to this stream.
+            buffer = slot.room(nbytes, self._streams.device)
             work = dist.irecv(buffer, group=self._previous, group_src=0)
         slot.work = work
         return Receive(self, slot, buffer, work)

@@ -83,6 +83,7 @@ class Here:
 
     index: int
     store: Any
+    device: torch.device = torch.device("cpu")  # of the tensors that the device lane carries
     lane: HostLane = field(init=False)
     link: StageLink = field(init=False)
     telemetry: Telemetry = field(init=False)
@@ -149,12 +150,12 @@ def _standing_on(node: str | None) -> Iterator[None]:
 
 
 def open_device_lane(here: Here, ranks: Sequence[int], stage: int, slots: int) -> None:
-    """Add a device lane over gloo to an open link; the tensors of this lane's device are CPU tensors."""
+    """Add a device lane over the team's process group to an open link."""
     if not dist.is_initialized():
         raise AssertionError("the team has no process group; Team(..., process_group=True)")
-    previous, following = create_neighbour_groups(ranks, stage, "gloo")
+    previous, following = create_neighbour_groups(ranks, stage)
     lane = DeviceLane(
-        previous=previous, following=following, device="cpu", slots=slots, where=f"stage {stage} rank 0"
+        previous=previous, following=following, device=here.device, slots=slots, where=f"stage {stage} rank 0"
     )
     lane.warm_up()
     here.link = StageLink(here.lane, lane, telemetry=here.telemetry, trace=here.trace)
@@ -162,7 +163,7 @@ def open_device_lane(here: Here, ranks: Sequence[int], stage: int, slots: int) -
 
 def keep_pace(here: Here, rank: int) -> None:
     """Make as many groups as the ranks that open a device lane: torch wants equally many everywhere."""
-    create_neighbour_groups([rank], 0, "gloo")
+    create_neighbour_groups([rank], 0)
 
 
 def close_lanes(here: Here) -> None:
@@ -174,9 +175,13 @@ def close_lanes(here: Here) -> None:
         here.lane.close()
 
 
-def join_process_group(here: Here, round_name: str, world_size: int) -> None:
+def join_process_group(here: Here, round_name: str, world_size: int, device_type: str) -> None:
+    """Over gloo for CPU tensors, over HCCL for those of a (simulated) NPU."""
+    here.device = torch.device(device_type, None if device_type == "cpu" else here.index)
+    if device_type == "npu":
+        torch.get_device_module(here.device).set_device(here.device)
     dist.init_process_group(
-        "gloo",
+        "gloo" if device_type == "cpu" else "hccl",
         store=dist.PrefixStore(round_name, here.store),
         rank=here.index,
         world_size=world_size,
@@ -325,6 +330,7 @@ class Team:
         *,
         process_group: bool = False,
         environment: Mapping[str, str] | None = None,
+        device_type: str = "cpu",
     ) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=GROUP_LIMIT)
         self._environment = {"OMP_NUM_THREADS": "1", **(environment or {})}
@@ -333,7 +339,7 @@ class Team:
         for rank in self.ranks:
             assert rank.receive("start", START_LIMIT_S)[0] == "ready"
         if process_group:
-            self.each(join_process_group, "world", size)
+            self.each(join_process_group, "world", size, device_type)
 
     def each(
         self,
@@ -393,11 +399,20 @@ class Team:
         )
         return chosen
 
-    def open_links(self, stages: int, settings: Settings | None = None, *, slots: int = 4) -> list[Rank]:
-        """Host lanes and between neighbours a device lane, whose device is the CPU."""
+    def open_links(
+        self,
+        stages: int,
+        settings: Settings | None = None,
+        *,
+        slots: int = 4,
+        arrival: Sequence[int] | None = None,
+    ) -> list[Rank]:
+        """Host lanes and between neighbours a device lane; the stages begin in the order of `arrival`."""
         chosen = self.open_lanes(stages, settings)
         indices = [rank.index for rank in chosen]
-        calls = [rank.start(open_device_lane, indices, stage, slots) for stage, rank in enumerate(chosen)]
+        calls = [
+            chosen[stage].start(open_device_lane, indices, stage, slots) for stage in arrival or range(stages)
+        ]
         calls += [rank.start(keep_pace, rank.index) for rank in self.ranks if rank not in chosen]
         results(calls)
         return chosen
