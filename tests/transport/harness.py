@@ -177,7 +177,7 @@ def close_lanes(here: Here) -> None:
 
 def join_process_group(here: Here, round_name: str, world_size: int, device_type: str) -> None:
     """Over gloo for CPU tensors, over HCCL for those of a (simulated) NPU."""
-    here.device = torch.device(device_type, None if device_type == "cpu" else here.index)
+    here.device = torch.device(device_type if device_type == "cpu" else f"{device_type}:{here.index}")
     if device_type == "npu":
         torch.get_device_module(here.device).set_device(here.device)
     dist.init_process_group(
@@ -224,12 +224,17 @@ class Call(Generic[Result]):
     """A function that runs in a rank's process."""
 
     def __init__(self, rank: Rank, name: str) -> None:
-        self._rank, self._name = rank, name
+        self.rank, self._name = rank, name
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a note or the result is there."""
+        return self.rank.has_answer
 
     def result(self, limit_s: float = CALL_LIMIT_S) -> Result:
         """What the function returned; its exception is raised here."""
-        tag, value = self._rank.receive(self._name, limit_s)
-        assert tag != "note", f"rank {self._rank.index} sent the note {value!r}, which nobody expected"
+        tag, value = self.rank.receive(self._name, limit_s)
+        assert tag != "note", f"rank {self.rank.index} sent the note {value!r}, which nobody expected"
         if tag == "error":
             raise value
         result: Result = value
@@ -237,7 +242,7 @@ class Call(Generic[Result]):
 
     def note(self, limit_s: float = CALL_LIMIT_S) -> Any:
         """The next value that the function sends with `here.note`."""
-        tag, value = self._rank.receive(f"a note of {self._name}", limit_s)
+        tag, value = self.rank.receive(f"a note of {self._name}", limit_s)
         if tag == "error":
             raise value
         assert tag == "note", f"{self._name} returned {value!r} without a note"
@@ -263,6 +268,10 @@ class Rank:
     def pid(self) -> int:
         assert self._process.pid is not None
         return self._process.pid
+
+    @property
+    def has_answer(self) -> bool:
+        return self._connection.poll(0)
 
     def start(
         self,

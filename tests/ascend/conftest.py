@@ -1,0 +1,30 @@
+"""Rank processes on the simulated Ascend that the tests of this folder share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ascend_sim.processes import start_team
+from tests.transport.harness import Team, TeamKeeper
+
+
+def start_npu_team(size: int, task_queue: str = "1") -> Team:
+    """So many ranks, each with an NPU, in one HCCL process group; memory that is freed is overwritten."""
+    variables = {"TASK_QUEUE_ENABLE": task_queue}
+    return start_team(size, process_group=True, kernels=True, variables=variables, poison=1)
+
+
+@pytest.fixture(scope="session", params=["1", "2"], ids=["task-queue-1", "task-queue-2"])
+def _npu_keeper(request: pytest.FixtureRequest) -> Iterator[TeamKeeper]:
+    keeper = TeamKeeper(lambda: start_npu_team(3, request.param))
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def npu_team(_npu_keeper: TeamKeeper) -> Iterator[Team]:
+    """Three rank processes, each with a simulated NPU, with no lane open."""
+    yield _npu_keeper.team()
+    _npu_keeper.after_test()

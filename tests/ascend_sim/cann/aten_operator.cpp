@@ -1,0 +1,209 @@
+#include "aten_operator.h"
+
+#include "aten_stream.h"
+#include "aten_tensors.h"
+#include "aten_values.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+
+namespace ascend_sim {
+namespace {
+
+using torch::jit::Stack;
+
+Stack pop_arguments(Stack* stack, size_t count) {
+  Stack arguments(std::make_move_iterator(stack->end() - count), std::make_move_iterator(stack->end()));
+  stack->resize(stack->size() - count);
+  return arguments;
+}
+
+std::optional<c10::Device> npu_among(const Stack& arguments) {
+  std::optional<c10::Device> found;
+  for (const c10::IValue& argument : arguments) {
+    if (argument.isDevice() && argument.toDevice().type() == c10::DeviceType::PrivateUse1) {
+      found = argument.toDevice();
+    }
+    each_tensor(argument, [&](const at::Tensor& tensor) {
+      if (!found && is_on_npu(tensor)) found = tensor.device();
+    });
+  }
+  return found;
+}
+
+c10::Device device_of(const Stack& arguments) {
+  const std::optional<c10::Device> found = npu_among(arguments);
+  if (found && found->has_index()) return *found;
+  return c10::Device(c10::DeviceType::PrivateUse1, current_device());
+}
+
+// The CPU's kernels would not mind tensors of another device, but a device does. Numbers that are only read
+// may be on the host.
+void expect_one_device(const Signature& signature, const Stack& arguments, c10::Device device) {
+  auto expect = [&](const at::Tensor& tensor, bool may_be_on_host) {
+    const bool on_host = tensor.device().type() == c10::DeviceType::CPU;
+    TORCH_CHECK(
+        tensor.device() == device || (on_host && may_be_on_host),
+        "Expected all tensors to be on the same device, but found at least two devices, ", device, " and ",
+        tensor.device(), "! (", signature.name, ")");
+  };
+  for (const c10::IValue& argument : arguments) {
+    each_tensor(argument, [&](const at::Tensor& tensor) {
+      expect(tensor, tensor.dim() == 0 || signature.takes_host_indices);
+    });
+  }
+  auto expect_on_device = [&](const at::Tensor& tensor) { expect(tensor, false); };
+  for (size_t index : signature.out_arguments) each_tensor(arguments[index], expect_on_device);
+  for (size_t index : signature.other_written_arguments) each_tensor(arguments[index], expect_on_device);
+}
+
+// A host tensor may change as soon as the call is over; a device reads it before.
+at::Tensor host_argument(const at::Tensor& tensor) {
+  if (is_on_npu(tensor)) return host_view(tensor);
+  const bool keep = !tensor.defined() || tensor.unsafeGetTensorImpl()->is_wrapped_number();
+  return keep ? tensor : tensor.clone();
+}
+
+at::Tensor empty_on(c10::Device device, const Outline& outline) {
+  if (!outline.defined) return at::Tensor();
+  const auto options = at::TensorOptions().dtype(outline.type).device(device);
+  return at::empty_strided(outline.sizes, outline.strides, options);
+}
+
+c10::IValue tensor_or_list(const std::vector<at::Tensor>& tensors, bool is_list) {
+  return is_list ? c10::IValue(c10::List<at::Tensor>(tensors)) : c10::IValue(tensors[0]);
+}
+
+void copy_result(const at::Tensor& to, const at::Tensor& from) {
+  if (!to.defined() || !from.defined()) return;
+  TORCH_CHECK(
+      to.sizes() == from.sizes(),
+      "its result has sizes ", from.sizes(), " and its Meta kernel had announced ", to.sizes());
+  to.copy_(from);
+}
+
+// An operator with everything that it needs, on its way to the stream.
+struct Work {
+  c10::OperatorHandle op;
+  Stack stack;                                   // its arguments, then its results
+  std::vector<std::vector<at::Tensor>> results;  // host views, for each return; none for a written argument
+
+  void operator()() {
+    const c10::InferenceMode no_autograd;
+    op.callBoxed(&stack);
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (results[i].empty()) continue;
+      const std::vector<at::Tensor> made = tensors_in(stack[i]);
+      TORCH_CHECK(made.size() == results[i].size(), "it made other results than its Meta kernel announced");
+      for (size_t j = 0; j < made.size(); ++j) copy_result(results[i][j], made[j]);
+    }
+  }
+};
+
+// What an operator has made on the host becomes a tensor's value, in stream order.
+void copy_to_device(const std::string& name, const at::Tensor& to, const at::Tensor& from) {
+  launch(name + " result", [to = host_view(to), from] {
+    const c10::InferenceMode no_autograd;
+    copy_result(to, from);
+  });
+}
+
+}  // namespace
+
+KernelCounts& kernel_counts() {
+  static KernelCounts counts;
+  return counts;
+}
+
+void AtenOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  const Stack arguments = pop_arguments(stack, signature_.arguments);
+  const c10::Device device = device_of(arguments);
+  const c10::OptionalDeviceGuard guard(device);
+  expect_one_device(signature_, arguments, device);
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+
+  std::shared_ptr<const Outcome> outcome;
+  if (signature_.returns_tensors) outcome = shapes_.outcome_of(op, signature_, arguments);
+  if (outcome) {
+    enqueue(op, arguments, *outcome, stack);
+  } else {
+    run_and_wait(op, arguments, stack);
+  }
+}
+
+Stack AtenOperator::host_arguments(const Stack& arguments) const {
+  Stack changed;
+  changed.reserve(arguments.size());
+  for (const c10::IValue& argument : arguments) {
+    if (argument.isDevice()) {
+      changed.emplace_back(c10::Device(c10::DeviceType::CPU));
+    } else {
+      changed.push_back(map_tensors(argument, host_argument));
+    }
+  }
+  if (signature_.generator_argument) {
+    c10::IValue& generator = changed[*signature_.generator_argument];
+    generator = host_generator(generator.toOptional<at::Generator>());
+  }
+  return changed;
+}
+
+void AtenOperator::enqueue(
+    const c10::OperatorHandle& op, const Stack& arguments, const Outcome& outcome, Stack* stack) const {
+  const c10::Device device(c10::DeviceType::PrivateUse1, current_device());
+  for (size_t i = 0; i < signature_.out_arguments.size(); ++i) {
+    const at::Tensor& out = arguments[signature_.out_arguments[i]].toTensor();
+    if (out.sizes() != c10::IntArrayRef(outcome.out_sizes[i])) out.resize_(outcome.out_sizes[i]);
+  }
+  auto work = std::make_shared<Work>(Work{op, host_arguments(arguments), {}});
+  for (size_t i = 0; i < outcome.returned.size(); ++i) {
+    work->results.emplace_back();
+    if (signature_.written_argument[i] >= 0) {
+      stack->push_back(arguments[signature_.written_argument[i]]);
+      continue;
+    }
+    std::vector<at::Tensor> fresh;
+    for (const Outline& outline : outcome.returned[i]) {
+      fresh.push_back(empty_on(device, outline));
+      work->results.back().push_back(host_view(fresh.back()));
+    }
+    stack->push_back(tensor_or_list(fresh, outcome.is_list[i]));
+  }
+  kernel_counts().enqueued++;
+  launch(signature_.name, [work] { (*work)(); });
+}
+
+// For what must be known on the host, as a number or a size that depends on values; and for operators without
+// a Meta kernel.
+void AtenOperator::run_and_wait(const c10::OperatorHandle& op, const Stack& arguments, Stack* stack) {
+  Stack given = host_arguments(arguments);
+  for (size_t index : signature_.out_arguments) {  // in memory of its own, because the kernel may resize it
+    const at::Tensor& out = arguments[index].toTensor();
+    given[index] = at::Tensor(at::detail::empty_cpu(out.sizes(), out.scalar_type()));
+  }
+  kernel_counts().synchronous++;
+  synchronous_calls_++;
+  auto work = std::make_shared<Work>(Work{op, given, {}});
+  launch_and_wait(signature_.name, [work] { (*work)(); });
+
+  for (size_t index : signature_.out_arguments) {
+    const at::Tensor &out = arguments[index].toTensor(), &made = given[index].toTensor();
+    if (out.sizes() != made.sizes()) out.resize_(made.sizes());
+    copy_to_device(signature_.name, out, made);
+  }
+  auto move_to_device = [&](const at::Tensor& made) {
+    const c10::Device device(c10::DeviceType::PrivateUse1, current_device());
+    const at::Tensor moved = empty_on(device, outline_of(made));
+    copy_to_device(signature_.name, moved, made);
+    return moved;
+  };
+  for (size_t i = 0; i < work->stack.size(); ++i) {
+    const int written = signature_.written_argument[i];
+    stack->push_back(written >= 0 ? arguments[written] : map_tensors(work->stack[i], move_to_device));
+  }
+}
+
+}  // namespace ascend_sim

@@ -1,0 +1,113 @@
+#include "aten_stream.h"
+
+#include "sim.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch_npu/csrc/aten/NPUGeneratorImpl.h>
+#include <torch_npu/csrc/core/npu/NPUCachingAllocator.h>
+#include <torch_npu/csrc/core/npu/NPUGuard.h>
+#include <torch_npu/csrc/core/npu/NPUStream.h>
+#include <torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.h>
+#include <torch_npu/csrc/framework/OpCommand.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace ascend_sim {
+namespace {
+
+using at_npu::native::OpCommand;
+using c10_npu::NPUCachingAllocator::TraceEntry;
+
+// torch_npu's queue belongs to the current device, whatever the stream is.
+void launch_on(aclrtStream stream, const std::string& name, std::function<void()> task) {
+  auto work = std::make_shared<sim::Task>(sim::Task{name, std::move(task)});
+  OpCommand::RunOpApiV2(name, [stream, work]() -> int {
+    sim::enqueue(stream, std::move(*work));
+    return ACL_SUCCESS;
+  });
+}
+
+// Not NPUStream::stream(), which first empties the task queue.
+aclrtStream current_stream() { return c10_npu::getCurrentNPUStream().stream(/*need_empty=*/false); }
+
+[[noreturn]] void abort_because_of(const std::string& name, const char* message) {
+  std::fprintf(stderr, "[simulated Ascend] %s failed on its stream: %s\n", name.c_str(), message);
+  std::abort();
+}
+
+// Called with the allocator's lock held, at the moment when a later allocation on the block's stream may get
+// it: the poison goes behind everything launched so far and before everything that such an allocation can
+// launch. torch_npu, too, puts tasks into its queue under this lock: event records (insert_events in
+// NPUCachingAllocator.cpp).
+void poison_when_freed(const TraceEntry& entry) {
+  const bool streams_exist = c10_npu::NpuSysCtrl::GetInstance().GetInitFlag();  // not when the process ends
+  if (entry.action_ != TraceEntry::FREE_COMPLETED || !streams_exist) return;
+  const c10_npu::NPUGuard device(entry.device_);
+  auto* block = reinterpret_cast<void*>(entry.addr_);
+  const size_t size = entry.size_;
+  launch_on(entry.stream_, "poison", [block, size] { std::memset(block, 0xff, size); });
+}
+
+}  // namespace
+
+c10::DeviceIndex current_device() { return c10_npu::current_device(); }
+
+void launch(const std::string& name, std::function<void()> task) {
+  launch_on(current_stream(), name, [name, task = std::move(task)] {
+    try {
+      task();
+    } catch (const c10::Error& error) {
+      abort_because_of(name, error.what_without_backtrace());
+    } catch (const std::exception& error) {
+      abort_because_of(name, error.what());
+    }
+  });
+}
+
+void launch_and_wait(const std::string& name, std::function<void()> task) {
+  auto error = std::make_shared<std::exception_ptr>();
+  launch_on(current_stream(), name, [error, task = std::move(task)] {
+    try {
+      task();
+    } catch (...) {
+      *error = std::current_exception();
+    }
+  });
+  c10_npu::getCurrentNPUStream().synchronize();
+  if (*error) std::rethrow_exception(*error);
+}
+
+at::Generator host_generator(const std::optional<at::Generator>& device_generator) {
+  const bool given = device_generator.has_value() && device_generator->defined();
+  at::Generator generator =
+      given ? *device_generator : at_npu::detail::getDefaultNPUGenerator(current_device());
+  TORCH_CHECK(
+      generator.device().type() == c10::DeviceType::PrivateUse1,
+      "Expected a 'npu' device type for generator but found '", generator.device(), "'");
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  const uint64_t numbers_of_one_kernel = 4;
+  auto* state = generator.get<at_npu::NPUGeneratorImpl>();
+  const auto [seed, offset] = state->philox_engine_inputs(numbers_of_one_kernel);
+  const uint64_t mixed = (seed + offset) * 0x9e3779b97f4a7c15u;
+  return at::make_generator<at::CPUGeneratorImpl>(mixed >> 32);  // it takes 32 bits of a seed
+}
+
+void poison_freed_blocks() {
+  static std::once_flag once;
+  std::call_once(once, [] { c10_npu::NPUCachingAllocator::attachAllocatorTraceTracker(poison_when_freed); });
+}
+
+}  // namespace ascend_sim
+
+extern "C" void ascend_sim_occupy(int milliseconds) {
+  ascend_sim::launch("occupy", [milliseconds] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  });
+}

@@ -1,0 +1,72 @@
+"""Kernels of the simulated Ascend: aten operators run PyTorch's own CPU kernels, on the stream's thread.
+
+For processes that were started with `environment(...)`, in which `torch_npu` is the real one. What they
+compute is what the CPU computes; they say nothing about the numerics or the speed of a real device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import NamedTuple
+
+_REPORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_long)
+
+
+class KernelCounts(NamedTuple):
+    enqueued: int  # put on a stream; the host went on
+    synchronous: int  # the host waited: a value or a size was asked for, or there is no Meta kernel
+
+
+def install() -> int:
+    """Give aten operators their kernels, and scaled_dot_product_attention its math kernel; return how many.
+
+    With ASCEND_SIM_POISON=1 also `poison_freed_blocks()`.
+    """
+    installed: int = _library().ascend_sim_install_kernels()
+    if os.environ.get("ASCEND_SIM_POISON", "0") == "1":
+        poison_freed_blocks()
+    return installed
+
+
+def counts() -> KernelCounts:
+    """How many operators have run since this process started."""
+    enqueued, synchronous = ctypes.c_long(), ctypes.c_long()
+    _library().ascend_sim_kernel_counts(ctypes.byref(enqueued), ctypes.byref(synchronous))
+    return KernelCounts(enqueued.value, synchronous.value)
+
+
+def synchronous_operators() -> dict[str, int]:
+    """The operators that have made the host wait, and how often."""
+    found: dict[str, int] = {}
+
+    def report(name: bytes, calls: int) -> None:
+        found[name.decode()] = calls
+
+    _library().ascend_sim_synchronous_operators(_REPORT(report))
+    return found
+
+
+def occupy(milliseconds: int) -> None:
+    """Make the current stream take so long, like a kernel: through torch_npu's task queue, using no core."""
+    _library().ascend_sim_occupy(milliseconds)
+
+
+def poison_freed_blocks() -> None:
+    """From now on, overwrite memory with 0xff (NaN, -1) once torch_npu's caching allocator takes it back.
+
+    That happens in stream order: a task "poison" takes its place behind what has been launched so far on
+    the stream that owns the block, where a later allocation could write next. Memory is not poisoned when
+    it is freed by something other than the caching allocator (workspaces of torch_npu, pinned host memory).
+    """
+    import torch_npu
+
+    torch_npu.npu._lazy_call(_library().ascend_sim_poison_freed_blocks)  # needs the allocator
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    import torch_npu  # noqa: F401  (the library uses its symbols)
+
+    return ctypes.CDLL("libascend_sim_kernels.so")
