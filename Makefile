@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint bench-host-lane contracts clean
+.PHONY: help setup serve serve-npu-sim demo test lint bench-host-lane contracts clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -13,6 +13,9 @@ setup:  ## create .venv: SGLang on CPU, this package, test tools
 
 serve: setup  ## serve a tiny Qwen3-VL, tp 2 pp 2, until Ctrl-C (ARGS="--pp 4" for options)
 	@$(PYTHON_IN_VENV) scripts/serve.py $(ARGS)
+
+serve-npu-sim: setup  ## the same on the simulated Ascend: SGLang's NPU path, the real torch_npu, HCCL
+	@$(PYTHON_IN_VENV) scripts/serve.py --device npu-sim $(ARGS)
 
 demo: setup  ## serve, ask which digit a picture shows, end; fails when the answer is wrong
 	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)

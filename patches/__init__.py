@@ -7,7 +7,7 @@ from importlib import resources
 
 from sglang_npu_pp.patching import Contracts, Patch
 
-from . import groups, outputs, proxies, requests, startup
+from . import attention, groups, outputs, proxies, requests, startup
 
 PATCHES: tuple[Patch, ...] = (
     *startup.PATCHES,
@@ -15,7 +15,16 @@ PATCHES: tuple[Patch, ...] = (
     *requests.PATCHES,
     *proxies.PATCHES,
     *outputs.PATCHES,
+    *attention.PATCHES,
 )
+
+
+def patches_here() -> tuple[Patch, ...]:
+    """The patches for the device that SGLang serves on in this process."""
+    from sglang.srt.utils import is_npu
+
+    device = "npu" if is_npu() else None
+    return tuple(patch for patch in PATCHES if patch.device in (None, device))
 
 
 def sglang_release() -> str:

@@ -41,6 +41,7 @@ class Patch:
     plan: str  # when and how the patch goes away
     relies_on: tuple[str, ...] = ()
     adds: bool = False  # the target must not exist upstream
+    device: str | None = None  # only where SGLang serves on it; None: everywhere
 
     @property
     def contract_targets(self) -> tuple[str, ...]:

@@ -46,8 +46,9 @@ def activate(settings: Settings | None = None) -> bool:
     try:
         patches = importlib.import_module("sglang_npu_pp.patches")
         release = patches.sglang_release()
-        check_contracts(patches.PATCHES, release, patches.load_contracts())
-        _applied = AppliedPatches(patches.PATCHES)
+        needed = patches.patches_here()
+        check_contracts(needed, release, patches.load_contracts())
+        _applied = AppliedPatches(needed)
     except (ContractError, ImportError) as error:
         if settings.mode == "require":
             raise ContractError(
@@ -56,7 +57,7 @@ def activate(settings: Settings | None = None) -> bool:
             ) from error
         _decide(f"not activated, SGLang is left as it is: {error}", problem=True)
         return False
-    _decide(f"{len(patches.PATCHES)} patches in force for SGLang {release}")
+    _decide(f"{len(needed)} patches in force for SGLang {release}")
     return True
 
 

@@ -63,8 +63,12 @@ void expect_one_device(const Signature& signature, const Stack& arguments, c10::
 // A host tensor may change as soon as the call is over; a device reads it before.
 at::Tensor host_argument(const at::Tensor& tensor) {
   if (is_on_npu(tensor)) return host_view(tensor);
-  const bool keep = !tensor.defined() || tensor.unsafeGetTensorImpl()->is_wrapped_number();
-  return keep ? tensor : tensor.clone();
+  if (!tensor.defined()) return tensor;
+  // Numbers are copied too: the last owner of a tensor that Python knows must not be a stream, which then would
+  // wait for the interpreter's lock.
+  const at::Tensor copy = tensor.clone();
+  copy.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
+  return copy;
 }
 
 at::Tensor empty_on(c10::Device device, const Outline& outline) {

@@ -98,8 +98,7 @@ void all_to_all(Meeting& meeting, const void* input, const Parts& sent, const vo
 
 using namespace sim::hccl;
 
-// Where the number of elements is the same on all members, none is no collective at all: real HCCL returns at
-// once.
+// Where all members have the same number of elements, zero is no collective: real HCCL returns at once.
 extern "C" {
 
 HcclResult HcclAllReduce(void* input, void* output, uint64_t count, HcclDataType data_type,

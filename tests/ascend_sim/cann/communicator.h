@@ -88,8 +88,7 @@ class Operation {
  public:
   Operation(Communicator& communicator, const Call& call);
 
-  // Calls `step` again and again until nothing blocks it, asleep in between and waiting in the eyes of the
-  // listing.
+  // Calls `step` again and again until nothing blocks it. In between it sleeps, and the listing shows why.
   void until_unblocked(const std::function<std::optional<Blocked>()>& step);
 
   // Fails the communicator of all members, and gives up.

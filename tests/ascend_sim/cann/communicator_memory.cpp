@@ -29,8 +29,7 @@ std::size_t total_bytes(std::uint32_t size) {
   return channels_offset(size) + whole_pages(sizeof(Channel)) * size * size;
 }
 
-// What is wrong with the memfd behind `descriptor`, or nothing. The first member to ask decides how many
-// there are.
+// What is wrong with the memfd, or nothing. The first member to ask decides how many there are.
 std::string disagreement(int descriptor, const RootInfo& root, std::uint32_t size) {
   void* first_page = mmap(nullptr, page, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
   if (first_page == MAP_FAILED) return strerror(errno);

@@ -1,8 +1,7 @@
 // How the members of a communicator meet in a collective.
 //
 // All collectives are made of one exchange: everyone shows its data to everyone, a piece at a time, and each
-// member takes what its call asks for. Collectives are matched in the order in which they begin to run on
-// each member.
+// member takes what its call asks for. They are matched in the order in which they begin on each member.
 //
 // A member whose call differs from that of the others (another function, size, data type, reduction or root)
 // fails with a sentence that names both, and so do the others. Real HCCL compares nothing: it would hang or
@@ -37,8 +36,7 @@ class Meeting {
   // Waits until no earlier collective of this member is running, on whatever stream.
   Meeting(Operation& operation, const Collective& collective);
 
-  // Not in the destructor: after a collective that was given up, no other one may take its place among the
-  // members.
+  // Not in the destructor: after a collective that was given up, no other one may take its place.
   void end();
 
   // Shows `bytes` of `data` to all members, and takes from what all of them show, this one included, in the

@@ -1,0 +1,68 @@
+"""What a server does while the proxies of one microbatch do not arrive, on simulated Ascend."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import psutil
+
+from scripts.lib.server import Server
+from tests.ascend_sim.controls import Simulator, Stream
+from tests.server import battery
+
+from .rest import at_rest
+
+REQUESTS = 4  # two microbatches of two
+TOKENS = 64
+IN_FULL_SWING = 20  # receives
+LIMIT_S = 60.0
+SAMPLING = "aten::argmax"  # once a forward, on the last stage
+
+
+@dataclass
+class Held:
+    """The last stage when it has come to rest behind a receive that does not end."""
+
+    launched: int  # forwards that stand behind the receive, as far as their sampling
+    described: str
+
+
+def hold_a_receive(server: Server) -> Held:
+    """Hold one receive of the last stage in the middle of decoding, and look; all requests end well."""
+    first, last = (psutil.Process(pid) for pid in server.scheduler_pids())
+    with Simulator(last.pid) as simulator, ThreadPoolExecutor(REQUESTS) as pool:
+        start = simulator.history().next
+        answers = [pool.submit(decode, server, number) for number in range(REQUESTS)]
+        await_receives(simulator, start)
+        with simulator.hold("HcclRecv", count=1) as gate:
+            gate.wait_until_held()
+            at_rest(first, last)
+            listing = simulator.listing()
+        for answer in answers:
+            assert answer.result(LIMIT_S) == TOKENS
+    return Held(sum(map(launched_on, listing.streams)), str(listing))
+
+
+def decode(server: Server, number: int) -> int:
+    answer = battery.generate(
+        server,
+        input_ids=battery.prompt(20, seed=number),
+        sampling_params={"max_new_tokens": TOKENS, "ignore_eos": True},
+    )
+    return len(answer["output_ids"])
+
+
+def await_receives(simulator: Simulator, start: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        entries = simulator.history(start).entries
+        if sum(entry.event == "ended" and entry.task == "HcclRecv" for entry in entries) >= IN_FULL_SWING:
+            return
+        assert time.monotonic() < deadline, f"no {IN_FULL_SWING} receives:\n{simulator.listing()}"
+        time.sleep(0.01)
+
+
+def launched_on(stream: Stream) -> int:
+    return sum(task.name.startswith(SAMPLING) for task in stream.queued)

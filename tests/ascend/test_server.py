@@ -1,0 +1,205 @@
+"""SGLang 0.5.21 `--device npu` on the simulated Ascend, unpatched and patched, next to a CPU server.
+
+Everything is float32, so greedy tokens and log-probabilities are those of a CPU server. A start takes
+25 to 40 s on two cores: every server is started once, asked everything, and looked at afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+
+from scripts.lib.server import Server
+from sglang_npu_pp.trace import Event
+from tests.ascend_sim.controls import Simulator
+from tests.ascend_sim.deadlock import find_deadlock
+from tests.ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
+from tests.server import battery, order
+from tests.server.conftest import Launcher, traces
+
+from .held_receive import Held, hold_a_receive
+
+pytestmark = pytest.mark.server
+
+CONCURRENCY = 24
+CHUNK = 256  # tokens; of tests.server.conftest.ARGUMENTS
+PAGE = 128  # tokens; SGLang's own choice on an NPU, and the unit of its radix cache there
+PREFIX = 600  # tokens that several requests share
+BATTERY_LIMIT_S = 240.0
+NATIVE_MODEL = "sglang.srt.models.qwen3_vl.Qwen3VLForConditionalGeneration"
+
+
+class Layout(NamedTuple):
+    tp: int
+    pp: int
+    patched: bool
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-pp{self.pp}-{'patched' if self.patched else 'upstream'}"
+
+
+LAYOUTS = [Layout(tp, pp, patched) for tp, pp in ((1, 2), (1, 4), (2, 2)) for patched in (True, False)]
+
+
+@dataclass
+class Observed:
+    """What one server answered and did."""
+
+    answers: dict[str, Any]
+    prefixed: list[dict[str, Any]]  # answers to requests that begin alike
+    cached_tokens: list[int]  # of those requests
+    log: str = ""
+    results: int = 0  # batches whose results a scheduler processed
+    device_reads: int = 0  # reads of device tensors by the host on the way
+    traces: dict[int, list[Event]] = field(default_factory=dict)
+    held: Held | None = None
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("ascend"))
+    yield launcher
+    launcher.stop_all()
+
+
+@pytest.fixture(scope="module")
+def on_cpu(launcher: Launcher) -> Observed:
+    """The answers of an unpatched CPU server with one stage."""
+    with launcher.configure(1, 1, patched=False) as server:
+        return ask_everything(server)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def on_npu(request: pytest.FixtureRequest, launcher: Launcher, on_cpu: Observed) -> Observed:
+    """The same of a server on the simulated Ascend, with what it did. Memory that is freed is overwritten."""
+    layout: Layout = request.param
+    env = {"PP_PROBE_DEVICE_READS": "fail" if layout.patched else "count", "ASCEND_SIM_POISON": "1"}
+    with launcher.configure(
+        layout.tp, layout.pp, patched=layout.patched, device="npu-sim", env=env
+    ) as server:
+        observed = ask_everything(server)
+        if layout.pp == 2 and layout.tp == 1:
+            observed.held = hold_a_receive(server)
+        observed.log = server.log_text()
+        for pid in server.scheduler_pids():
+            results, reads = struct.unpack("<QQ", (server.log.parent / f"{pid}.reads").read_bytes())
+            observed.results += results
+            observed.device_reads += reads
+        if layout.patched:
+            observed.traces = {stage: of_scheduler(trace) for stage, trace in traces(server).items()}
+    return observed
+
+
+@pytest.fixture
+def layout(request: pytest.FixtureRequest) -> Layout:
+    layout: Layout = request.node.callspec.params["on_npu"]
+    return layout
+
+
+def of_scheduler(trace: list[Event]) -> list[Event]:
+    """Without what the thread that sends outputs records, at times of its own."""
+    return [event for event in trace if (event.name, event.kind) != ("push", "output")]
+
+
+def ask_everything(server: Server) -> Observed:
+    """The battery, many requests at a time, and requests with a common beginning."""
+    (answers,) = within_limit(server, lambda: battery.run(server, concurrency=CONCURRENCY))
+    prefixed, cached_tokens = within_limit(server, lambda: ask_with_prefix(server))
+    return Observed(answers, prefixed, cached_tokens)
+
+
+def ask_with_prefix(server: Server, count: int = 8) -> tuple[list[dict[str, Any]], list[int]]:
+    """One request, then several at a time that begin as it does: their answers, and what was cached."""
+
+    def ask(suffix: int) -> dict[str, Any]:
+        ids = battery.prompt(PREFIX, seed=31) + battery.prompt(5, seed=suffix)
+        return battery.generate(server, input_ids=ids, sampling_params={"ignore_eos": True})
+
+    first = ask(0)
+    with ThreadPoolExecutor(count) as pool:
+        answers = [first, *pool.map(ask, range(1, count))]
+    return [battery.summary(answer) for answer in answers], [
+        answer["meta_info"]["cached_tokens"] for answer in answers
+    ]
+
+
+def within_limit(server: Server, asking: Callable[[], Any]) -> Any:
+    """The result of `asking`; a server that stands still is described, not waited for."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(asking)
+    try:
+        return future.result(BATTERY_LIMIT_S)
+    except FutureTimeoutError:
+        pytest.fail(f"no answers in {BATTERY_LIMIT_S:.0f} s; {standing_still(server)}")
+    finally:
+        pool.shutdown(wait=False)  # the requests end with the server
+
+
+def standing_still(server: Server) -> str:
+    """What the streams of every scheduler do, and the deadlock among them if there is one."""
+    if server.device.title == "CPU":
+        return f"see {server.log}"
+    listings = []
+    for pid in server.scheduler_pids():
+        with Simulator(pid) as simulator:
+            listings.append(simulator.listing())
+    return "\n".join([f"see {server.log}", str(find_deadlock(listings)), *map(str, listings)])
+
+
+def test_every_scheduler_took_the_npu_path(on_npu: Observed, layout: Layout) -> None:
+    """As the schedulers say themselves; one that did not would have ended (`start_check`)."""
+    said = [line for line in on_npu.log.splitlines() if line.startswith(REPORT)]
+    expected = f"{REPORT} platform npu, attention {EXPECTED_ATTENTION}, model {NATIVE_MODEL}"
+    assert said == [expected] * (layout.tp * layout.pp)
+
+
+def test_greedy_tokens_equal_the_cpu_servers(on_cpu: Observed, on_npu: Observed) -> None:
+    """Of 24 requests at a time, prompts of 1 to 1500 tokens, pictures, grammars and stop strings among them;
+    and log-probabilities within 1e-3."""
+    assert not battery.differences(on_cpu.answers, on_npu.answers)
+
+
+def test_long_prompts_are_prefilled_in_chunks(on_npu: Observed) -> None:
+    sizes = [int(size) for size in re.findall(r"Prefill batch.*?#new-token: (\d+)", on_npu.log)]
+    assert max(sizes) == CHUNK < max(battery.LENGTHS)
+
+
+def test_a_repeated_prefix_comes_from_the_radix_cache(on_cpu: Observed, on_npu: Observed) -> None:
+    whole_pages = PREFIX // PAGE * PAGE
+    assert on_npu.cached_tokens == [0] + [whole_pages] * (len(on_npu.prefixed) - 1)
+    assert on_npu.prefixed == on_cpu.prefixed
+
+
+def test_results_reach_the_host_without_reading_the_device(on_npu: Observed, layout: Layout) -> None:
+    """In a patched server such a read would have raised; an unpatched one shows that the probe sees them."""
+    assert on_npu.results > 0
+    assert (on_npu.device_reads == 0) == layout.patched, on_npu.device_reads
+
+
+def test_order_of_the_patched_servers(on_npu: Observed, layout: Layout) -> None:
+    """As on the CPU: launch, send, only then wait for tokens; receives posted with their header."""
+    if not layout.patched:
+        return
+    for stage, trace in on_npu.traces.items():
+        assert len(order.launches(trace)) > 100
+        assert not order.tokens_are_waited_for_behind_the_launch(trace)
+        if stage < layout.pp - 1:
+            assert not order.proxies_leave_right_behind_the_launch(trace)
+        if stage > 0:
+            assert not order.proxies_are_waited_for_last(trace)
+            assert not order.receives_are_posted_with_their_header(trace, slots=4)
+
+
+def test_a_held_receive_stops_the_host_of_upstream_only(on_npu: Observed, layout: Layout) -> None:
+    """Upstream's host waits for the device in the forward whose proxies do not come. The patched one launches
+    that forward, goes on to the next microbatch and launches that too; then there is nothing left to do
+    without a token."""
+    if on_npu.held is not None:
+        assert on_npu.held.launched == (2 if layout.patched else 0), on_npu.held.described
