@@ -52,6 +52,7 @@ class AsyncPipeline:
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
         self.sent_requests: list[Any] | None = None
+        self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 
     @property
     def is_last(self) -> bool:

@@ -33,7 +33,7 @@ from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
 
 from .groups import attach_link
-from .pipeline import AsyncPipeline, set_current
+from .pipeline import AsyncPipeline, current, set_current
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -72,6 +72,17 @@ def init_idle_sleeper(original: Any, scheduler: Any) -> None:
         parallel.pp_size,
         lane,
     )
+
+
+def init_pp_loop_state(original: Any, scheduler: Any) -> None:
+    """Every event loop begins with this, on the schedule stream."""
+    original(scheduler)
+    pipeline = current()
+    if pipeline is not None:
+        allocator = scheduler.token_to_kv_pool_allocator
+        pipeline.made_before_the_loop = [
+            getattr(allocator, name, None) for name in ("free_pages", "release_pages")
+        ]
 
 
 def _unsupported(scheduler: Any) -> str | None:
@@ -213,5 +224,14 @@ PATCHES = (
             "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.maybe_sleep",
             "sglang.srt.managers.scheduler:dispatch_event_loop",
         ),
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.init_pp_loop_state",
+        wrapper=init_pp_loop_state,
+        why="the first list of free pages is made on the default stream and freed when pages are first taken "
+        "from it; the schedule stream may not have read it then, since the host no longer waits",
+        how="keep a reference to it",
+        upstream="vllm #54962 is of this kind; found on simulated Ascend, with freed memory overwritten",
+        plan="goes when SGLang makes its pools on the stream that uses them",
     ),
 )
