@@ -1,7 +1,8 @@
-"""Serve the tiny Qwen3-VL of this repository on CPU, ask it which digit a picture shows.
+"""Serve the tiny Qwen3-VL of this repository, ask it which digit a picture shows.
 
 scripts/serve.py                          serve until Ctrl-C, after one question
 scripts/serve.py --demo                   end after the answer: 0 if it is right, 1 if not
+scripts/serve.py --device npu-sim         on the simulated Ascend: SGLang's NPU path and the real torch_npu
 scripts/serve.py --pp 4 -- --log-level debug    what follows -- goes to SGLang
 """
 
@@ -22,6 +23,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
+from scripts.lib.devices import DEVICES  # noqa: E402
 from scripts.lib.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError, free_ports  # noqa: E402
 
 ASSETS = ROOT / "scripts" / "assets"
@@ -54,6 +56,7 @@ def parse_command_line(arguments: list[str]) -> tuple[argparse.Namespace, list[s
     )
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size (2)")
     parser.add_argument("--pp", type=int, default=2, help="pipeline-parallel size (2)")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="what it runs on (cpu)")
     parser.add_argument("--model", type=Path, default=ASSETS / "digits_vl", help="model directory")
     parser.add_argument("--port", type=int, help="HTTP port on loopback (any free one)")
     parser.add_argument(
@@ -86,12 +89,14 @@ def serve(options: argparse.Namespace, sglang_args: list[str]) -> int:
         options.tp,
         options.pp,
         log=folder / "serve.log",
+        device=options.device,
         env={"SGLANG_NPU_PP": "0"} if options.unpatched else {TELEMETRY_DIR_VARIABLE: str(telemetry)},
         args=sglang_args,
         port=port,
     )
     patched = "without the patch" if options.unpatched else "with the patch"
-    console.print(f"Starting SGLang on CPU, tp {options.tp} pp {options.pp}, {patched}:\n")
+    where = DEVICES[options.device].title
+    console.print(f"Starting SGLang on {where}, tp {options.tp} pp {options.pp}, {patched}:\n")
     console.print(server.shell_command(), style="dim", soft_wrap=True)
     console.print()
     try:

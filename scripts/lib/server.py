@@ -1,4 +1,4 @@
-"""Start a real SGLang server on CPU, talk to it, and end it without leaving anything behind."""
+"""Start a real SGLang server on one machine, talk to it, and end it without leaving anything behind."""
 
 import atexit
 import json
@@ -21,23 +21,12 @@ from typing import Any, Self
 import psutil
 import requests
 
+from scripts.lib.devices import DEVICES, DeviceUnavailableError
+
 HOST = "127.0.0.1"
 LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
 TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
-
-# One thread per rank: two ranks that each start a thread per core wait for each other's threads,
-# and a forward pass of 20 ms takes a second. torch.compile is off because its warm-up costs 14 s
-# per start and a C++ compiler. Gloo would otherwise listen on the interface of the host name.
-CPU_ENVIRONMENT: Mapping[str, str] = {
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_COMPILE_DISABLE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-}
+PATH = "PYTHONPATH"
 
 # For a tiny model on a small machine. bfloat16, because transformers writes float32 into the
 # sub-configurations of a saved Qwen3-VL and SGLang then serves it in float16.
@@ -79,7 +68,9 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """One SGLang server of `tp` x `pp` ranks on the CPU, on loopback and free ports.
+    """One SGLang server of `tp` x `pp` ranks, on loopback and free ports.
+
+    `device` is a name in `scripts.lib.devices.DEVICES`: the CPU, or the simulated Ascend.
 
     Use it as a context manager, or call `start`, `wait_ready` and `stop`. The process tree runs in
     sessions of its own, with a temporary directory of its own. With `nnodes` > 1 it starts that
@@ -95,6 +86,7 @@ class Server:
         pp: int,
         *,
         log: Path,
+        device: str = "cpu",
         env: Mapping[str, str] | None = None,
         args: Sequence[str] = (),
         python: Path | str = sys.executable,
@@ -106,6 +98,7 @@ class Server:
             raise ValueError(f"{tp} x {pp} ranks cannot be divided among {nnodes} nodes")
         self.model = Path(model).resolve()
         self.tp, self.pp, self.nnodes = tp, pp, nnodes
+        self.device = DEVICES[device]
         self.log = Path(log).resolve()
         self.python = str(python)
         self.args = tuple(args)
@@ -132,19 +125,28 @@ class Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that the server gets on top of this process's own."""
+        """The variables that the server gets on top of this process's own.
+
+        Raises:
+            ServerError: this machine cannot provide the device.
+        """
+        try:
+            device = self.device.environment(self.tp * self.pp)
+        except DeviceUnavailableError as error:
+            raise ServerError(str(error)) from None
         partition = layer_partition(self.model, self.pp)
+        paths = [variables[PATH] for variables in (self.env, device) if variables.get(PATH)]
         return {
-            **CPU_ENVIRONMENT,
-            "SGLANG_CPU_OMP_THREADS_BIND": cores_per_rank(self.tp * self.pp),
+            **device,
             **({LAYER_PARTITION_VARIABLE: partition} if partition else {}),
             **self.env,
+            **({PATH: os.pathsep.join(paths)} if paths else {}),
         }
 
     def command(self, node: int = 0) -> list[str]:
         """The launch command of one node."""
         command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model)]
-        command += ["--device", "cpu", "--tp-size", str(self.tp), "--pp-size", str(self.pp)]
+        command += [*self.device.arguments, "--tp-size", str(self.tp), "--pp-size", str(self.pp)]
         command += ["--host", HOST, "--port", str(self._node_ports[node])]
         command += ["--nccl-port", str(self._nccl_port)]
         if self.nnodes > 1:
@@ -422,12 +424,6 @@ def check_port_is_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise ServerError(f"port {port} of {HOST} is not free: {error.strerror}") from None
-
-
-def cores_per_rank(ranks: int) -> str:
-    """SGLANG_CPU_OMP_THREADS_BIND: one core per rank, round robin over those we may use."""
-    cores = sorted(os.sched_getaffinity(0))
-    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
 
 
 def layer_partition(model: Path, pp: int) -> str | None:

@@ -4,6 +4,8 @@ Loaded when its directory is on PYTHONPATH, in patched and unpatched servers ali
 environment variables:
 
 PP_PROBE_DIR          count torch.distributed point-to-point operations; one file a process
+PP_PROBE_DEVICE_READS the host reads a device tensor while it handles results: "fail" raises; "count" counts,
+                      in a file a process in PP_PROBE_DIR
 PP_PROBE_FAKE_KV=1    a disaggregated server moves its KV cache with SGLang's own fake backend
 PP_PROBE_RELEASE=X    SGLang calls itself release X
 PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
@@ -15,6 +17,7 @@ import mmap
 import multiprocessing
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,30 +35,105 @@ def register() -> None:
     directory = os.environ.get("PP_PROBE_DIR")
     if directory and multiprocessing.parent_process() is not None:
         count_point_to_point(Path(directory) / f"{os.getpid()}.p2p")
+        if wanted := os.environ.get("PP_PROBE_DEVICE_READS"):
+            watch_device_reads(Path(directory) / f"{os.getpid()}.reads", fail=wanted == "fail")
 
 
 def count_point_to_point(path: Path) -> None:
     """Count sends and receives of every process group of this process, as a u64 in `path`.
 
     At the binding below `torch.distributed.send`, `isend`, `recv`, `irecv` and the batched calls, so that
-    nothing slips by. A mapped file, so that the count can be read while the process runs.
+    nothing slips by.
     """
     import torch.distributed as dist
 
-    path.write_bytes(bytes(8))
-    with path.open("r+b") as file:
-        counter = mmap.mmap(file.fileno(), 8)
+    counters = Counters(path, 1)
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            (count,) = struct.unpack("<Q", counter[:8])
-            counter[:8] = struct.pack("<Q", count + 1)
+            counters.add(0)
             return function(*args, **kwargs)
 
         return call
 
     for name in ("send", "recv", "recv_anysource"):
         setattr(dist.ProcessGroup, name, counted(getattr(dist.ProcessGroup, name)))
+
+
+def watch_device_reads(path: Path, fail: bool) -> None:
+    """Look for reads of device tensors by the host, which wait for the device.
+
+    Any read where the outputs of a microbatch are exchanged and processed, however it is written (`tolist`,
+    `item`, `cpu`, `int`, a copy to memory that is not pinned); and `tolist` anywhere but in a forward, where
+    input log-probabilities are read. `path` gets two numbers: batches looked at, and reads.
+    """
+    import torch
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counters = Counters(path, 2)
+    in_forward = threading.local()
+
+    def found(what: str) -> None:
+        counters.add(1)
+        if fail:
+            raise RuntimeError(f"the probe saw {what} on a device tensor")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            result = operator(*args, **(kwargs or {}))
+            name = operator.overloadpacket.__name__
+            if name == "_local_scalar_dense" and not args[0].is_cpu:
+                found(name)
+            elif name in ("_to_copy", "copy_") and result.is_cpu and not result.is_pinned():
+                source = args[1] if name == "copy_" else args[0]
+                if not source.is_cpu:
+                    found(name)
+            return result
+
+    def watched(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with Watch():
+            return original(*args, **kwargs)
+
+    def watched_and_counted(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        counters.add(0)
+        return watched(original, *args, **kwargs)
+
+    def in_a_forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        in_forward.now = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            in_forward.now = False
+
+    tolist = torch.Tensor.tolist
+
+    def checked_tolist(tensor: Any) -> Any:
+        if not tensor.is_cpu and not getattr(in_forward, "now", False):
+            found("tolist")
+        return tolist(tensor)
+
+    mixin = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
+    HookRegistry.register(f"{mixin}._pp_process_batch_result", watched_and_counted, HookType.AROUND)
+    HookRegistry.register(f"{mixin}._pp_prep_batch_result", watched, HookType.AROUND)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", in_a_forward, HookType.AROUND)
+    torch.Tensor.tolist = checked_tolist  # type: ignore[assignment, method-assign]
+
+
+class Counters:
+    """Numbers in a mapped file, so that they can be read while the process runs."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        path.write_bytes(bytes(8 * count))
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 8 * count)
+
+    def add(self, index: int) -> None:
+        where = slice(8 * index, 8 * index + 8)
+        (count,) = struct.unpack("<Q", self._memory[where])
+        self._memory[where] = struct.pack("<Q", count + 1)
 
 
 def fail_the_last_patch() -> None:

@@ -1,0 +1,84 @@
+"""What a server needs for the device it runs on: environment variables and arguments of SGLang."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# For either device. One thread per rank: two ranks that each start a thread per core wait for each other's
+# threads, and a forward pass of 20 ms takes a second. torch.compile is off because its warm-up costs 14 s
+# per start and a C++ compiler. Gloo would otherwise listen on the interface of the host name.
+ONE_MACHINE: Mapping[str, str] = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_COMPILE_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+class DeviceUnavailableError(RuntimeError):
+    """This machine cannot provide the device; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as a server sees it.
+
+    `environment(ranks)` gives the variables of a server with so many ranks on one machine; it may raise
+    `DeviceUnavailableError`.
+    """
+
+    title: str
+    environment: Callable[[int], Mapping[str, str]]
+    arguments: tuple[str, ...]
+
+
+def cpu_environment(ranks: int) -> Mapping[str, str]:
+    return {
+        **ONE_MACHINE,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": cores_per_rank(ranks),
+    }
+
+
+def cores_per_rank(ranks: int) -> str:
+    """SGLANG_CPU_OMP_THREADS_BIND: one core per rank, round robin over those we may use."""
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+
+
+def simulated_npu_environment(ranks: int) -> Mapping[str, str]:
+    """torch_npu on the simulated Ascend, one device a rank, and what SGLang expects on an Ascend machine."""
+    from tests.ascend_sim import sglang_on_sim
+    from tests.ascend_sim.build import unavailable
+    from tests.ascend_sim.environment import environment
+
+    if reason := unavailable():
+        raise DeviceUnavailableError(reason)
+    simulator = environment(devices=ranks)
+    paths = [str(sglang_on_sim.STARTUP), simulator["PYTHONPATH"]]
+    return {
+        **ONE_MACHINE,
+        **simulator,
+        "PYTHONPATH": os.pathsep.join(paths),
+        # Weights stay in the format they have: the formats of the matrix unit are not simulated.
+        "SGLANG_NPU_DISABLE_ACL_FORMAT_WEIGHT": "1",
+    }
+
+
+DEVICES: Mapping[str, Device] = {
+    "cpu": Device("CPU", cpu_environment, ("--device", "cpu")),
+    # NPU graphs are not simulated.
+    "npu-sim": Device(
+        "the simulated Ascend",
+        simulated_npu_environment,
+        ("--device", "npu", "--disable-cuda-graph"),
+    ),
+}

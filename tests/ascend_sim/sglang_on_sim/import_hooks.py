@@ -1,0 +1,110 @@
+"""What happens while `torch_npu` and the packages around it are imported, without editing any of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from .missing_packages import ROOTS, MissingPackage
+
+Action = Callable[[], None]
+
+
+def install() -> None:
+    """Hang the hooks into the import system of this process."""
+    sys.meta_path.insert(0, MissingPackageFinder())
+    sys.meta_path.insert(
+        0,
+        ActionFinder(
+            before={"torch_npu.contrib.transfer_to_npu": read_dynamo_rules},
+            after={"torch_npu": install_kernels, "triton.runtime.jit": install_triton_kernels},
+        ),
+    )
+    # Where it finds none, torch_npu puts its own there, which needs the graph engine of a real CANN.
+    importlib.import_module("torchair")
+
+
+class MissingPackageFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds any module below the packages that are not installed here."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] not in ROOTS:
+            return None
+        return ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return MissingPackage(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        return
+
+
+class ActionFinder(importlib.abc.MetaPathFinder):
+    """Finds modules as usual, and runs an action right before or right behind their code."""
+
+    def __init__(self, before: Mapping[str, Action], after: Mapping[str, Action]) -> None:
+        self._before, self._after = before, after
+        self._looking_up: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name in self._looking_up or name not in {*self._before, *self._after}:
+            return None
+        self._looking_up.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking_up.remove(name)
+        if spec is None or spec.loader is None:
+            return None
+        run_module = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            self._before.get(name, _nothing)()
+            run_module(module)
+            self._after.get(name, _nothing)()
+
+        # Looking a module up must do nothing: the actions hang on the loader of this one spec.
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _nothing() -> None:
+    return
+
+
+def install_kernels() -> None:
+    """torch_npu has just been imported: give its operators implementations."""
+    from tests.ascend_sim import kernels
+
+    from . import reference_kernels
+
+    kernels.install()
+    reference_kernels.install()
+
+
+def install_triton_kernels() -> None:
+    """Triton has just been imported: launch plain torch in the place of its kernels."""
+    from . import reference_triton_kernels
+
+    reference_triton_kernels.install()
+
+
+def read_dynamo_rules() -> None:
+    """Have Dynamo read its table of torch functions, which it keeps, while torch.cuda is still itself.
+
+    `transfer_to_npu`, which SGLang imports, makes many names of torch.cuda aliases of torch.npu. A table
+    that is read behind that finds one function under two rules and raises, in the import of every model
+    that mentions torch.compile; SGLang logs that and serves the model with another implementation.
+    """
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
+
+    get_torch_obj_rule_map()
