@@ -80,7 +80,11 @@ def on_cpu(launcher: Launcher) -> Observed:
 def on_npu(request: pytest.FixtureRequest, launcher: Launcher, on_cpu: Observed) -> Observed:
     """The same of a server on the simulated Ascend, with what it did. Memory that is freed is overwritten."""
     layout: Layout = request.param
-    env = {"PP_PROBE_DEVICE_READS": "fail" if layout.patched else "count", "ASCEND_SIM_POISON": "1"}
+    env = {
+        "PP_PROBE_DEVICE_READS": "fail" if layout.patched else "count",
+        "PP_PROBE_KEEP_FREE_PAGES": "0" if layout.patched else "1",  # a patch does that
+        "ASCEND_SIM_POISON": "1",
+    }
     with launcher.configure(
         layout.tp, layout.pp, patched=layout.patched, device="npu-sim", env=env
     ) as server:

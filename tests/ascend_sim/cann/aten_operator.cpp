@@ -67,7 +67,7 @@ at::Tensor host_argument(const at::Tensor& tensor) {
   // Numbers are copied too: the last owner of a tensor that Python knows must not be a stream, which then would
   // wait for the interpreter's lock.
   const at::Tensor copy = tensor.clone();
-  copy.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) copy.unsafeGetTensorImpl()->set_wrapped_number(true);
   return copy;
 }
 

@@ -332,4 +332,6 @@ _libraries: list[torch.library.Library] = []  # implementations disappear with t
 
 def _to_device(lengths: Tensor, device: torch.device) -> Tensor:
     """Lengths from the host without waiting: an unpinned tensor would block until its copy has run."""
+    if device.type == "cpu":
+        return lengths
     return lengths.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,8 @@ environment variables:
 PP_PROBE_DIR          count torch.distributed point-to-point operations; one file a process
 PP_PROBE_DEVICE_READS the host reads a device tensor while it handles results: "fail" raises; "count" counts,
                       in a file a process in PP_PROBE_DIR
+PP_PROBE_KEEP_FREE_PAGES=1
+                      the first list of free pages is not freed while a stream still reads it
 PP_PROBE_FAKE_KV=1    a disaggregated server moves its KV cache with SGLang's own fake backend
 PP_PROBE_RELEASE=X    SGLang calls itself release X
 PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
@@ -26,6 +28,8 @@ from typing import Any
 def register() -> None:
     if os.environ.get("PP_PROBE_FAKE_KV") == "1":
         use_fake_kv_transfer()
+    if os.environ.get("PP_PROBE_KEEP_FREE_PAGES") == "1":
+        keep_free_pages()
     if release := os.environ.get("PP_PROBE_RELEASE"):
         import sglang.version
 
@@ -120,6 +124,25 @@ def watch_device_reads(path: Path, fail: bool) -> None:
     HookRegistry.register(f"{mixin}._pp_prep_batch_result", watched, HookType.AROUND)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", in_a_forward, HookType.AROUND)
     torch.Tensor.tolist = checked_tolist  # type: ignore[assignment, method-assign]
+
+
+def keep_free_pages() -> None:
+    """Give the loop a list of free pages in memory of its own stream.
+
+    SGLang makes the first one on the default stream, and lets go of it behind `torch.cat` on the loop's
+    stream, without waiting: where freed memory is overwritten at once, page numbers become -1.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    kept: list[Any] = []
+
+    def copy(_result: None, scheduler: Any) -> None:
+        allocator = scheduler.token_to_kv_pool_allocator
+        kept.append(allocator.free_pages)
+        allocator.free_pages = allocator.free_pages.clone()
+
+    mixin = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
+    HookRegistry.register(f"{mixin}.init_pp_loop_state", copy, HookType.AFTER)
 
 
 class Counters:
