@@ -28,12 +28,12 @@ settings.register_profile(
 )
 settings.load_profile("project")
 
-ASCEND = {Path(__file__).parent / name for name in ("ascend", "ascend_sim")}
+ASCEND = {Path(__file__).parent / name for name in ("ascend", "ascend_sim", "server/test_ascend.py")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs the simulated Ascend where it cannot be built; with REQUIRE_ASCEND_SIM end instead."""
-    concerned = [item for item in items if ASCEND.intersection(item.path.parents)]
+    concerned = [item for item in items if ASCEND.intersection([item.path, *item.path.parents])]
     reason = build.unavailable() if concerned else None
     if reason is None:
         return

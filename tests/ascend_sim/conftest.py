@@ -11,7 +11,7 @@ from tests.transport.harness import Team, TeamKeeper
 from .processes import start_team
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _hccl_keeper() -> Iterator[TeamKeeper]:
     keeper = TeamKeeper(lambda: start_team(3, process_group=True, kernels=True))
     yield keeper

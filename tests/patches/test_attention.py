@@ -1,6 +1,6 @@
 """What the Ascend attention backend gets instead of reads of the device: the same values.
 
-That the host then does not wait is shown on simulated Ascend, by tests/ascend/test_server.py.
+That the host then does not wait is shown on simulated Ascend, by tests/server/test_ascend.py.
 """
 
 from __future__ import annotations

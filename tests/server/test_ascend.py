@@ -21,9 +21,9 @@ from sglang_npu_pp.trace import Event
 from tests.ascend_sim.controls import Simulator
 from tests.ascend_sim.deadlock import find_deadlock
 from tests.ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
-from tests.server import battery, order
-from tests.server.conftest import Launcher, traces
 
+from . import battery, order
+from .conftest import Launcher, traces
 from .held_receive import Held, hold_a_receive
 
 pytestmark = pytest.mark.server

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import psutil
 
 from scripts.lib.server import Server
+from tests.ascend.rest import at_rest
 from tests.ascend_sim.controls import Simulator, Stream
-from tests.server import battery
 
-from .rest import at_rest
+from . import battery
 
 REQUESTS = 4  # two microbatches of two
 TOKENS = 64
