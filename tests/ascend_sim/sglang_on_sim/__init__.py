@@ -2,11 +2,12 @@
 
 What a machine with Ascend hardware has and this one lacks, besides CANN itself:
 
-startup/              on PYTHONPATH of the server's processes: sitecustomize and the plugin entry point
-import_hooks.py       acts when torch_npu is imported; finds the packages that are not installed
-missing_packages.py   those packages: names can be imported, calling one raises `RuntimeError` with its name
-reference_kernels.py  fused NPU kernels that the served models call, in plain torch
-start_check.py        a scheduler that did not really take the NPU path ends with one sentence
+startup/                     on PYTHONPATH of the server's processes: sitecustomize, the plugin entry point
+import_hooks.py              acts when torch_npu is imported; finds the packages that are not installed
+missing_packages.py          those packages: calling something in them raises `RuntimeError` with its name
+reference_kernels.py         fused NPU kernels that the served models call, in plain torch
+reference_triton_kernels.py  the same for SGLang's own Triton kernels
+start_check.py               a scheduler that did not really take the NPU path ends with one sentence
 
 Results are those of the simulated Ascend: order, lifetimes, use of the interfaces. Not speed, and not the
 numerics of the real kernels.

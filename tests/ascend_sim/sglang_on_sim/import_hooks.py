@@ -18,13 +18,8 @@ Action = Callable[[], None]
 def install() -> None:
     """Hang the hooks into the import system of this process."""
     sys.meta_path.insert(0, MissingPackageFinder())
-    sys.meta_path.insert(
-        0,
-        ActionFinder(
-            before={"torch_npu.contrib.transfer_to_npu": read_dynamo_rules},
-            after={"torch_npu": install_kernels, "triton.runtime.jit": install_triton_kernels},
-        ),
-    )
+    actions = {"torch_npu": install_kernels, "triton.runtime.jit": install_triton_kernels}
+    sys.meta_path.insert(0, ActionFinder(actions))
     # Where it finds none, torch_npu puts its own there, which needs the graph engine of a real CANN.
     importlib.import_module("torchair")
 
@@ -47,16 +42,16 @@ class MissingPackageFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class ActionFinder(importlib.abc.MetaPathFinder):
-    """Finds modules as usual, and runs an action right before or right behind their code."""
+    """Finds modules as usual, and runs an action right behind the code of some of them."""
 
-    def __init__(self, before: Mapping[str, Action], after: Mapping[str, Action]) -> None:
-        self._before, self._after = before, after
+    def __init__(self, actions: Mapping[str, Action]) -> None:
+        self._actions = actions
         self._looking_up: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name in self._looking_up or name not in {*self._before, *self._after}:
+        if name in self._looking_up or name not in self._actions:
             return None
         self._looking_up.add(name)
         try:
@@ -65,20 +60,15 @@ class ActionFinder(importlib.abc.MetaPathFinder):
             self._looking_up.remove(name)
         if spec is None or spec.loader is None:
             return None
-        run_module = spec.loader.exec_module
+        run_module, act = spec.loader.exec_module, self._actions[name]
 
         def exec_module(module: ModuleType) -> None:
-            self._before.get(name, _nothing)()
             run_module(module)
-            self._after.get(name, _nothing)()
+            act()
 
-        # Looking a module up must do nothing: the actions hang on the loader of this one spec.
+        # Looking a module up must do nothing: the action hangs on the loader of this one spec.
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-
-def _nothing() -> None:
-    return
 
 
 def install_kernels() -> None:
@@ -96,15 +86,3 @@ def install_triton_kernels() -> None:
     from . import reference_triton_kernels
 
     reference_triton_kernels.install()
-
-
-def read_dynamo_rules() -> None:
-    """Have Dynamo read its table of torch functions, which it keeps, while torch.cuda is still itself.
-
-    `transfer_to_npu`, which SGLang imports, makes many names of torch.cuda aliases of torch.npu. A table
-    that is read behind that finds one function under two rules and raises, in the import of every model
-    that mentions torch.compile; SGLang logs that and serves the model with another implementation.
-    """
-    from torch._dynamo.trace_rules import get_torch_obj_rule_map
-
-    get_torch_obj_rule_map()
