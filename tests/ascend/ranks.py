@@ -109,11 +109,6 @@ def read_numbers(here: Here) -> list[int | str]:
         return [number_of(tensor) for tensor in here.kept.pop("read", [])]
 
 
-def poll(here: Here) -> None:
-    """What a scheduler does all the time: look for messages, and post the receives they announce."""
-    here.link.host_lane.poll()
-
-
 # --- token return --------------------------------------------------------------------------------
 
 

@@ -115,3 +115,12 @@ def test_the_sending_thread_has_the_device_of_its_scheduler(npu_team: Team) -> N
         last.call(open_token_return, rule)
         assert last.call(device_of_sending_thread) == device
         npu_team.reset()
+
+
+def test_an_upload_keeps_its_pinned_memory_until_it_is_copied(npu_team: Team) -> None:
+    """Nobody here keeps it: torch's allocator does not give it to the uploads that follow."""
+    (rank,) = npu_team.open_lanes(1)
+    with holding(rank, "memcpy H2D"):
+        rank.call(ranks.start_upload, 41)
+        at_rest(rank)
+    assert rank.call(ranks.read_numbers) == [41]

@@ -21,8 +21,6 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from .kernels import occupy as occupy
-
 ANSWER_LIMIT_S = 20.0
 HELD_LIMIT_S = 30.0
 
