@@ -241,9 +241,24 @@ class HostLane:
         """Push `message` to stage `peer`. See Outbox.send."""
         self._outboxes[peer].send(message)
 
-    def wait(self, source: int, kind: Kind, number: int, limit_s: float | None = None) -> Message:
-        """Message `number` of a channel. Raises PeerLostError, WaitLimitError, SequenceError."""
-        return self.inbox.wait(source, kind, number, self.check, limit_s)
+    def wait(
+        self,
+        source: int,
+        kind: Kind,
+        number: int,
+        limit_s: float | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Message:
+        """Message `number` of a channel. Raises PeerLostError, WaitLimitError, SequenceError.
+
+        `check` is called after everything that arrives meanwhile, and may raise what makes waiting useless.
+        """
+
+        def check_all() -> None:
+            self.check()
+            check()
+
+        return self.inbox.wait(source, kind, number, check_all, limit_s)
 
     def poll(self) -> None:
         """Sort in what has arrived, without waiting."""

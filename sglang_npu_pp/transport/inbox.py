@@ -61,6 +61,10 @@ class Inbox:
     def has(self, source: int, kind: Kind, number: int) -> bool:
         return number in self._channel(source, kind).waiting
 
+    def oldest(self, source: int, kind: Kind) -> Message | None:
+        """The first message of a channel that has arrived and was not taken."""
+        return next(iter(self._channel(source, kind).waiting.values()), None)
+
     def take(self, source: int, kind: Kind, number: int) -> Message:
         """Remove a message that has arrived, and give its sender credit."""
         channel = self._channel(source, kind)

@@ -25,7 +25,7 @@ import torch
 
 from ..errors import MessageError
 
-PROTOCOL = 1
+PROTOCOL = 2
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
 _ALIGNMENT = 8  # only complex128 is wider
@@ -86,6 +86,7 @@ class Header(msgspec.Struct, array_like=True):
     number: int  # position in its channel, from 0
     slot: int  # microbatch slot, -1 where there is none
     iteration: int  # scheduler iteration, -1 where there is none
+    batch: str  # which requests the microbatch has, in words that are compared; empty where it is not said
     keys: tuple[str, ...]  # keys of the tensor dict in their order; empty for a bare object
     tensors: tuple[TensorSpec, ...]
     frame_sizes: tuple[Count, ...]  # bytes of every frame behind the header
@@ -105,6 +106,7 @@ class Message:
     kind: Kind
     slot: int = -1
     iteration: int = -1
+    batch: str = ""
     keys: tuple[str, ...] = ()
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     values: Any = None
@@ -211,6 +213,7 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         number=number,
         slot=message.slot,
         iteration=message.iteration,
+        batch=message.batch,
         keys=message.keys,
         tensors=(*specs, *message.device_specs),
         frame_sizes=tuple(len(frame) for frame in frames),
@@ -269,6 +272,7 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
         kind=Kind(header.kind),
         slot=header.slot,
         iteration=header.iteration,
+        batch=header.batch,
         keys=header.keys,
         tensors=tensors,
         values=_read_values(frames[-header.values :], header.number) if header.values else None,

@@ -38,10 +38,19 @@ class Pending:
     """A message that is on its way. Only `wait` blocks."""
 
     def __init__(
-        self, link: StageLink, kind: Kind, source: int, number: int, slot: int, iteration: int
+        self,
+        link: StageLink,
+        kind: Kind,
+        source: int,
+        number: int,
+        slot: int,
+        iteration: int,
+        overtaken_by: Kind | None,
     ) -> None:
         self._link, self.kind, self.source, self.number = link, kind, source, number
-        self.slot, self.iteration = slot, iteration
+        self.slot, self.iteration, self.overtaken_by = slot, iteration, overtaken_by
+        self.batch = ""
+        """Which requests the microbatch has here; compared with what the message says unless empty."""
 
     def wait(self, gather: GatherGroup | None = None, *, owned: bool = False) -> dict[str, Any]:
         """The tensor dict, in the sender's key order.
@@ -92,6 +101,7 @@ class StageLink:
         *,
         slot: int = -1,
         iteration: int = -1,
+        batch: str = "",
         gather: GatherGroup | None = None,
         owned: bool = False,
         outboxes: Mapping[int, Outbox] | None = None,
@@ -100,10 +110,11 @@ class StageLink:
 
         Tensors on the device of the device lane take it when `peer` is the next stage; other device
         tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
-        can be cut so. `owned`: nobody will write to the host tensors any more; otherwise they are copied.
+        can be cut so. `batch`: which requests these are, in words; a receiver that has others refuses them.
+        `owned`: nobody will write to the host tensors any more; otherwise they are copied.
         `outboxes`: connections of a thread of its own, instead of the scheduler's.
         """
-        message = Message(kind, slot, iteration, keys=tuple(tensors))
+        message = Message(kind, slot, iteration, batch, keys=tuple(tensors))
         on_device = self._compose(message, peer, tensors, gather, owned)
         if outboxes is None:
             self.host_lane.send(peer, message)
@@ -158,22 +169,34 @@ class StageLink:
 
     # --- receive -------------------------------------------------------------------------------
 
-    def post(self, kind: Kind, source: int, *, slot: int = -1, iteration: int = -1) -> Pending:
+    def post(
+        self,
+        kind: Kind,
+        source: int,
+        *,
+        slot: int = -1,
+        iteration: int = -1,
+        overtaken_by: Kind | None = None,
+    ) -> Pending:
         """Expect the next message of `kind` from stage `source`. Does not wait.
 
-        `slot` and `iteration` are compared with what the message says; -1 compares nothing.
+        `slot` and `iteration` are compared with what the message says; -1 compares nothing. The sender
+        sends this message before those of kind `overtaken_by` with a later iteration: once such a one is
+        here and this is not, waiting for it raises instead of going on.
         """
         number = self._next_number.get((source, kind), 0)
         self._next_number[source, kind] = number + 1
         self.host_lane.poll()
         self.trace.record("post", kind.label, slot, iteration)
-        return Pending(self, kind, source, number, slot, iteration)
+        return Pending(self, kind, source, number, slot, iteration, overtaken_by)
 
     def take(self, pending: Pending) -> Message:
         """Wait for the message of `pending` and check that it is the one expected."""
         label = pending.kind.label
         self.trace.record("wait", label, pending.slot, pending.iteration)
-        message = self.host_lane.wait(pending.source, pending.kind, pending.number)
+        message = self.host_lane.wait(
+            pending.source, pending.kind, pending.number, check=lambda: self._check_overtaken(pending)
+        )
         expected = (pending.slot, pending.iteration)
         if pending.iteration >= 0 and (message.slot, message.iteration) != expected:
             raise SequenceError(
@@ -182,8 +205,45 @@ class StageLink:
                 f"{message.slot}, iteration {message.iteration}: the stages run different "
                 "batches; restart the server and report this."
             )
+        if pending.batch and message.batch != pending.batch:
+            raise self._diverged(
+                message.slot,
+                message.iteration,
+                f"is {message.batch or 'not described'} on stage {message.source}, but {pending.batch} here",
+            )
         self.trace.record("ready", label, message.slot, message.iteration)
         return message
+
+    def refuse_leftovers(self, kind: Kind, source: int, iteration: int) -> None:
+        """Raise SequenceError if a message of `kind` for an earlier iteration was never asked for."""
+        message = self.host_lane.inbox.oldest(source, kind)
+        if message is not None and message.iteration < iteration:
+            raise self._diverged(
+                message.slot,
+                message.iteration,
+                f"was run on stage {source} ({message.batch or 'not described'}), but not here",
+            )
+
+    def _check_overtaken(self, pending: Pending) -> None:
+        if pending.overtaken_by is None:
+            return
+        inbox = self.host_lane.inbox
+        later = inbox.oldest(pending.source, pending.overtaken_by)
+        if later is None or later.iteration <= pending.iteration:
+            return
+        if not inbox.has(pending.source, pending.kind, pending.number):
+            raise self._diverged(
+                pending.slot,
+                pending.iteration,
+                f"is {pending.batch or 'run'} here, but stage {pending.source} ran nothing in it and has "
+                f"gone on to iteration {later.iteration}",
+            )
+
+    def _diverged(self, slot: int, iteration: int, difference: str) -> SequenceError:
+        return SequenceError(
+            f"{self._where}: microbatch slot {slot}, iteration {iteration}, {difference}: the stages decided "
+            "differently which requests to run; restart the server and report this with the logs of all stages."
+        )
 
     def finish(self, message: Message, gather: GatherGroup | None, *, owned: bool) -> dict[str, Any]:
         """Put the tensor dict of a taken message together, waiting for the device lane if it must."""

@@ -87,15 +87,22 @@ def test_a_tensor_of_any_dtype_arrives_bit_by_bit(dtype: torch.dtype, shape: tup
     kind=st.sampled_from([kind for kind in Kind if kind > Kind.GOODBYE]),
     slot=st.integers(-1, 2**31),
     iteration=st.integers(-1, 2**62),
+    batch=st.text(max_size=40),
     check_all=st.booleans(),
 )
 @settings(max_examples=200)
 def test_a_message_arrives_as_it_was_sent(
-    tensors: dict[str, Sample], values: Any, kind: Kind, slot: int, iteration: int, check_all: bool
+    tensors: dict[str, Sample],
+    values: Any,
+    kind: Kind,
+    slot: int,
+    iteration: int,
+    batch: str,
+    check_all: bool,
 ) -> None:
-    sent = Message(kind, slot, iteration, tuple(tensors), realise(tensors), realise(values))
+    sent = Message(kind, slot, iteration, batch, tuple(tensors), realise(tensors), realise(values))
     read = as_read(as_sent(sent, check_all=check_all), check_all=check_all)
-    assert (read.kind, read.slot, read.iteration) == (kind, slot, iteration)
+    assert (read.kind, read.slot, read.iteration, read.batch) == (kind, slot, iteration, batch)
     assert (read.source, read.number) == (1, 3)
     assert read.keys == tuple(tensors)
     assert_same(read.tensors, sent.tensors)
@@ -388,6 +395,7 @@ def test_a_header_that_lies_under_a_right_checksum_is_refused_or_harmless(
         number=data.draw(_small_ints),
         slot=data.draw(_small_ints),
         iteration=data.draw(_small_ints),
+        batch="",
         keys=("k",),
         tensors=tuple(data.draw(st.lists(_specs, max_size=3))),
         frame_sizes=tuple(len(frame) for frame in payload),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_npu_pp.errors import SequenceError
+from sglang_npu_pp.errors import SequenceError, WaitLimitError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
 from sglang_npu_pp.transport.message import Kind
@@ -367,3 +367,100 @@ def test_who_expects_no_iteration_takes_what_comes(team: Team) -> None:
     a, b = team.open_lanes(2)
     a.call(push_dict, Kind.TENSORS, 1, HIDDEN, slot=1, iteration=9)
     b.call(take_dict, Kind.TENSORS, 0, HIDDEN)
+
+
+# --- stages that decide differently ------------------------------------------------------------
+
+TWO = "decode of 2 requests, 2 tokens (00c0ffee)"
+THREE = "decode of 3 requests, 3 tokens (0badcafe)"
+
+
+def run_microbatch(here: Here, batch: str, iteration: int) -> None:
+    """What stage 0 sends in an iteration: requests, and the proxies of a microbatch unless it has none."""
+    here.link.push(Kind.REQUESTS, 1, iteration=iteration)
+    if batch:
+        proxies = realise(HIDDEN)
+        here.link.push_tensors(Kind.PROXY, 1, proxies, slot=iteration % 2, iteration=iteration, batch=batch)
+
+
+def expect_microbatch(here: Here, batch: str, iteration: int) -> None:
+    """The same for stage 1, as the scheduler does it."""
+    here.link.post(Kind.REQUESTS, 0, iteration=iteration).wait_values()
+    here.link.refuse_leftovers(Kind.PROXY, 0, iteration)
+    if batch:
+        pending = here.link.post(
+            Kind.PROXY, 0, slot=iteration % 2, iteration=iteration, overtaken_by=Kind.REQUESTS
+        )
+        pending.batch = batch
+        pending.wait()
+        here.link.release(PassedEvent())
+
+
+def run_microbatches(here: Here, batches: Sequence[str]) -> None:
+    for iteration, batch in enumerate(batches):
+        run_microbatch(here, batch, iteration)
+
+
+def expect_microbatches(here: Here, batches: Sequence[str]) -> None:
+    for iteration, batch in enumerate(batches):
+        expect_microbatch(here, batch, iteration)
+
+
+@on_lanes
+@pytest.mark.parametrize("first_comes", ["first", "last"])
+def test_stages_that_decide_alike_are_left_alone(team: Team, lanes: str, first_comes: str) -> None:
+    """Also when everything of stage 0 is there before stage 1 looks."""
+    batches = ["", TWO, "", THREE, TWO, "", ""]
+    a, b = open_links(team, 2, lanes, slots=8)
+    if first_comes == "first":
+        a.call(run_microbatches, batches)
+        b.call(expect_microbatches, batches)
+    else:
+        receiving = b.start(expect_microbatches, batches)
+        a.call(run_microbatches, batches)
+        receiving.result()
+
+
+@on_lanes
+def test_a_microbatch_of_other_requests_is_never_used(team: Team, lanes: str) -> None:
+    a, b = open_links(team, 2, lanes)
+    a.call(run_microbatches, [TWO, THREE])
+    with pytest.raises(
+        SequenceError,
+        match=r"stage 1 rank 0: microbatch slot 1, iteration 1, is decode of 3 requests, 3 tokens "
+        r"\(0badcafe\) on stage 0, but decode of 2 requests, 2 tokens \(00c0ffee\) here: the stages decided "
+        r"differently",
+    ):
+        b.call(expect_microbatches, [TWO, TWO])
+
+
+@on_lanes
+def test_a_microbatch_that_only_the_sender_runs_is_noticed_an_iteration_later(team: Team, lanes: str) -> None:
+    a, b = open_links(team, 2, lanes)
+    a.call(run_microbatches, ["", TWO, ""])
+    with pytest.raises(
+        SequenceError, match=r"microbatch slot 1, iteration 1, was run on stage 0 \(decode of 2 .*\), but not"
+    ):
+        b.call(expect_microbatches, ["", "", ""])
+
+
+@on_lanes
+def test_a_microbatch_that_only_the_receiver_runs_is_not_waited_for(team: Team, lanes: str) -> None:
+    """It waits until the sender's next iteration, not for ever. The same wait without that rule runs into
+    its limit."""
+    a, b = open_links(team, 2, lanes)
+    waiting = b.start(expect_microbatches, ["", TWO])
+    a.call(run_microbatches, ["", "", ""])
+    with pytest.raises(
+        SequenceError,
+        match=r"iteration 1, is decode of 2 requests.* here, but stage 0 ran nothing in it and has gone on "
+        r"to iteration 2",
+    ):
+        waiting.result()
+
+
+def test_without_the_rule_the_receiver_would_wait_for_ever(team: Team) -> None:
+    a, b = team.open_lanes(2, Settings(wait_limit_s=0.5))
+    a.call(run_microbatches, ["", "", ""])
+    with pytest.raises(WaitLimitError):
+        b.call(take_dict, Kind.PROXY, 0, HIDDEN, slot=1, iteration=1)
