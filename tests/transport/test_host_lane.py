@@ -67,9 +67,10 @@ def send_each(here: Here, peer: int, messages: list[tuple[Kind, dict[str, Any], 
     for index, (kind, tensors, values) in enumerate(messages):
         made = realise(tensors)
         only_tensors = {name: value for name, value in made.items() if hasattr(value, "data_ptr")}
-        here.lane.send(
-            peer, Message(kind, index, 7 * index, tuple(only_tensors), only_tensors, realise(values))
+        message = Message(
+            kind, index, 7 * index, keys=tuple(only_tensors), tensors=only_tensors, values=realise(values)
         )
+        here.lane.send(peer, message)
 
 
 def check_each(
