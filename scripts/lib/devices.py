@@ -32,12 +32,14 @@ class Device:
     """A device as a server sees it.
 
     `environment(ranks)` gives the variables of a server with so many ranks on one machine; it may raise
-    `DeviceUnavailableError`.
+    `DeviceUnavailableError`. `real`: an accelerator, on which a server gets its user's arguments and none of
+    those for a tiny model on a small machine.
     """
 
     title: str
     environment: Callable[[int], Mapping[str, str]]
     arguments: tuple[str, ...]
+    real: bool = False
 
 
 def cpu_environment(ranks: int) -> Mapping[str, str]:
@@ -73,6 +75,11 @@ def simulated_npu_environment(ranks: int) -> Mapping[str, str]:
     }
 
 
+def no_environment(ranks: int) -> Mapping[str, str]:
+    """A real machine has been set up by its owner."""
+    return {}
+
+
 DEVICES: Mapping[str, Device] = {
     "cpu": Device("CPU", cpu_environment, ("--device", "cpu")),
     # NPU graphs are not simulated.
@@ -81,4 +88,6 @@ DEVICES: Mapping[str, Device] = {
         simulated_npu_environment,
         ("--device", "npu", "--disable-cuda-graph"),
     ),
+    "npu": Device("Ascend", no_environment, ("--device", "npu"), real=True),
+    "auto": Device("the device that SGLang finds", no_environment, (), real=True),
 }

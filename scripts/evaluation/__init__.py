@@ -1,0 +1,1 @@
+"""Does pipeline parallelism change what a model answers? Runs of lmms_eval, compared sample by sample."""
