@@ -32,6 +32,14 @@ ASCEND = {Path(__file__).parent / name for name in ("ascend", "ascend_sim", "ser
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `-k` find field cases by their names, and see to what needs the simulated Ascend."""
+    for item in items:
+        for mark in item.iter_markers("field_case"):
+            item.extra_keyword_matches.update(mark.args)
+    _require_ascend_sim(items)
+
+
+def _require_ascend_sim(items: list[pytest.Item]) -> None:
     """Skip what needs the simulated Ascend where it cannot be built; with REQUIRE_ASCEND_SIM end instead."""
     concerned = [item for item in items if ASCEND.intersection([item.path, *item.path.parents])]
     reason = build.unavailable() if concerned else None

@@ -70,7 +70,8 @@ class ServerError(RuntimeError):
 class Server:
     """One SGLang server of `tp` x `pp` ranks, on loopback and free ports.
 
-    `device` is a name in `scripts.lib.devices.DEVICES`: the CPU, or the simulated Ascend.
+    `device` is a name in `scripts.lib.devices.DEVICES`: the CPU, the simulated Ascend, or a real device,
+    where `model` may be a name on the hub.
 
     Use it as a context manager, or call `start`, `wait_ready` and `stop`. The process tree runs in
     sessions of its own, with a temporary directory of its own. With `nnodes` > 1 it starts that
@@ -81,7 +82,7 @@ class Server:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | str,
         tp: int,
         pp: int,
         *,
@@ -96,9 +97,10 @@ class Server:
     ) -> None:
         if tp * pp % nnodes:
             raise ValueError(f"{tp} x {pp} ranks cannot be divided among {nnodes} nodes")
-        self.model = Path(model).resolve()
         self.tp, self.pp, self.nnodes = tp, pp, nnodes
         self.device = DEVICES[device]
+        on_hub = self.device.real and not Path(model).exists()  # SGLang downloads it by its name
+        self.model = model if on_hub else Path(model).resolve()
         self.log = Path(log).resolve()
         self.python = str(python)
         self.args = tuple(args)
@@ -134,7 +136,7 @@ class Server:
             device = self.device.environment(self.tp * self.pp)
         except DeviceUnavailableError as error:
             raise ServerError(str(error)) from None
-        partition = layer_partition(self.model, self.pp)
+        partition = None if self.device.real else layer_partition(Path(self.model), self.pp)
         paths = [variables[PATH] for variables in (self.env, device) if variables.get(PATH)]
         return {
             **device,
@@ -152,7 +154,7 @@ class Server:
         if self.nnodes > 1:
             command += ["--nnodes", str(self.nnodes), "--node-rank", str(node)]
             command += ["--dist-init-addr", f"{HOST}:{self._init_port}"]
-        return [*command, *SMALL_MODEL_ARGS, *self.args]
+        return [*command, *(() if self.device.real else SMALL_MODEL_ARGS), *self.args]
 
     def shell_command(self) -> str:
         """The command that starts the same server from a shell, environment included."""
@@ -186,7 +188,7 @@ class Server:
         """
         if self._launchers:
             raise ServerError("this server has been started already")
-        if not (self.model / "config.json").is_file():
+        if isinstance(self.model, Path) and not (self.model / "config.json").is_file():
             raise ServerError(f"{self.model} is not a model directory: it has no config.json")
         for port in self._node_ports:
             check_port_is_free(port)
@@ -251,6 +253,18 @@ class Server:
                     f"{self._likely_cause(node)}; see {self._log_of(node)}",
                     self.log_tail(),
                 )
+
+    def wait_end(self, limit_s: float) -> None:
+        """Wait until a server that is expected to end by itself has left no process behind.
+
+        Raises:
+            ServerError: `limit_s` passed.
+        """
+        if left := wait_gone(self._track(), limit_s):
+            raise ServerError(
+                f"processes {[process.pid for process in left]} were still alive after {limit_s:.0f} s",
+                self.log_tail(),
+            )
 
     def stop(self, limit_s: float = 15.0) -> None:
         """End every process that this server started and remove what they leave behind.
@@ -470,11 +484,13 @@ def mapped_shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
                 if f"{SHARED_MEMORY}/" in line:
                     inodes.add(int(line.split()[4]))
     # By inode: glibc renames a semaphore after it was mapped, so the path in maps is not its name.
-    return {
-        path
-        for path in SHARED_MEMORY.iterdir()
-        if path.name.startswith(SHARED_MEMORY_PREFIXES) and path.lstat().st_ino in inodes
-    }
+    found = set()
+    for path in SHARED_MEMORY.iterdir():
+        if path.name.startswith(SHARED_MEMORY_PREFIXES):
+            with suppress(FileNotFoundError):  # another server's, which has removed it meanwhile
+                if path.lstat().st_ino in inodes:
+                    found.add(path)
+    return found
 
 
 def handles_signal(pid: int, number: signal.Signals) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import HostCopy, copy_to_host, upload
@@ -107,6 +109,40 @@ def read_numbers(here: Here) -> list[int | str]:
     """The numbers of all proxies taken so far. Waits for the device."""
     with on_forward_stream(here):
         return [number_of(tensor) for tensor in here.kept.pop("read", [])]
+
+
+def push_view(here: Here, number: int, *, rule: Rule | None = None) -> list[int]:
+    """Proxies in the middle of a larger tensor; the storage offsets of what torch.distributed was given."""
+    offsets: list[int] = []
+    isend = dist.isend
+
+    def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        offsets.append(int(tensor.storage_offset()))
+        return isend(tensor, *args, **kwargs)
+
+    with broken(rule), on_forward_stream(here), patch.object(dist, "isend", noted):
+        whole = numbered(here, number, 3 * ELEMENTS)
+        proxies = {"hidden_states": whole[ELEMENTS : 2 * ELEMENTS]}
+        here.link.push_tensors(Kind.PROXY, here.link.stage + 1, proxies, iteration=number)
+    flush(here)
+    return offsets
+
+
+def take_by_graph(here: Here, numbers: Sequence[int], *, copied: bool) -> None:
+    """Forwards that always read the place of the first proxies; `copied`: where all others are copied to."""
+    read = here.kept.setdefault("read", [])
+    place: torch.Tensor | None = None
+    with on_forward_stream(here):
+        for number in numbers:
+            proxies = here.link.post(Kind.PROXY, here.link.stage - 1, iteration=number).wait()
+            hidden = proxies["hidden_states"]
+            if place is None:
+                place = hidden.clone() if copied else hidden
+            elif copied:
+                place.copy_(hidden)
+            read.append(place.clone())
+            here.link.release(event(here))
+    flush(here)
 
 
 # --- token return --------------------------------------------------------------------------------

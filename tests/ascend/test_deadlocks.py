@@ -9,7 +9,7 @@ peer's HcclRecv runs. Real HCCL may let small messages through (buffers); relyin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from sglang_npu_pp.transport.message import Kind
 from tests.ascend_sim.controls import Simulator
 from tests.ascend_sim.deadlock import deadlock_among
+from tests.field_cases import field_case
 from tests.transport.harness import Call, Here, Team, results
 
 from . import ranks
@@ -150,14 +151,23 @@ def outputs_before_proxies(here: Here) -> None:
                 dist.irecv(room(here), peer)  # outputs, handed on
 
 
-BAD_ORDERS: Mapping[BadOrder, int] = {  # and how many ranks it takes
-    both_ranks_send_first: 2,
-    a_ring_of_sends_that_are_waited_for: 3,
-    a_first_batch_by_a_subset: 3,
-    isend_against_a_batched_irecv: 2,
-    batch_and_collective_in_another_order: 2,
-    outputs_before_proxies: 2,
-}
+def bad_order(order: BadOrder, ranks: int, *cases: str) -> object:
+    return pytest.param(
+        order,
+        ranks,
+        id=order.__name__.replace("_", "-"),
+        marks=[field_case(*cases)] if cases else [],
+    )
+
+
+BAD_ORDERS = [  # with how many ranks it takes
+    bad_order(both_ranks_send_first, 2, "sglang-23472"),
+    bad_order(a_ring_of_sends_that_are_waited_for, 3, "sglang-23472"),
+    bad_order(a_first_batch_by_a_subset, 3),
+    bad_order(isend_against_a_batched_irecv, 2),
+    bad_order(batch_and_collective_in_another_order, 2, "vllm-56956"),
+    bad_order(outputs_before_proxies, 2, "sglang-23472"),
+]
 
 
 @contextmanager
@@ -171,13 +181,14 @@ def hanging(order: BadOrder, size: int) -> Iterator[list[Call[None]]]:
         team.close()
 
 
-@pytest.mark.parametrize("order", BAD_ORDERS, ids=lambda order: order.__name__.replace("_", "-"))
-def test_order_that_hangs(order: BadOrder) -> None:
-    with hanging(order, BAD_ORDERS[order]) as calls:
+@pytest.mark.parametrize(("order", "size"), BAD_ORDERS)
+def test_order_that_hangs(order: BadOrder, size: int) -> None:
+    with hanging(order, size) as calls:
         found = deadlock_among([call.rank.pid for call in calls], FOUND_WITHIN_S)
     assert found is not None, f"{order.__name__} does not hang"
 
 
+@field_case("megatron-5240")
 def test_cold_groups_that_hang() -> None:
     """Rank 1 waits in torch's store, which the simulator does not see. But it has got no further than its
     first group, for which it needs rank 0; and that one stands in the other group, for which it needs rank 1.
@@ -229,6 +240,7 @@ def serve(here: Here, iterations: int) -> list[int | str]:
     return [ranks.number_of(ids["next_token_ids"]) for ids in outputs]
 
 
+@field_case("sglang-23472")
 @pytest.mark.parametrize("stages", [2, 3])
 def test_stages_that_send_first_through_the_lanes(npu_team: Team, stages: int) -> None:
     chosen = npu_team.open_links(stages, slots=2)
@@ -238,6 +250,7 @@ def test_stages_that_send_first_through_the_lanes(npu_team: Team, stages: int) -
         assert rank.call(ranks.read_numbers) == numbers
 
 
+@field_case("megatron-5240")
 def test_lanes_open_whichever_stage_comes_first(npu_team: Team) -> None:
     for order in ([2, 0, 1], [1, 2, 0]):
         chosen = npu_team.open_links(3, arrival=order)
@@ -270,6 +283,7 @@ def reduce(here: Here) -> None:
         dist.all_reduce(message(here))
 
 
+@field_case("vllm-56956")
 def test_a_collective_may_stand_on_either_side_of_a_message(npu_team: Team) -> None:
     """Unlike a batch: the lanes have communicators of their own."""
     first, second, third = npu_team.open_links(3)

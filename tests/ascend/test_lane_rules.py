@@ -8,10 +8,11 @@ Each rule is shown twice: with it the bytes are right, and with that one piece o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
+from tests.field_cases import field_case
 from tests.transport.harness import Team
 
 from . import ranks
@@ -61,6 +62,15 @@ def a_source_that_the_next_forward_overwrites(team: Team, rule: Rule | None) -> 
         at_rest(first)
     second.call(ranks.take, [3, 4])
     assert second.call(ranks.read_numbers) == [3, 4]
+
+
+def proxies_that_are_views(team: Team, rule: Rule | None) -> None:
+    """The forward's output is a part of a larger tensor."""
+    first, second = team.open_links(2)
+    offsets = first.call(ranks.push_view, 6, rule=rule)
+    second.call(ranks.take, [6])
+    assert offsets == [0]
+    assert second.call(ranks.read_numbers) == [6]
 
 
 def a_reader_that_is_slower_than_the_link(team: Team, rule: Rule | None) -> None:
@@ -152,9 +162,21 @@ def tokens_that_are_read_early(team: Team, rule: Rule | None) -> None:
 
 
 def rule(
-    name: str, scenario: Scenario, module: str, function: str, text: str, replacement: str = "pass"
+    name: str,
+    scenario: Scenario,
+    module: str,
+    function: str,
+    text: str,
+    replacement: str = "pass",
+    cases: Sequence[str] = (),
 ) -> object:
-    return pytest.param(scenario, Rule(name, module, function, text, replacement), id=name.replace(" ", "-"))
+    """`cases`: failures from the field that the rule prevents."""
+    return pytest.param(
+        scenario,
+        Rule(name, module, function, text, replacement),
+        id=name.replace(" ", "-"),
+        marks=[field_case(*cases)] if cases else [],
+    )
 
 
 RULES = [
@@ -164,6 +186,7 @@ RULES = [
         LANE,
         "DeviceLane._wait_until_sent",
         "slot.work.wait()",
+        cases=["tensorrt-llm-10488"],
     ),
     rule(
         "a send starts when its message is packed",
@@ -171,6 +194,7 @@ RULES = [
         LANE,
         "DeviceLane.send",
         "self._streams.wait_for(packed)",
+        cases=["sglang-15545"],
     ),
     rule(
         "a send owns its bytes",
@@ -179,6 +203,16 @@ RULES = [
         "DeviceLane.send",
         "dist.isend(buffer,",
         "dist.isend(next(iter(tensors.values())),",
+        cases=["vllm-54962", "tensorrt-llm-10488", "megatron-4047"],
+    ),
+    rule(
+        "a message starts where its storage starts",
+        proxies_that_are_views,
+        LANE,
+        "DeviceLane.send",
+        "dist.isend(buffer,",
+        "dist.isend(next(iter(tensors.values())),",
+        cases=["sglang-22747"],
     ),
     rule(
         "a receive slot is filled again when its reader is done",
@@ -186,6 +220,7 @@ RULES = [
         LANE,
         "DeviceLane.post_receive",
         "self._streams.wait_for(slot.freed)",
+        cases=["sglang-36248"],
     ),
     rule(
         "a released slot remembers its reader",
@@ -200,6 +235,7 @@ RULES = [
         LANE,
         "Receive.wait",
         "self._work.wait()",
+        cases=["sglang-15545"],
     ),
     rule(
         "sends and receives have a stream each",
@@ -223,6 +259,7 @@ RULES = [
         "copy_to_host",
         "sources=dict(outputs)",
         "sources={}",
+        cases=["megatron-4047"],
     ),
     rule(
         "tokens are read when their event has passed",
@@ -240,6 +277,20 @@ def test_rule_holds_and_without_it_bytes_are_wrong(npu_team: Team, scenario: Sce
     npu_team.reset()
     with pytest.raises(AssertionError):
         scenario(npu_team, rule)
+
+
+@field_case("sglang-36248")
+def test_a_graph_gets_its_proxies_where_it_was_captured(npu_team: Team) -> None:
+    """A graph reads one place for ever, and our proxies are in one slot after another: SGLang's graph runners
+    copy them to their own place, on the forward stream. A graph captured on a slot reads others' proxies.
+    """
+    for copied, read in ((True, [0, 1, 2, 3]), (False, [0, 0, 2, 2])):
+        first, second = npu_team.open_links(2, slots=2)
+        first.call(ranks.push, range(4))
+        second.call(ranks.take_by_graph, range(4), copied=copied)
+        found = second.call(ranks.read_numbers)
+        assert (found == read) if copied else (found != list(range(4))), found
+        npu_team.reset()
 
 
 @pytest.mark.parametrize("scenario", [a_reader_of_a_slot_that_grows, a_send_slot_that_grows])

@@ -7,7 +7,7 @@ used.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sglang_npu_pp.trace import Event
 
@@ -73,6 +73,25 @@ def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -
             expected = ("post_receive", "proxy", event.iteration)
             if (following.name, following.kind, following.iteration) != expected:
                 complaints.append(f"behind {event} came {following}")
+    return complaints
+
+
+def outputs_come_from_the_last_stage(traces: Mapping[int, Sequence[Event]]) -> list[str]:
+    """Every stage but the last receives the outputs of each microbatch that the last stage sent, once; the
+    last receives none."""
+    last = max(traces)
+    sent = [e.iteration for e in traces[last] if (e.name, e.kind) == ("push", "output")]
+    complaints = []
+    for stage, trace in traces.items():
+        received = [e.iteration for e in trace if (e.name, e.kind) == ("ready", "output")]
+        asked = [e.iteration for e in trace if (e.name, e.kind) == ("post", "output")]
+        if stage == last and (received or asked):
+            complaints.append(
+                f"stage {stage} samples, and yet asks for outputs of iterations {asked[:3]} ..."
+            )
+        elif stage != last and received != sorted(set(sent)):
+            missing = sorted(set(sent) - set(received))
+            complaints.append(f"stage {stage} has no outputs of iterations {missing[:3]} ...")
     return complaints
 
 

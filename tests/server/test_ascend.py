@@ -21,10 +21,13 @@ from sglang_npu_pp.trace import Event
 from tests.ascend_sim.controls import Simulator
 from tests.ascend_sim.deadlock import find_deadlock
 from tests.ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
+from tests.field_cases import field_case
 
 from . import battery, order
 from .conftest import Launcher, traces
 from .held_receive import Held, hold_a_receive
+from .regression.loads import Pool, make_pool
+from .regression.test_soak import soak
 
 pytestmark = pytest.mark.server
 
@@ -48,6 +51,10 @@ class Layout(NamedTuple):
 LAYOUTS = [Layout(tp, pp, patched) for tp, pp in ((1, 2), (1, 4), (2, 2)) for patched in (True, False)]
 
 
+SOAKED = Layout(1, 2, patched=True)
+SOAK_REQUESTS = 300
+
+
 @dataclass
 class Observed:
     """What one server answered and did."""
@@ -60,6 +67,7 @@ class Observed:
     device_reads: int = 0  # reads of device tensors by the host on the way
     traces: dict[int, list[Event]] = field(default_factory=dict)
     held: Held | None = None
+    soak: tuple[int, list[str]] | None = None  # requests that were ended early; wrong answers
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +77,26 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher.stop_all()
 
 
+class OnCPU(NamedTuple):
+    """Answers of an unpatched CPU server with one stage."""
+
+    observed: Observed
+    pool: Pool
+
+
 @pytest.fixture(scope="module")
-def on_cpu(launcher: Launcher) -> Observed:
-    """The answers of an unpatched CPU server with one stage."""
+def reference(launcher: Launcher) -> OnCPU:
     with launcher.configure(1, 1, patched=False) as server:
-        return ask_everything(server)
+        return OnCPU(ask_everything(server), Pool.asked_alone(server, make_pool(24, seed=3)))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(reference: OnCPU) -> Observed:
+    return reference.observed
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=str)
-def on_npu(request: pytest.FixtureRequest, launcher: Launcher, on_cpu: Observed) -> Observed:
+def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU) -> Observed:
     """The same of a server on the simulated Ascend, with what it did. Memory that is freed is overwritten."""
     layout: Layout = request.param
     env = {
@@ -91,6 +110,8 @@ def on_npu(request: pytest.FixtureRequest, launcher: Launcher, on_cpu: Observed)
         observed = ask_everything(server)
         if layout.pp == 2 and layout.tp == 1:
             observed.held = hold_a_receive(server)
+        if layout == SOAKED:
+            observed.soak = within_limit(server, lambda: soak(server, reference.pool, SOAK_REQUESTS))
         observed.log = server.log_text()
         for pid in server.scheduler_pids():
             results, reads = struct.unpack("<QQ", (server.log.parent / f"{pid}.reads").read_bytes())
@@ -164,10 +185,22 @@ def test_every_scheduler_took_the_npu_path(on_npu: Observed, layout: Layout) -> 
     assert said == [expected] * (layout.tp * layout.pp)
 
 
+@field_case("gpustack-3452")
 def test_greedy_tokens_equal_the_cpu_servers(on_cpu: Observed, on_npu: Observed) -> None:
     """Of 24 requests at a time, prompts of 1 to 1500 tokens, pictures, grammars and stop strings among them;
     and log-probabilities within 1e-3."""
     assert not battery.differences(on_cpu.answers, on_npu.answers)
+
+
+@field_case("vllm-54962", "megatron-4047")
+def test_a_soak_on_memory_that_is_overwritten_when_it_is_freed(on_npu: Observed, layout: Layout) -> None:
+    """Streams, aborts and disconnects among 300 requests: the answers that are given are the CPU server's.
+    Patched, the host runs further ahead of the device than upstream's does, so early frees would show."""
+    if layout == SOAKED:
+        assert on_npu.soak is not None
+        ended, wrong = on_npu.soak
+        assert not wrong
+        assert 0 < ended < SOAK_REQUESTS / 2
 
 
 def test_long_prompts_are_prefilled_in_chunks(on_npu: Observed) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from sglang_npu_pp.errors import SequenceError, WaitLimitError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
 from sglang_npu_pp.transport.message import Kind
+from tests.field_cases import field_case
 
 from .harness import Here, Rank, Team, await_message, push_dict, results, take_dict, telemetry_of, trace_of
 from .samples import Sample, assert_same, assert_same_tensor, python_values, realise, tensor_dicts
@@ -316,8 +318,9 @@ def take_slices(here: Here, world_size: int, rank: int, owned: bool) -> None:
     here.link.release(PassedEvent())
 
 
+@field_case("sglang-15843")
 @on_lanes
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("owned", [False, True])
 def test_each_rank_sends_its_slice_and_the_receivers_gather(
     team: Team, lanes: str, world_size: int, owned: bool
@@ -326,6 +329,42 @@ def test_each_rank_sends_its_slice_and_the_receivers_gather(
     for rank in range(world_size):
         a.call(push_slices, world_size, rank)
         b.call(take_slices, world_size, rank, owned)
+
+
+def exchange_shapes(here: Here) -> list[int]:
+    """Two stages tell each other two shapes, in one order, over torch.distributed: what each takes for the
+    shape of its previous and of its next stage. The stage before and the stage behind are the same."""
+    peer = 1 - here.index
+    to_previous, to_next = torch.tensor([10 + here.index]), torch.tensor([20 + here.index])
+    from_previous, from_next = torch.zeros_like(to_previous), torch.zeros_like(to_next)
+    operations = [
+        dist.P2POp(dist.isend, to_previous, peer),
+        dist.P2POp(dist.irecv, from_previous, peer),
+        dist.P2POp(dist.isend, to_next, peer),
+        dist.P2POp(dist.irecv, from_next, peer),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return [int(from_previous), int(from_next)]
+
+
+def exchange_dicts(here: Here) -> list[int]:
+    """The same with tensors of those shapes through the link: proxies to the next stage, outputs back."""
+    peer = 1 - here.index
+    for kind, rows in ((Kind.OUTPUT, 10 + here.index), (Kind.PROXY, 20 + here.index)):
+        here.link.push_tensors(kind, peer, {"rows": torch.zeros(rows, 2)})
+    from_previous, from_next = here.link.post(Kind.PROXY, peer), here.link.post(Kind.OUTPUT, peer)
+    shapes = [len(from_previous.wait()["rows"]), len(from_next.wait()["rows"])]
+    here.link.release(PassedEvent())
+    return shapes
+
+
+@field_case("megatron-5100")
+def test_shapes_that_are_sent_in_one_order_on_both_sides(team: Team) -> None:
+    """What the previous stage says to its next one (20 and more) is taken for the other."""
+    a, b = open_links(team, 2, "both")
+    assert results([a.start(exchange_shapes), b.start(exchange_shapes)]) == [[11, 21], [10, 20]]
+    assert results([a.start(exchange_dicts), b.start(exchange_dicts)]) == [[21, 11], [20, 10]]
 
 
 def take_without_gathering(here: Here, world_size: int) -> None:
@@ -421,6 +460,7 @@ def test_stages_that_decide_alike_are_left_alone(team: Team, lanes: str, first_c
         receiving.result()
 
 
+@field_case("sglang-25887", "sglang-28424")
 @on_lanes
 def test_a_microbatch_of_other_requests_is_never_used(team: Team, lanes: str) -> None:
     a, b = open_links(team, 2, lanes)

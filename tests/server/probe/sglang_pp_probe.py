@@ -11,10 +11,15 @@ PP_PROBE_KEEP_FREE_PAGES=1
 PP_PROBE_FAKE_KV=1    a disaggregated server moves its KV cache with SGLang's own fake backend
 PP_PROBE_RELEASE=X    SGLang calls itself release X
 PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
+PP_PROBE_FAULT_FILE   which fault strikes between two stages, see sglang_pp_faults.py
+PP_PROBE_STATES=1     schedulers say what they hold when they are idle: see sglang_pp_states.py
+PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE
+                      see sglang_pp_phases.py
 """
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import multiprocessing
 import os
@@ -36,9 +41,17 @@ def register() -> None:
         sglang.version.__version__ = release
     if os.environ.get("PP_PROBE_FAIL_PATCH") == "1":
         fail_the_last_patch()
+    if faults := os.environ.get("PP_PROBE_FAULT_FILE"):
+        importlib.import_module("sglang_pp_faults").plant(Path(faults))
     directory = os.environ.get("PP_PROBE_DIR")
     if directory and multiprocessing.parent_process() is not None:
+        import sglang_pp_phases
+        import sglang_pp_states
+
         count_point_to_point(Path(directory) / f"{os.getpid()}.p2p")
+        if os.environ.get("PP_PROBE_STATES") == "1":
+            sglang_pp_states.report_states(Path(directory))
+        sglang_pp_phases.register(Path(directory))
         if wanted := os.environ.get("PP_PROBE_DEVICE_READS"):
             watch_device_reads(Path(directory) / f"{os.getpid()}.reads", fail=wanted == "fail")
 

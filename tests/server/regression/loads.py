@@ -1,0 +1,108 @@
+"""Many requests at a time, drawn from a pool whose answers are known, and how they end.
+
+Every request of the pool is asked alone once; whatever else a server is doing, the same request must get the
+same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from scripts.lib.server import Server
+from tests.server import battery
+
+Body = dict[str, Any]
+Tokens = list[int]
+
+ABORTED = "aborted"
+# How upstream answers for a request that was aborted with its grammar, or by a time limit.
+REFUSED = (requests.codes.bad_request, requests.codes.service_unavailable)
+ABORT_REASONS = ("Aborted by AbortReq", "timeout reached")
+POOL_SIZE = 100
+CONCURRENCY = 32
+
+
+def make_pool(size: int = POOL_SIZE, seed: int = 0) -> list[Body]:
+    """Prompts of 1 to 900 tokens, most of them short, some that begin alike, some with a grammar."""
+    generator = random.Random(seed)
+    pool = []
+    for index in range(size):
+        length = generator.choice((1, 5, 20, 60, 130, 255, 256, 257, 400, 900))
+        ids = battery.prompt(length, seed=1000 + index)
+        if index % 5 == 0:
+            ids = battery.prompt(200, seed=77) + ids[:50]
+        sampling: dict[str, Any] = {
+            "temperature": 0,
+            "max_new_tokens": generator.randrange(1, 25),
+            "ignore_eos": True,
+        }
+        if index % 10 == 3:
+            sampling |= {"regex": f"[0-{index % 9 + 1}]{{3,9}}", "ignore_eos": False}
+        pool.append({"input_ids": ids, "sampling_params": sampling})
+    return pool
+
+
+def ask(server: Server, body: Body, name: str | None = None) -> Tokens | str:
+    """The tokens of one answer, or how it ended instead."""
+    response = server.post("/generate", {**body, **({"rid": name} if name else {})})
+    if response.status_code in REFUSED and any(reason in response.text for reason in ABORT_REASONS):
+        return ABORTED
+    response.raise_for_status()
+    return outcome(response.json())
+
+
+def outcome(answer: dict[str, Any]) -> Tokens | str:
+    if answer["meta_info"]["finish_reason"]["type"] == "abort":
+        return ABORTED
+    ids: Tokens = answer["output_ids"]
+    return ids
+
+
+def ask_in_pieces(server: Server, body: Body, name: str | None = None, leave_after: int | None = None) -> Any:
+    """As `ask`, streamed. `leave_after`: disconnect after so many pieces; the answer is then `ABORTED`."""
+    request = {**body, "stream": True, **({"rid": name} if name else {})}
+    with server.post("/generate", request, stream=True) as response:
+        response.raise_for_status()
+        pieces = (line for line in response.iter_lines() if line.startswith(b"data: {"))
+        last = b""
+        for count, piece in enumerate(pieces):
+            if leave_after is not None and count >= leave_after:
+                return ABORTED
+            last = piece
+    return outcome(json.loads(last.removeprefix(b"data: ")))
+
+
+@dataclass
+class Pool:
+    """Requests, and their answers when each was asked alone."""
+
+    bodies: Sequence[Body]
+    alone: list[Tokens]
+
+    @classmethod
+    def asked_alone(cls, server: Server, bodies: Sequence[Body]) -> Pool:
+        alone = [ask(server, body) for body in bodies]
+        assert ABORTED not in alone
+        return cls(bodies, alone)  # type: ignore[arg-type]
+
+    def wrong(self, answers: Iterable[tuple[int, Any]]) -> list[str]:
+        """A line for each answer (by index in the pool) that is not the one it gets alone."""
+        return [
+            f"request {index}: {answer}, alone {self.alone[index]}"
+            for index, answer in answers
+            if answer != self.alone[index]
+        ]
+
+    def ask_many(self, server: Server, count: int, *, seed: int = 0) -> list[str]:
+        """`count` requests, `CONCURRENCY` at a time; what is wrong with their answers."""
+        chosen = random.Random(seed).choices(range(len(self.bodies)), k=count)
+        with ThreadPoolExecutor(CONCURRENCY) as threads:
+            answers = threads.map(lambda index: (index, ask(server, self.bodies[index])), chosen)
+            return self.wrong(answers)

@@ -1,0 +1,21 @@
+"""Every field case has a test, and can be run by its name."""
+
+from __future__ import annotations
+
+import pytest
+
+from .field_cases import CASES, field_case
+
+
+def test_every_case_has_a_test(request: pytest.FixtureRequest) -> None:
+    """Looks at what pytest has collected: skipped where that is only a part of the suite."""
+    options = request.config.option
+    if options.keyword or options.markexpr or request.config.args != request.config.getini("testpaths"):
+        pytest.skip("only a part of the suite was collected")
+    marks = [mark for item in request.session.items for mark in item.iter_markers("field_case")]
+    assert CASES.keys() == {name for mark in marks for name in mark.args}
+
+
+def test_a_case_that_is_not_in_the_list_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"\['sglang-1'\] are not in the list"):
+        field_case("sglang-1")
