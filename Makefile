@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-npu-sim demo test lint bench-host-lane contracts clean
+.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench-host-lane contracts clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -23,6 +23,12 @@ demo: setup  ## serve, ask which digit a picture shows, end; fails when the answ
 test: lint  ## lint, then the whole suite (ARGS="-k NAME" for a part)
 	$(PYTHON_IN_VENV) -m pytest --durations=25 $(ARGS)
 
+accuracy: setup  ## lmms_eval and a random model, unpatched against patched (ARGS="--quick", "--self-test")
+	@$(PYTHON_IN_VENV) scripts/accuracy.py $(ARGS)
+
+matrix: setup  ## six SGLang releases x four layouts, an hour (ARGS="--releases 0.5.15 --layouts tp1-pp2")
+	@$(PYTHON_IN_VENV) scripts/matrix.py $(ARGS)
+
 lint: setup  ## ruff and mypy
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
@@ -31,7 +37,7 @@ lint: setup  ## ruff and mypy
 bench-host-lane: setup  ## one-way time of a host lane message on loopback
 	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)
 
-contracts: setup  ## fingerprints of the SGLang functions that the patches replace
+contracts: setup  ## SGLang functions that the patches rely on: which changed in which release
 	@$(PYTHON_IN_VENV) scripts/fingerprint.py $(ARGS)
 
 clean:  ## remove what was built here, .venv included

@@ -9,6 +9,8 @@ from sglang_npu_pp.patching import Contracts, Patch
 
 from . import attention, groups, outputs, proxies, requests, startup
 
+ABSENT = "absent"  # in contracts.json, in the place of a fingerprint: the release does not have the function
+
 PATCHES: tuple[Patch, ...] = (
     *startup.PATCHES,
     *groups.PATCHES,
@@ -35,5 +37,11 @@ def sglang_release() -> str:
 
 
 def load_contracts() -> Contracts:
-    """Fingerprints of the upstream functions by release; made by scripts/fingerprint.py."""
-    return json.loads(resources.files(__package__).joinpath("contracts.json").read_text())
+    """What is known of each release, oldest first; the file is made by scripts/fingerprint.py."""
+    data = json.loads(resources.files(__package__).joinpath("contracts.json").read_text())
+    contracts: dict[str, dict[str, str | None]] = {release: {} for release in data["releases"]}
+    for target, versions in data["functions"].items():
+        for found, releases in versions.items():
+            for release in releases:
+                contracts[release][target] = None if found == ABSENT else found
+    return contracts

@@ -179,19 +179,21 @@ def send_recv_tensor_dict(
 
 
 def send_object(
-    original: Any, group: Any, obj: Any, dst: int, async_send: bool = False, tag: int = 0
+    original: Any, group: Any, obj: Any, dst: int, async_send: bool = False, **options: Any
 ) -> list[Any]:
+    """`options`: a tag, from 0.5.18 on."""
     link = _link(group)
     if link is None:
-        return original(group, obj, dst, async_send=async_send, tag=tag)
-    link.push(Kind.OBJECT, _peer(group, dst, 0), (tag, obj))
+        return original(group, obj, dst, async_send=async_send, **options)
+    link.push(Kind.OBJECT, _peer(group, dst, 0), (options.get("tag", 0), obj))
     return _works([Done()]) if async_send else []
 
 
-def recv_object(original: Any, group: Any, src: int, tag: int = 0) -> Any:
+def recv_object(original: Any, group: Any, src: int, **options: Any) -> Any:
     link = _link(group)
     if link is None:
-        return original(group, src, tag=tag)
+        return original(group, src, **options)
+    tag = options.get("tag", 0)
     sent_tag, obj = link.post(Kind.OBJECT, _peer(group, src, 0)).wait_values()
     if sent_tag != tag:
         raise RuntimeError(
@@ -275,7 +277,7 @@ def _added(name: str, function: Any, how: str) -> Patch:
     )
 
 
-def _replaced(name: str, function: Any, why: str, how: str) -> Patch:
+def _replaced(name: str, function: Any, why: str, how: str, optional: bool = False) -> Patch:
     return Patch(
         target=f"{_GROUP}.{name}",
         wrapper=function,
@@ -283,6 +285,7 @@ def _replaced(name: str, function: Any, why: str, how: str) -> Patch:
         how=how,
         upstream="sglang #19582, #22747",
         plan=_PLAN,
+        optional=optional,
     )
 
 
@@ -296,6 +299,7 @@ PATCHES = (
         send_recv_tensor_dict,
         "needs batch_isend_irecv so that two rendezvous sends do not wait for each other",
         "post, push, wait",
+        optional=True,  # 0.5.15 and 0.5.18 do not have it
     ),
     _replaced("send_object", send_object, "two rendezvous messages", "one push"),
     _replaced("recv_object", recv_object, "two blocking receives", "one message"),

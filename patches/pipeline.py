@@ -71,12 +71,20 @@ class AsyncPipeline:
 
     def receive_requests(self) -> list[Any]:
         pending = self.link.post(Kind.REQUESTS, self.link.stage - 1, iteration=self.iteration)
-        return pending.wait_values() or []
+        requests = pending.wait_values() or []
+        self.link.refuse_leftovers(Kind.PROXY, self.link.stage - 1, self.iteration)
+        return requests
 
     def post_proxies(self) -> Pending:
-        return self.link.post(Kind.PROXY, self.link.stage - 1, slot=self.slot, iteration=self.iteration)
+        return self.link.post(
+            Kind.PROXY,
+            self.link.stage - 1,
+            slot=self.slot,
+            iteration=self.iteration,
+            overtaken_by=Kind.REQUESTS,
+        )
 
-    def send_proxies(self, tensors: Mapping[str, Any], gather: GatherGroup) -> None:
+    def send_proxies(self, tensors: Mapping[str, Any], batch: str, gather: GatherGroup) -> None:
         """Slices save bandwidth on a link; on one node, copying is cheaper than gathering."""
         following = self.link.stage + 1
         copied = self.link.device_lane is None and self.link.host_lane.is_local(following)
@@ -86,6 +94,7 @@ class AsyncPipeline:
             tensors,
             slot=self.slot,
             iteration=self.iteration,
+            batch=batch,
             gather=None if copied else gather,
         )
 

@@ -14,6 +14,7 @@ from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.token_return import copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
+from .microbatch import describe
 from .pipeline import AsyncPipeline, Launch, current
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -27,27 +28,23 @@ def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
     return None if pipeline.link.stage == 0 else pipeline.post_proxies()
 
 
-def launch_batch(
-    original: Any,
-    scheduler: Any,
-    mb_id: int,
-    cur_batch: Any,
-    pp_proxy_tensors: Any,
-    mb_metadata: list[Any],
-    last_rank_comm_queue: Any,
-) -> tuple[Any, Any]:
+def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
+    """The last arguments are equal in all releases; before them 0.5.18 and later pass the batch as well."""
     pipeline = current()
     if pipeline is None:
-        return original(scheduler, mb_id, cur_batch, pp_proxy_tensors, mb_metadata, last_rank_comm_queue)
+        return original(scheduler, mb_id, *arguments)
+    *given, pp_proxy_tensors, mb_metadata, last_rank_comm_queue = arguments
+    cur_batch = scheduler.mbs[mb_id]
     from sglang.srt.managers.scheduler_pp_mixin import _pp_can_skip_output_comm
 
     prebuilt = cur_batch.forward_mode.is_prebuilt()
     skipped = prebuilt or _pp_can_skip_output_comm(cur_batch)
-    proxies = _wait_for_proxies(scheduler, pp_proxy_tensors)
+    batch = describe(cur_batch)
+    proxies = _wait_for_proxies(scheduler, pp_proxy_tensors, batch)
     trace = pipeline.link.trace
     trace.record("launch", "", mb_id, pipeline.iteration)
     with pipeline.link.telemetry.phase("forward"):
-        result, launched = original(scheduler, mb_id, cur_batch, proxies, mb_metadata, last_rank_comm_queue)
+        result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
     trace.record("launched", "", mb_id, pipeline.iteration)
     outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
     pipeline.launched[mb_id] = Launch(pipeline.iteration, skipped, outputs)
@@ -59,24 +56,30 @@ def launch_batch(
         # On the forward stream: the next forward may overwrite the tensors once they are packed.
         with scheduler.forward_stream_ctx:
             proxies_out = result.pp_hidden_states_proxy_tensors.tensors
-            pipeline.send_proxies(proxies_out, scheduler.attn_tp_group)
+            pipeline.send_proxies(proxies_out, batch, _gather_group(scheduler))
     return result, launched
 
 
-def send_proxy_to_next_stage(original: Any, scheduler: Any, result: Any) -> None:
-    """`launch_batch` has sent them."""
-    if current() is None:
-        original(scheduler, result)
+def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
+    """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
+    return original(scheduler, *arguments, **options) if current() is None else []
 
 
-def _wait_for_proxies(scheduler: Any, pending: Any) -> Any:
+def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:
     """Nothing is done between this wait and the forward."""
     if not isinstance(pending, Pending):
         return pending
+    pending.batch = batch
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
     with scheduler.forward_stream_ctx:
-        return PPProxyTensors(pending.wait(scheduler.attn_tp_group))
+        return PPProxyTensors(pending.wait(_gather_group(scheduler)))
+
+
+def _gather_group(scheduler: Any) -> Any:
+    """Ranks that hold equal proxies. Up to 0.5.18 those of a context-parallel prefill do not, and upstream
+    says so here; later its attention groups have one rank then."""
+    return scheduler.attn_tp_group if getattr(scheduler, "require_attn_tp_allgather", True) else None
 
 
 def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int, launched: Any) -> None:
@@ -113,11 +116,12 @@ PATCHES = (
         ),
     ),
     Patch(
-        target=f"{_MIXIN}._pp_send_proxy_to_next_stage",
-        wrapper=send_proxy_to_next_stage,
+        target=f"{_MIXIN}._pp_send_dict_to_next_stage",
+        wrapper=send_dict_to_next_stage,
         why="would send the proxies a second time",
         how="does nothing",
         upstream="sglang #19582",
         plan=_PLAN,
+        relies_on=(f"{_MIXIN}._pp_send_proxy_to_next_stage",),
     ),
 )

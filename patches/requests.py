@@ -3,6 +3,8 @@
 Upstream: the leader of a stage's tensor-parallel group sends a size and a pickle over gloo, the leader of the
 next stage waits for both and broadcasts them to its group. Here every rank pushes its list to the same
 rank of the next stage as soon as it has it, in one message.
+
+An iteration of every loop begins by receiving requests, and then processes the list it got.
 """
 
 from __future__ import annotations
@@ -18,29 +20,27 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
 
 
-def ingest_requests(original: Any, scheduler: Any, **options: Any) -> list[Any]:
-    """`options`: 0.5.23 has one, for loops without stages."""
+def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
+    """On later stages everything has been done by stage 0: the list is complete on every rank, and
+    image features in it are ordinary tensors, no longer names of shared memory. `options`: aborts that
+    stage 0 adds, from 0.5.20 on."""
     pipeline = current()
     if pipeline is None:
-        return original(scheduler, **options)
+        return original(receiver, **options)
     pipeline.begin_iteration()
-    requests = original(scheduler, **options)
-    if not pipeline.is_last:
-        pipeline.send_requests(requests)
-    return requests
+    return original(receiver, **options) if pipeline.link.stage == 0 else pipeline.receive_requests()
 
 
-def recv_requests(original: Any, receiver: Any, local_reqs: Any = None) -> list[Any]:
-    """On later stages everything has been done by stage 0: the list is complete on every rank, and
-    image features in it are ordinary tensors, no longer names of shared memory."""
+def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
+    """They leave as this stage leaves them, which is what upstream sends."""
+    original(scheduler, requests)
     pipeline = current()
-    if pipeline is None or pipeline.link.stage == 0:
-        return original(receiver, local_reqs=local_reqs)
-    return pipeline.receive_requests()
+    if pipeline is not None and not pipeline.is_last:
+        pipeline.send_requests(requests)
 
 
 def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:
-    """Requests have left already (`ingest_requests`); what remains are the request ids that the stages
+    """Requests have left already (`process_input_requests`); what remains are the request ids that the stages
     of a disaggregated server agree on, once around the ring."""
     pipeline = current()
     if pipeline is None:
@@ -55,13 +55,21 @@ def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
     pipeline = current()
     if pipeline is None:
         return original(scheduler)
-    from sglang.srt.distributed.communication_op import attn_cp_tp_broadcast_pyobj
-
-    data = None
+    data: Any = []
     if _is_leader():
         previous = (pipeline.link.stage - 1) % pipeline.link.stages
         data = pipeline.link.post(Kind.CONSENSUS, previous).wait_values()
-    return attn_cp_tp_broadcast_pyobj(data)
+    return _broadcast_inside_stage(scheduler, data)
+
+
+def _broadcast_inside_stage(scheduler: Any, data: Any) -> Any:
+    """From the leader to all. Upstream has a function for it, but not in all releases."""
+    from sglang.srt.utils import broadcast_pyobj
+
+    for group in (scheduler.attn_tp_group, scheduler.attn_cp_group):
+        if group.world_size > 1:
+            data = broadcast_pyobj(data, group.rank, group.cpu_group, src=group.ranks[0])
+    return data
 
 
 def _is_leader() -> bool:
@@ -71,19 +79,23 @@ def _is_leader() -> bool:
     return parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
 
 
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _POINT_TO_POINT = "sglang.srt.utils.common:point_to_point_pyobj"
 _PLAN = "goes when upstream relays requests without waiting for a rendezvous"
 
 PATCHES = (
     Patch(
-        target="sglang.srt.managers.scheduler:Scheduler.ingest_requests",
-        wrapper=ingest_requests,
-        why="the disaggregated loops send requests at the end of an iteration, and every stage "
-        "waits for a gloo rendezvous of size and pickle",
-        how="push the list to the next stage as soon as it is there; number the iteration",
-        upstream="sglang #19582 (split phases); field notes, section 1",
+        target=f"{_RECEIVER}.recv_requests",
+        wrapper=recv_requests,
+        why="later stages wait for the leader's gloo message and then for a broadcast",
+        how="number the iteration; later stages take the message that is already in their inbox, every rank "
+        "its own",
+        upstream="sglang #19582",
         plan=_PLAN,
         relies_on=(
+            f"{_RECEIVER}._pull_raw_reqs",
+            f"{_RECEIVER}._finalize_shm_features",
+            f"{_SCHEDULER}.ingest_requests",
             f"{_MIXIN}.event_loop_pp",
             f"{_MIXIN}.event_loop_pp_disagg_prefill",
             f"{_MIXIN}.event_loop_pp_disagg_decode",
@@ -91,13 +103,13 @@ PATCHES = (
         ),
     ),
     Patch(
-        target=f"{_RECEIVER}.recv_requests",
-        wrapper=recv_requests,
-        why="later stages wait for the leader's gloo message and then for a broadcast",
-        how="later stages take the message that is already in their inbox, every rank its own",
-        upstream="sglang #19582",
+        target=f"{_SCHEDULER}.process_input_requests",
+        wrapper=process_input_requests,
+        why="the disaggregated loops send requests at the end of an iteration, and every stage "
+        "waits for a gloo rendezvous of size and pickle",
+        how="push the list to the next stage as soon as it is there",
+        upstream="sglang #19582 (split phases); field notes, section 1",
         plan=_PLAN,
-        relies_on=(f"{_RECEIVER}._pull_raw_reqs", f"{_RECEIVER}._finalize_shm_features"),
     ),
     Patch(
         target=f"{_MIXIN}._pp_send_pyobj_to_next_stage",
@@ -115,6 +127,6 @@ PATCHES = (
         how="one host-lane message; the broadcast inside the stage stays",
         upstream="sglang #19582",
         plan=_PLAN,
-        relies_on=(_POINT_TO_POINT,),
+        relies_on=(_POINT_TO_POINT, "sglang.srt.utils.common:broadcast_pyobj"),
     ),
 )

@@ -1,12 +1,14 @@
 """Seam: the start of a scheduler process. Agree, open the lanes, warm up; and how an idle server waits.
 
 Runs where upstream has just made its process groups and before it loads the model, so that the ranks are
-close together in time and communicators count in the memory that is measured later.
+close together in time and communicators count in the memory that is measured later. That place has moved:
+up to 0.5.20 the groups are made by the model runner, later by the scheduler.
 """
 
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import os
 import socket
@@ -38,11 +40,31 @@ from .pipeline import AsyncPipeline, current, set_current
 logger = logging.getLogger("sglang_npu_pp")
 
 
+_without_groups: list[Any] = []  # the scheduler of this process until its process groups exist
+
+
 def init_idle_sleeper(original: Any, scheduler: Any) -> None:
-    """Upstream calls this once, right behind its process groups and sockets."""
-    from sglang.srt.runtime_context import get_parallel
+    """Upstream calls this once, right behind its sockets."""
+    from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 
     original(scheduler)
+    if model_parallel_is_initialized():
+        _start(scheduler)
+    else:
+        _without_groups.append(scheduler)
+
+
+def init_torch_distributed(original: Any, runner: Any) -> Any:
+    """Up to 0.5.20 this makes the process groups: called once for the model and once for a draft model."""
+    result = original(runner)
+    while _without_groups:
+        _start(_without_groups.pop())
+    return result
+
+
+def _start(scheduler: Any) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
     parallel = get_parallel()
     where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
     if parallel.pp_size == 1:
@@ -117,7 +139,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     telemetry = Telemetry(stage, rank)
     trace = Trace(enabled=settings.trace_dir is not None)
     streams = DeviceStreams(group.device)
-    slots = stages + parallel.pp_async_batch_depth
+    slots = stages + scheduler.server_args.pp_async_batch_depth
     # As many microbatches can be in flight as there are slots. A smaller window could be full of outputs
     # at one end of the pipeline and of requests at the other, each waiting for the other to be taken.
     settings = replace(settings, window=max(settings.window, slots + 2))
@@ -128,7 +150,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         settings=settings,
         telemetry=telemetry,
         trace=trace,
-        host=settings.host or _address_towards_master(),
+        host=settings.host or _address_towards_master(scheduler.server_args.dist_init_addr),
         port=settings.port + dist.get_rank() if settings.port else 0,
     )
     host_lane.open(process_group_exchange(group.cpu_group))
@@ -172,14 +194,14 @@ def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn |
     return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None
 
 
-def _address_towards_master() -> str:
-    """The address of this node on the interface that SGLang's distributed set-up uses."""
+def _address_towards_master(master: str | None) -> str:
+    """The address of this node on the interface that SGLang's distributed set-up uses.
+
+    `master`: host and port that the nodes were given; None on a single node.
+    """
     for variable in ("SGLANG_HOST_IP", "HOST_IP"):
         if os.environ.get(variable):
             return os.environ[variable]
-    from sglang.srt.runtime_context import get_parallel
-
-    master = get_parallel().dist_init_addr
     host = master.rsplit(":", 1)[0].strip("[]") if master else "127.0.0.1"
     family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -194,7 +216,6 @@ def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:
     Disaggregated servers also poll transfers and are left alone.
     """
     from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
-    from sglang.srt.runtime_context import get_disagg
 
     leader = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
     if (
@@ -202,13 +223,14 @@ def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:
         and parallel.pp_rank == 0
         and leader
         and scheduler.ipc_channels.recv_from_rpc is not None
-        and get_disagg().disaggregation_mode == "null"
+        and scheduler.server_args.disaggregation_mode == "null"
     ):
         channels = scheduler.ipc_channels
-        scheduler.idle_sleeper = IdleSleeper(
-            sockets=[channels.recv_from_tokenizer, channels.recv_from_rpc],
-            can_empty_cache=lambda: not scheduler._engine_paused,
-        )
+        options: dict[str, Any] = {}
+        if "can_empty_cache" in inspect.signature(IdleSleeper).parameters:  # 0.5.21 and later
+            options["can_empty_cache"] = lambda: not scheduler._engine_paused
+        sockets = [channels.recv_from_tokenizer, channels.recv_from_rpc]
+        scheduler.idle_sleeper = IdleSleeper(sockets=sockets, **options)
 
 
 PATCHES = (
@@ -220,10 +242,19 @@ PATCHES = (
         upstream="vllm #56956 and Megatron #5240 (lazy communicators deadlock); --sleep-on-idle",
         plan="the start stays as long as the lanes do; the sleeper goes when it is the default",
         relies_on=(
-            "sglang.srt.managers.scheduler:Scheduler.init_idle_sleeper",
+            "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.__init__",
             "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.maybe_sleep",
             "sglang.srt.managers.scheduler:dispatch_event_loop",
         ),
+    ),
+    Patch(
+        target="sglang.srt.model_executor.model_runner:ModelRunner.init_torch_distributed",
+        wrapper=init_torch_distributed,
+        why="the process groups that the start needs do not exist before",
+        how="start behind it",
+        upstream="0.5.21 makes them in the scheduler, before init_idle_sleeper",
+        plan="goes with 0.5.20",
+        unless="sglang.srt.distributed.bootstrap:init_parallel_runtime",
     ),
     Patch(
         target="sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.init_pp_loop_state",

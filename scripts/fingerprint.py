@@ -1,78 +1,128 @@
 """Write patches/contracts.json: fingerprints of the upstream functions that our patches rely on.
 
-    python scripts/fingerprint.py 0.5.21 0.5.23        # downloads the wheels of these releases
-    python scripts/fingerprint.py --show               # which releases differ, and where
+    python scripts/fingerprint.py 0.5.24      # adds a release, or reads it again
+    python scripts/fingerprint.py --all       # reads all known releases again: after a change of patches
+    python scripts/fingerprint.py --diff      # which functions changed in which release
+    python scripts/fingerprint.py --source _pp_launch_batch 0.5.20 0.5.21      # and how
 
-The wheels are read, never imported or installed. A target that a release does not have is left out of
-its contract, and a patch that needs it will refuse that release.
+Wheels are downloaded and read, never imported or installed. A function that a release does not have is
+recorded as absent: a patch that must replace it will refuse that release.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from sglang_npu_pp.patches import PATCHES
-from sglang_npu_pp.patching import contract_targets, fingerprint_in_file
+from sglang_npu_pp.patches import ABSENT, PATCHES, load_contracts
+from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_source, source_in_file
 
 CONTRACTS = Path(__file__).resolve().parent.parent / "patches" / "contracts.json"
 
 
-def download(release: str, directory: Path) -> Path:
+@contextmanager
+def downloaded(release: str) -> Iterator[zipfile.ZipFile]:
     """The wheel of an SGLang release, from the configured package index."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    subprocess.run([*command, "-d", str(directory), f"sglang=={release}"], check=True)
-    return next(directory.glob(f"sglang-{release}-*.whl"))
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "-d", directory, f"sglang=={release}"], check=True)
+        with zipfile.ZipFile(next(Path(directory).glob(f"sglang-{release}-*.whl"))) as wheel:
+            yield wheel
 
 
-def read_contract(wheel: Path) -> dict[str, str]:
-    """Target -> fingerprint for one wheel."""
-    contract = {}
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        sources: dict[str, str] = {}
+def read_source(wheel: zipfile.ZipFile, target: str) -> str | None:
+    """The text of the function at `target`, None if the release does not have it."""
+    module, _, qualname = target.partition(":")
+    name = module.replace(".", "/") + ".py"
+    if name not in wheel.namelist():
+        return None
+    return source_in_file(wheel.read(name).decode(), qualname)
+
+
+def read_contract(release: str) -> Contract:
+    with downloaded(release) as wheel:
+        sources = {target: read_source(wheel, target) for target in contract_targets(PATCHES)}
+    return {
+        target: None if source is None else fingerprint_source(source) for target, source in sources.items()
+    }
+
+
+def write(contracts: Mapping[str, Contract]) -> None:
+    """By function: which fingerprint it has in which releases, a line each, so that a diff can be read."""
+    releases = sorted(contracts, key=version)
+    blocks = []
+    for target in contract_targets(PATCHES):
+        by_print: dict[str, list[str]] = {}
+        for release in releases:
+            if target in contracts[release]:
+                by_print.setdefault(contracts[release][target] or ABSENT, []).append(release)
+        lines = [f"   {json.dumps(found)}: {json.dumps(where)}" for found, where in by_print.items()]
+        blocks.append(f"  {json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n  }")
+    text = f'{{\n "releases": {json.dumps(releases)},\n "functions": {{\n' + ",\n".join(blocks) + "\n }\n}\n"
+    CONTRACTS.write_text(text)
+
+
+def version(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split("."))
+
+
+def differences(contracts: Mapping[str, Contract]) -> list[str]:
+    """A line a function that changed: a letter for each of its versions, - where a release has none."""
+    releases = list(contracts)
+    lines = ["  ".join([*releases, "function"])]
+    for target in contract_targets(PATCHES):
+        letters: dict[str, str] = {}
+        row = []
+        for release in releases:
+            found = contracts[release].get(target)
+            row.append("-" if found is None else letters.setdefault(found, chr(ord("A") + len(letters))))
+        if len(set(row)) > 1:
+            cells = [letter.ljust(len(release)) for letter, release in zip(row, releases, strict=True)]
+            lines.append("  ".join([*cells, target.rpartition("sglang.srt.")[2]]))
+    same = len(contract_targets(PATCHES)) - len(lines) + 1
+    return [*lines, f"{same} more functions are equal in all releases."]
+
+
+def source_difference(name: str, old: str, new: str) -> list[str]:
+    """How the functions whose name ends with `name` changed from one release to another."""
+    lines: list[str] = []
+    with downloaded(old) as before, downloaded(new) as after:
         for target in contract_targets(PATCHES):
-            module, _, qualname = target.partition(":")
-            name = module.replace(".", "/") + ".py"
-            if name not in names:
-                continue
-            if name not in sources:
-                sources[name] = archive.read(name).decode()
-            found = fingerprint_in_file(sources[name], qualname)
-            if found is not None:
-                contract[target] = found
-    return contract
-
-
-def show(contracts: dict[str, dict[str, str]]) -> None:
-    """A line a target: the fingerprint in each release, so that a reader sees what changed when."""
-    releases = sorted(contracts)
-    print("  ".join(release.ljust(16) for release in releases))
-    for target in sorted({target for contract in contracts.values() for target in contract}):
-        prints = [contracts[release].get(target, "-") for release in releases]
-        mark = " " if len(set(prints)) == 1 else "*"
-        print("  ".join(text.ljust(16) for text in prints), mark, target.rpartition(".srt.")[2])
+            if target.endswith(name):
+                a, b = ((read_source(wheel, target) or "").splitlines() for wheel in (before, after))
+                lines += difflib.unified_diff(a, b, f"{old} {target}", f"{new} {target}", lineterm="")
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("releases", nargs="*", help="SGLang releases to (re)fingerprint")
-    parser.add_argument("--show", action="store_true", help="print the contracts")
+    parser.add_argument("--all", action="store_true", help="(re)fingerprint all releases that are known")
+    parser.add_argument("--diff", action="store_true", help="print what changed in which release")
+    parser.add_argument("--source", nargs=3, metavar=("NAME", "OLD", "NEW"), help="print how it changed")
     arguments = parser.parse_args()
-    contracts = json.loads(CONTRACTS.read_text()) if CONTRACTS.exists() else {}
-    for release in arguments.releases:
-        with tempfile.TemporaryDirectory() as directory:
-            contracts[release] = read_contract(download(release, Path(directory)))
-        print(f"{release}: {len(contracts[release])} of {len(contract_targets(PATCHES))} targets")
-    if arguments.releases:
-        CONTRACTS.write_text(json.dumps(contracts, indent=1, sort_keys=True) + "\n")
-    if arguments.show:
-        show(contracts)
+    contracts = dict(load_contracts()) if CONTRACTS.exists() else {}
+    releases = [*(contracts if arguments.all else ()), *arguments.releases]
+    for release in releases:
+        contracts[release] = read_contract(release)
+        absent = list(contracts[release].values()).count(None)
+        print(f"{release}: {len(contracts[release]) - absent} functions, {absent} absent")
+    if releases:
+        write(contracts)
+    if arguments.diff or not (releases or arguments.source):
+        print("\n".join(differences(load_contracts())))
+    if arguments.source:
+        print("\n".join(source_difference(*arguments.source)))
 
 
 if __name__ == "__main__":

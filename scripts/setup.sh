@@ -3,10 +3,11 @@
 # Idempotent: returns at once when nothing that it depends on has changed. Writes to .venv only.
 #
 #   PYTHON=/path/to/python3.x scripts/setup.sh    uses that interpreter (3.11 or newer)
+#   scripts/setup.sh 0.5.18 0.5.20                and these SGLang releases (requirements/releases) beside it
 set -euo pipefail
 
 readonly TORCH_VERSION=2.13.0
-readonly OTHER_RELEASE=0.5.23   # installed beside .venv's SGLang: PYTHONPATH=.venv/releases/0.5.23
+readonly RELEASES_OF_THE_SUITE=(0.5.15 0.5.23)   # beside .venv's SGLang: PYTHONPATH=.venv/releases/RELEASE
 readonly CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,12 +20,19 @@ readonly CONSTRAINTS=$VENV/torch-constraint.txt
 LOG=/dev/null
 
 main() {
+  local release
   take_turn
-  check_inputs
-  if [[ -f $STAMP && $(cat "$STAMP") == "$(fingerprint)" ]] && runs "$VENV_PYTHON"; then
-    return
+  check_inputs "$@"
+  if ! [[ -f $STAMP && $(cat "$STAMP") == "$(fingerprint)" ]] || ! runs "$VENV_PYTHON"; then
+    set_up
   fi
+  LOG=$VENV/setup.log
+  for release in "${RELEASES_OF_THE_SUITE[@]}" "$@"; do
+    has_release "$release" || step "SGLang $release, beside it" install_release "$release"
+  done
+}
 
+set_up() {
   local python started=$SECONDS
   python=$(find_python)
   note_missing_compiler
@@ -37,7 +45,6 @@ main() {
   step "what SGLang needs on CPU" pip_install -r requirements/cpu.txt
   step "test and development tools" pip_install -r requirements/dev.txt
   step "SGLang, torchvision, compressed-tensors" pip_install --no-deps -r requirements/nodeps.txt
-  step "SGLang $OTHER_RELEASE, beside it" install_other_release
   optional_step "torch_npu, beside it" install_torch_npu \
     "The tests on the simulated Ascend will be skipped (rm $STAMP to try again)."
   step "this package, editable" pip_install --no-deps --no-build-isolation -e .
@@ -61,8 +68,12 @@ take_turn() {
   fi
 }
 
+# check_inputs RELEASE...
 check_inputs() {
   local file
+  for file in "${@/#/requirements/releases/}"; do
+    [[ -e $file.txt ]] || fail "$ROOT/$file.txt is missing: it says what to install for that release"
+  done
   for file in pyproject.toml README.md requirements/{cpu,nodeps,dev,ascend_sim}.txt scripts/cpu_compat; do
     [[ -e $file ]] || fail "$ROOT/$file is missing, this clone is not complete"
   done
@@ -175,13 +186,23 @@ install_torch() {
   pip_install --extra-index-url "$CPU_TORCH_INDEX" "torch==$TORCH_VERSION+cpu"
 }
 
+has_release() {
+  cmp --quiet "requirements/releases/$1.txt" "$VENV/releases/$1/requirements.txt"
+}
+
 # Into a folder of its own; renamed last, so that a half-finished download is not taken for one.
-install_other_release() {
-  local target=$VENV/releases/$OTHER_RELEASE
-  [[ -d $target ]] && return
-  rm -rf -- "$target.part"
-  pip_install --no-deps --target "$target.part" "sglang==$OTHER_RELEASE" &&
+install_release() {
+  local target=$VENV/releases/$1
+  rm -rf -- "$target" "$target.part"
+  pip_install --no-deps --target "$target.part" -r "requirements/releases/$1.txt" &&
+    check_release "$1" "$target.part" &&
+    cp "requirements/releases/$1.txt" "$target.part/requirements.txt" &&
     mv -- "$target.part" "$target"
+}
+
+check_release() {
+  [[ $(PYTHONPATH=$2 "$VENV_PYTHON" -c 'import sglang; print(sglang.__version__)') == "$1" ]] ||
+    { echo "SGLang $1 cannot be imported from $2"; return 1; }
 }
 
 # The wheel that Ascend machines use, for the simulated Ascend (tests/ascend_sim). Not in site-packages:
@@ -223,9 +244,6 @@ if torch.__version__ != sys.argv[1]:
     sys.exit(f"torch is {torch.__version__}, not {sys.argv[1]}: a requirement replaced it")
 print(f"sglang {sglang.__version__}, torch {torch.__version__}")
 PYTHON
-  [[ $(PYTHONPATH=$VENV/releases/$OTHER_RELEASE "$VENV_PYTHON" -c \
-    'import sglang; print(sglang.__version__)') == "$OTHER_RELEASE" ]] ||
-    { echo "SGLang $OTHER_RELEASE cannot be imported from $VENV/releases"; return 1; }
 }
 
 main "$@"

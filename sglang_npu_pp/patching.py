@@ -1,9 +1,12 @@
 """What a patch is: a replacement with a reason, checked against the release, applied all or nothing.
 
 A patch names the upstream function it replaces and says why, how, from which upstream work the idea comes and
-when it can go. A contract is the fingerprint of an upstream function in one release: of those that are
-replaced, and of those whose behaviour a replacement relies on. Nothing is applied to an SGLang whose
-fingerprints are not known.
+when it can go. A contract is what is known of one release: the fingerprint of every upstream function that is
+replaced, or whose behaviour a replacement relies on, and which of them the release does not have. Nothing is
+applied to an SGLang without a contract, or that differs from it.
+
+Releases differ. A patch that not every release needs says so by naming functions (`optional`, `unless`); the
+contract says which of these a release has, so no version numbers are compared.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from typing import Any
 
 from .errors import ContractError
 
-Contracts = Mapping[str, Mapping[str, str]]
-"""Release -> target -> fingerprint."""
+Contract = Mapping[str, str | None]
+"""Target -> fingerprint, None for a function that the release does not have."""
+
+Contracts = Mapping[str, Contract]
+"""Release -> contract."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,28 @@ class Patch:
     relies_on: tuple[str, ...] = ()
     adds: bool = False  # the target must not exist upstream
     device: str | None = None  # only where SGLang serves on it; None: everywhere
+    optional: bool = False  # a release without the target does not need the patch
+    unless: str | None = None  # a release that has this function does not need the patch
 
     @property
     def contract_targets(self) -> tuple[str, ...]:
-        return self.relies_on if self.adds else (self.target, *self.relies_on)
+        own = () if self.adds else (self.target,)
+        return (*own, *self.relies_on, *self._decisive_targets)
+
+    @property
+    def _decisive_targets(self) -> tuple[str, ...]:
+        """Whether these exist decides whether a release needs the patch."""
+        return (*((self.target,) if self.optional else ()), *((self.unless,) if self.unless else ()))
+
+    def checked_targets(self, contract: Contract) -> tuple[str, ...]:
+        """What must be as the contract says before an SGLang of that release is touched."""
+        return self.contract_targets if self.is_needed(contract) else self._decisive_targets
+
+    def is_needed(self, contract: Contract) -> bool:
+        """Whether a release with this contract needs the patch."""
+        if self.unless is not None and contract.get(self.unless) is not None:
+            return False
+        return not (self.optional and contract.get(self.target) is None)
 
 
 def fingerprint_source(source: str) -> str:
@@ -97,6 +121,12 @@ def fingerprint_in_file(source: str, qualname: str) -> str | None:
 
     Gives the same value as `fingerprint` without importing the module.
     """
+    found = source_in_file(source, qualname)
+    return None if found is None else fingerprint_source(found)
+
+
+def source_in_file(source: str, qualname: str) -> str | None:
+    """The text of `Class.method` or `function` in that of a module, None if it is not there."""
     node: ast.AST = ast.parse(source)
     for part in qualname.split("."):
         found = None
@@ -109,7 +139,7 @@ def fingerprint_in_file(source: str, qualname: str) -> str | None:
         node = found
     assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return fingerprint_source("\n".join(source.splitlines()[first - 1 : node.end_lineno]))
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
 
 
 def contract_targets(patches: Iterable[Patch]) -> list[str]:
@@ -117,17 +147,20 @@ def contract_targets(patches: Iterable[Patch]) -> list[str]:
     return sorted({target for patch in patches for target in patch.contract_targets})
 
 
-def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts) -> None:
-    """Raise ContractError unless every function is the one that we know in this release."""
-    known = contracts.get(release)
-    if known is None:
+def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts) -> tuple[Patch, ...]:
+    """Return those of `patches` that this release needs.
+
+    Raises ContractError unless every function that matters is the one that we know in this release.
+    """
+    contract = contracts.get(release)
+    if contract is None:
         raise ContractError(
-            f"SGLang {release} is not a release that sglang-npu-pp knows ({', '.join(sorted(contracts))})."
+            f"SGLang {release} is not a release that sglang-npu-pp knows ({', '.join(contracts)})."
         )
     different = [
         target
-        for target in contract_targets(patches)
-        if target not in known or fingerprint(target) != known[target]
+        for target in sorted({target for patch in patches for target in patch.checked_targets(contract)})
+        if not _is_as_known(target, contract)
     ]
     if different:
         raise ContractError(
@@ -135,9 +168,28 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
             f"{'differs' if len(different) == 1 else 'differ'} from that release "
             "(another plugin, or an edited file?)."
         )
-    for patch in patches:
+    needed = tuple(patch for patch in patches if patch.is_needed(contract))
+    for patch in needed:
         if patch.adds and hasattr(*_resolve(patch.target)):
             raise ContractError(f"SGLang {release} already has {patch.target}, which we would add.")
+        if not patch.adds and contract[patch.target] is None:
+            raise ContractError(f"SGLang {release} has no {patch.target}, which we would replace.")
+    return needed
+
+
+def _is_as_known(target: str, contract: Contract) -> bool:
+    if target not in contract:
+        return False
+    known = contract[target]
+    return not _exists(target) if known is None else fingerprint(target) == known
+
+
+def _exists(target: str) -> bool:
+    try:
+        owner, name = _resolve(target)
+    except ContractError:
+        return False
+    return inspect.getattr_static(owner, name, None) is not None
 
 
 class AppliedPatches:

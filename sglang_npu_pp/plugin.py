@@ -46,8 +46,7 @@ def activate(settings: Settings | None = None) -> bool:
     try:
         patches = importlib.import_module("sglang_npu_pp.patches")
         release = patches.sglang_release()
-        needed = patches.patches_here()
-        check_contracts(needed, release, patches.load_contracts())
+        needed = check_contracts(patches.patches_here(), release, patches.load_contracts())
         _applied = AppliedPatches(needed)
     except (ContractError, ImportError) as error:
         if settings.mode == "require":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,9 +67,14 @@ PLAIN = patch("fake_upstream:plain", lambda original, value: -original(value))
 ADDED = patch("fake_upstream:Scheduler.extra", lambda self: "extra", adds=True, relies_on=(STEP.target,))
 
 
-def contract() -> dict[str, dict[str, str]]:
-    targets = contract_targets([STEP, PLAIN, ADDED])
-    return {"1.0": {target: fingerprint(target) for target in targets}}
+GONE = "fake_upstream:Scheduler.gone"  # in another release
+OPTIONAL = patch(GONE, lambda original, self: None, optional=True, relies_on=(PLAIN.target,))
+UNLESS = patch("fake_upstream:decorate", lambda original, function: original(function), unless=GONE)
+
+
+def contract() -> dict[str, dict[str, str | None]]:
+    targets = contract_targets([STEP, PLAIN, ADDED, UNLESS])
+    return {"1.0": {target: None if target == GONE else fingerprint(target) for target in targets}}
 
 
 def test_patches_apply_and_undo(upstream: Any) -> None:
@@ -94,7 +100,34 @@ def test_when_one_patch_fails_none_is_in_force(upstream: Any, target: str) -> No
 
 
 def test_a_known_release_is_accepted(upstream: Any) -> None:
-    check_contracts([STEP, PLAIN, ADDED], "1.0", contract())
+    assert check_contracts([STEP, PLAIN, ADDED], "1.0", contract()) == (STEP, PLAIN, ADDED)
+
+
+def test_a_release_gets_the_patches_that_it_needs(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_contracts([OPTIONAL, UNLESS], "1.0", contract()) == (UNLESS,)
+    monkeypatch.setattr(upstream.Scheduler, "gone", upstream.plain, raising=False)
+    other = {"2.0": {**contract()["1.0"], GONE: fingerprint(GONE)}}
+    assert check_contracts([OPTIONAL, UNLESS], "2.0", other) == (OPTIONAL,)
+
+
+@pytest.mark.parametrize("needing", [OPTIONAL, UNLESS, patch(STEP.target, None, relies_on=(GONE,))])
+def test_a_function_that_this_release_should_not_have_is_named(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch, needing: Patch
+) -> None:
+    known = contract()
+    monkeypatch.setattr(upstream.Scheduler, "gone", upstream.plain, raising=False)
+    with pytest.raises(ContractError, match=r"calls itself 1\.0, but fake_upstream:Scheduler\.gone differs"):
+        check_contracts([needing], "1.0", known)
+
+
+def test_a_release_without_a_function_that_must_be_replaced_is_refused(upstream: Any) -> None:
+    with pytest.raises(ContractError, match=r"^SGLang 1\.0 has no fake_upstream:Scheduler\.gone"):
+        check_contracts([patch(GONE, None)], "1.0", contract())
+
+
+def test_a_function_that_the_contract_does_not_mention_is_named(upstream: Any) -> None:
+    with pytest.raises(ContractError, match=r"but fake_upstream:plain differs"):
+        check_contracts([PLAIN], "1.0", {"1.0": {}})
 
 
 def test_an_unknown_release_is_refused_with_those_that_are_known(upstream: Any) -> None:
@@ -156,11 +189,19 @@ def test_a_fingerprint_sees_every_character() -> None:
     assert fingerprint_in_file(UPSTREAM, "Scheduler.missing") is None
 
 
-# --- our patches and the installed SGLang ------------------------------------------------------
+# --- our patches and the installed SGLang (other releases: test_releases.py) ---------------------
 
 
 def test_the_installed_sglang_is_a_release_that_we_know() -> None:
     check_contracts(patches_here(), sglang_release(), load_contracts())
+
+
+@pytest.mark.parametrize(
+    "release", ["0.5.24", "0.6.0", "0.5.23.post1", "0.5.23rc1", "0.5.24.dev3+g1234abc", "0.0.0.dev0"]
+)
+def test_a_release_that_only_looks_like_a_known_one_is_refused(release: str) -> None:
+    with pytest.raises(ContractError, match=rf"SGLang {re.escape(release)} is not a release .* 0\.5\.23\)"):
+        check_contracts(patches_here(), release, load_contracts())
 
 
 @pytest.mark.parametrize("target", contract_targets(PATCHES))
@@ -188,10 +229,3 @@ def test_every_patch_says_why_and_until_when() -> None:
         for text in (each.why, each.how, each.upstream, each.plan):
             assert text.strip(), each.target
     assert len({each.target for each in PATCHES}) == len(PATCHES)
-
-
-def test_contracts_cover_both_supported_releases() -> None:
-    contracts = load_contracts()
-    assert set(contracts) == {"0.5.21", "0.5.23"}
-    for known in contracts.values():
-        assert set(known) == set(contract_targets(PATCHES))

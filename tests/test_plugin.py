@@ -62,11 +62,11 @@ assert SchedulerPPMixin._pp_launch_batch is launch
     assert "sglang-npu-pp: off, because SGLANG_NPU_PP=0" in result.stderr
 
 
-@pytest.mark.parametrize("mode", ["auto", "require"])
-def test_an_unknown_release_is_left_alone_or_refused(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "release"), [("auto", "0.6.0"), ("require", "0.5.23.post1")])
+def test_an_unknown_release_is_left_alone_or_refused(mode: str, release: str) -> None:
     result = run(
+        f"sglang.version.__version__ = {release!r}"
         """
-sglang.version.__version__ = "9.9.9"
 try:
     active = sglang_npu_pp.activate()
 except ContractError as error:
@@ -80,10 +80,23 @@ assert not hasattr(GroupCoordinator, "irecv_tensor_dict")
     )
     assert result.returncode == 0, result.stderr
     if mode == "require":
-        assert "refused: SGLang 9.9.9 is not a release that sglang-npu-pp knows" in result.stdout
+        assert f"refused: SGLang {release} is not a release that sglang-npu-pp knows" in result.stdout
     else:
         assert "active: False" in result.stdout
-        assert "SGLang is left as it is: SGLang 9.9.9" in result.stderr
+        assert result.stderr.count(f"SGLang is left as it is: SGLang {release} is not a release") == 1
+
+
+def test_a_function_that_differs_from_its_release_is_named_and_nothing_is_patched() -> None:
+    result = run(
+        """
+SchedulerPPMixin._pp_commit_comm_work = SchedulerPPMixin._pp_commit_proxy_send_work
+assert sglang_npu_pp.activate() is False
+assert SchedulerPPMixin._pp_launch_batch is launch
+""",
+        SGLANG_NPU_PP="auto",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "SchedulerPPMixin._pp_commit_comm_work differs from that release" in result.stderr
 
 
 def test_a_bad_setting_ends_the_process_through_sglangs_own_loader() -> None:

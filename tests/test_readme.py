@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_npu_pp.patches import PATCHES
+from sglang_npu_pp.patches import PATCHES, load_contracts
 from sglang_npu_pp.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -39,4 +39,11 @@ def test_every_make_target_that_is_named_exists() -> None:
 
 
 def test_the_number_of_patches_is_right() -> None:
-    assert f"sglang-npu-pp: {len(PATCHES)} patches in force" in README
+    (release,) = re.findall(r"patches in force for SGLang ([\d.]+)", README)
+    needed = [patch for patch in PATCHES if patch.is_needed(load_contracts()[release])]
+    assert f"sglang-npu-pp: {len(needed)} patches in force for SGLang {release};" in README
+
+
+def test_every_release_is_named() -> None:
+    for release in load_contracts():
+        assert release in README

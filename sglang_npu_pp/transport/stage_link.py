@@ -242,7 +242,7 @@ class StageLink:
     def _diverged(self, slot: int, iteration: int, difference: str) -> SequenceError:
         return SequenceError(
             f"{self._where}: microbatch slot {slot}, iteration {iteration}, {difference}: the stages decided "
-            "differently which requests to run; restart the server and report this with the logs of all stages."
+            "differently which requests to run; restart the server, and report this with all stages' logs."
         )
 
     def finish(self, message: Message, gather: GatherGroup | None, *, owned: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.lib.releases import IN_VENV, RELEASES, Release
 from scripts.lib.server import Server
 from sglang_npu_pp.trace import Event, read_trace
 
@@ -18,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 RANDOM_MODEL = ROOT / "tests/assets/random_vl"  # random weights: the sensitive twin
 DIGITS_MODEL = ROOT / "scripts/assets/digits_vl"  # trained
 PROBE = Path(__file__).parent / "probe"
-RELEASE_0_5_23 = ROOT / ".venv/releases/0.5.23"
 
 # Chunks of 256 tokens force chunked prefill for the longer prompts of the battery. In bfloat16 upstream
 # itself gives other log-probabilities when other requests share a batch; in float32 it does not.
@@ -48,21 +48,22 @@ class Launcher:
         model: Path = RANDOM_MODEL,
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
-        release: Path | None = None,
+        release: Release = RELEASES[IN_VENV],
         nnodes: int = 1,
         node_env: Mapping[int, Mapping[str, str]] | None = None,
     ) -> Server:
-        """A server that is not started. `release`: a directory with another SGLang."""
+        """A server that is not started."""
         self.started += 1
         folder = self.directory / f"server{self.started}"
         folder.mkdir()
-        paths = [str(PROBE), *([str(release)] if release else [])]
+        paths = [str(PROBE), *([str(release.folder)] if release.folder else [])]
         environment = {
             "SGLANG_NPU_PP": "require" if patched else "0",
             "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder),
             "SGLANG_NPU_PP_TRACE_DIR": str(folder),
             "PP_PROBE_DIR": str(folder),
             "PYTHONPATH": os.pathsep.join(reversed(paths)),
+            **release.environment(tp),
             **(env or {}),
         }
         return Server(
@@ -72,7 +73,7 @@ class Launcher:
             log=folder / "log",
             device=device,
             env=environment,
-            args=(*ARGUMENTS, *args),
+            args=(*ARGUMENTS, *release.arguments, *args),
             nnodes=nnodes,
             node_env=node_env,
         )
@@ -95,7 +96,7 @@ def make_launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], L
 def patched(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     """The patched tp 1 pp 2 server that most tests use."""
     launcher = make_launcher("patched")
-    yield launcher.start(1, 2, patched=True)
+    yield launcher.start(1, 2, patched=True, env={"PP_PROBE_STATES": "1"})
     launcher.stop_all()
 
 

@@ -1,4 +1,4 @@
-"""The other supported release: SGLang 0.5.23, patched and unpatched."""
+"""The oldest and the newest supported release, each patched against itself; `make matrix` runs them all."""
 
 from __future__ import annotations
 
@@ -6,27 +6,17 @@ from collections.abc import Callable
 
 import pytest
 
-from . import battery, order
-from .conftest import RELEASE_0_5_23, Launcher, traces
+from scripts.lib.releases import RELEASES
+
+from .comparison import Layout, compare, complaints
+from .conftest import Launcher
 
 pytestmark = pytest.mark.server
 
+OLDEST, *_, NEWEST = RELEASES
 
-def test_0_5_23_answers_equal_its_own(make_launcher: Callable[[str], Launcher]) -> None:
-    launcher = make_launcher("release")
-    server = launcher.start(1, 2, patched=False, release=RELEASE_0_5_23)
-    (expected,) = battery.run(server)
-    launcher.stop_all()
-    server = launcher.start(1, 2, patched=True, release=RELEASE_0_5_23)
-    try:
-        (one_by_one,) = battery.run(server)
-        (concurrent,) = battery.run(server, concurrency=16)
-        assert "patches in force for SGLang 0.5.23; stage 0" in server.log_text()
-        assert not battery.differences(expected, one_by_one)
-        assert not battery.differences(expected, concurrent)
-        recorded = traces(server)
-        assert not order.proxies_leave_right_behind_the_launch(recorded[0])
-        assert not order.proxies_are_waited_for_last(recorded[1])
-        assert not order.tokens_are_waited_for_behind_the_launch(recorded[0])
-    finally:
-        launcher.stop_all()
+
+@pytest.mark.parametrize("release", [OLDEST, NEWEST])
+def test_nothing_is_wrong(make_launcher: Callable[[str], Launcher], release: str) -> None:
+    pair = compare(make_launcher("release"), Layout("tp1-pp2", 1, 2), RELEASES[release])
+    assert not complaints(pair)

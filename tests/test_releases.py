@@ -1,0 +1,119 @@
+"""What is written down about each supported release is complete, and true of it where it is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import fingerprint as script
+from scripts.lib.releases import IN_VENV, RELEASES
+from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
+from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_in_file
+from tests.server import battery
+
+ROOT = Path(__file__).parents[1]
+CONTRACTS = load_contracts()
+EACH_RELEASE = pytest.mark.parametrize("release", RELEASES)
+
+
+def test_the_same_releases_are_known_everywhere() -> None:
+    assert list(CONTRACTS) == list(RELEASES), "oldest first"
+    files = {path.stem for path in (ROOT / "requirements/releases").glob("*.txt")}
+    assert files == set(RELEASES) - {IN_VENV}
+    assert sglang_release() == IN_VENV
+
+
+@EACH_RELEASE
+def test_the_contract_names_every_function(release: str) -> None:
+    assert set(CONTRACTS[release]) == set(contract_targets(PATCHES))
+
+
+@EACH_RELEASE
+def test_the_contract_is_true_of_the_installed_release(release: str) -> None:
+    found = RELEASES[release]
+    if not found.is_installed:
+        pytest.skip(f"SGLang {release} is not installed (make matrix does it)")
+    assert read_installed(found.folder or site_packages()) == CONTRACTS[release]
+
+
+@EACH_RELEASE
+def test_every_function_that_a_release_needs_replaced_is_there(release: str) -> None:
+    contract = CONTRACTS[release]
+    needed = [patch for patch in PATCHES if patch.is_needed(contract)]
+    assert {patch.target for patch in needed if not patch.adds and contract[patch.target] is None} == set()
+
+
+def test_releases_differ_in_the_patches_that_say_so() -> None:
+    everywhere = {patch.target for patch in PATCHES if not (patch.optional or patch.unless)}
+    needed = {
+        release: {patch.target.rpartition(".")[2] for patch in PATCHES if patch.is_needed(contract)}
+        for release, contract in CONTRACTS.items()
+    }
+    common = {target.rpartition(".")[2] for target in everywhere}
+    assert {release: names - common for release, names in needed.items()} == {
+        "0.5.15": {"init_torch_distributed"},
+        "0.5.18": {"init_torch_distributed"},
+        "0.5.20": {"init_torch_distributed", "send_recv_tensor_dict"},
+        "0.5.21": {"send_recv_tensor_dict"},
+        "0.5.22": {"send_recv_tensor_dict"},
+        "0.5.23": {"send_recv_tensor_dict"},
+    }
+
+
+def test_what_is_not_asked_or_gets_no_company_is_a_case_of_the_battery() -> None:
+    for release in RELEASES.values():
+        assert set(release.not_in_company) <= set(battery.cases())
+        assert not set(release.left_out) & set(release.alone)
+
+
+# --- the script that writes the contracts ------------------------------------------------------------
+
+
+def test_the_file_is_as_the_script_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = script.CONTRACTS.read_text()
+    monkeypatch.setattr(script, "CONTRACTS", tmp_path / "contracts.json")
+    script.write(CONTRACTS)
+    assert script.CONTRACTS.read_text() == text
+
+
+def test_a_changed_function_changes_one_line_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = script.CONTRACTS.read_text().splitlines()
+    monkeypatch.setattr(script, "CONTRACTS", tmp_path / "contracts.json")
+    target = contract_targets(PATCHES)[0]
+    script.write({**CONTRACTS, "0.5.23": {**CONTRACTS["0.5.23"], target: "0123456789abcdef"}})
+    after = script.CONTRACTS.read_text().splitlines()
+    assert len(set(after) - set(before)) == 1
+    assert json.loads("\n".join(after))["functions"][target]["0123456789abcdef"] == ["0.5.23"]
+
+
+def test_the_table_shows_what_changed_where() -> None:
+    target = "sglang.srt.distributed.parallel_state:GroupCoordinator.send_recv_tensor_dict"
+    head, *lines, last = script.differences(CONTRACTS)
+    assert head.split() == [*CONTRACTS, "function"]
+    (line,) = (line for line in lines if line.endswith(target.rpartition("srt.")[2]))
+    assert line.split()[:-1] == ["-", "-", "A", "A", "A", "A"]
+    assert last.startswith(f"{len(contract_targets(PATCHES)) - len(lines)} more functions")
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def site_packages() -> Path:
+    import sglang
+
+    assert sglang.__file__
+    return Path(sglang.__file__).parents[1]
+
+
+def read_installed(folder: Path) -> Contract:
+    """As the script reads a wheel: without importing it."""
+    contract: dict[str, str | None] = {}
+    for target in contract_targets(PATCHES):
+        module, _, qualname = target.partition(":")
+        path = folder / (module.replace(".", "/") + ".py")
+        contract[target] = fingerprint_in_file(path.read_text(), qualname) if path.is_file() else None
+    return contract
