@@ -5,9 +5,9 @@ PP_PROBE_PHASES=1     stage 0 aborts a request named "abort-at-PHASE-..." when i
                       file "limits" in PP_PROBE_DIR, so that one server can be asked with and without.
 PP_PROBE_SLOW_GRAMMARS=SECONDS,SECONDS,...
                       every stage takes that much longer to compile a new grammar
-PP_PROBE_DIVERGE=ABORTS|GRAMMARS
-                      stages after the first do not hear of aborts, or decide for themselves which
-                      grammars are ready, as releases before 0.5.18 did
+PP_PROBE_DIVERGE=ABORTS|FLUSHES|GRAMMARS
+                      stages after the first do not hear of aborts or of flush_cache, or decide for
+                      themselves which grammars are ready, as releases before 0.5.18 did
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def compile_grammars_slowly(seconds: list[float]) -> None:
     HookRegistry.register(target, dispatch, HookType.AROUND)
 
 
-def do_not_hear_of_aborts() -> None:
+def only_on_the_first_stage(target: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    def abort(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-        return original(scheduler, request) if stage() == 0 else None
+    def call(original: Callable[..., Any], owner: Any, request: Any) -> Any:
+        return original(owner, request) if stage() == 0 else None
 
-    HookRegistry.register(f"{_SCHEDULER}.abort_request", abort, HookType.AROUND)
+    HookRegistry.register(target, call, HookType.AROUND)
 
 
 def decide_readiness_alone() -> None:
@@ -109,7 +109,12 @@ def decide_readiness_alone() -> None:
     HookRegistry.register(f"{_GRAMMARS}._pp_sync_ready_failed", synchronise, HookType.AROUND)
 
 
-DIVERGENCES = {"ABORTS": do_not_hear_of_aborts, "GRAMMARS": decide_readiness_alone}
+_FLUSHES = "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper"
+DIVERGENCES: dict[str, Callable[[], None]] = {
+    "ABORTS": lambda: only_on_the_first_stage(f"{_SCHEDULER}.abort_request"),
+    "FLUSHES": lambda: only_on_the_first_stage(f"{_FLUSHES}.handle"),
+    "GRAMMARS": decide_readiness_alone,
+}
 
 
 def register(folder: Path) -> None:

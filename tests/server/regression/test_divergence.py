@@ -44,13 +44,23 @@ def meet_aborts(server: Server) -> None:
         ends[0].result()
 
 
+def meet_a_flush(server: Server) -> None:
+    """The second time, the prompt is in the prefix cache of the stage that was not flushed."""
+    body = {"input_ids": battery.prompt(300), "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+    ask(server, body)
+    assert server.post("/flush_cache").ok
+    ask(server, body)
+
+
 def meet_grammars(server: Server) -> None:
     with ThreadPoolExecutor(len(GRAMMARS)) as threads:
         list(threads.map(lambda grammar: battery.generate(server, **constrained(grammar)), GRAMMARS))
 
 
 @field_case("sglang-25887", "sglang-28424")
-@pytest.mark.parametrize(("planted", "meet"), [("ABORTS", meet_aborts), ("GRAMMARS", meet_grammars)])
+@pytest.mark.parametrize(
+    ("planted", "meet"), [("ABORTS", meet_aborts), ("FLUSHES", meet_a_flush), ("GRAMMARS", meet_grammars)]
+)
 def test_stages_that_differ_end_with_a_sentence(
     make_launcher: Callable[[str], Launcher], planted: str, meet: Callable[[Server], None]
 ) -> None:

@@ -6,6 +6,7 @@ would have other pages in its prefix cache, or other weights, than its neighbour
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ CACHED: dict[str, Any] = {
     "input_ids": battery.prompt(300, seed=4242),
     "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
 }
+LONG: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 LIMIT_S = 120
 
 
@@ -38,6 +40,14 @@ def in_agreement(patched: Server) -> Iterator[None]:
 def cached_tokens(server: Server) -> int:
     count: int = battery.generate(server, **CACHED)["meta_info"]["cached_tokens"]
     return count
+
+
+def await_running(server: Server) -> None:
+    """Wait until the server says that it runs a request."""
+    deadline = time.monotonic() + LIMIT_S
+    while not any(load["num_running_reqs"] for load in server.get("/v1/loads").json()["loads"]):
+        server.check_alive("before it ran a request")
+        assert time.monotonic() < deadline, f"no request runs after {LIMIT_S} s"
 
 
 def update_weights(server: Server, model: Path, **options: Any) -> None:
@@ -55,6 +65,7 @@ def test_a_flush_that_meets_requests_leaves_the_cache_and_their_answers_alone(
     assert cached_tokens(patched) > 256
     with ThreadPoolExecutor(41) as threads:
         long = threads.submit(ask, patched, {**CACHED, "sampling_params": {**LONG, "max_new_tokens": 500}})
+        await_running(patched)
         answers = [threads.submit(ask, patched, body) for body in pool.bodies[:40]]
         refused = [patched.post("/flush_cache") for _ in range(5)]
         assert not pool.wrong(enumerate(answer.result() for answer in answers))
@@ -63,12 +74,10 @@ def test_a_flush_that_meets_requests_leaves_the_cache_and_their_answers_alone(
     assert cached_tokens(patched) > 256
 
 
-LONG: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
-
-
 def test_a_flush_waits_for_requests_and_empties_every_stage(patched: Server, pool: Pool) -> None:
     with ThreadPoolExecutor(40) as threads:
         answers = [threads.submit(ask, patched, body) for body in pool.bodies[:40]]
+        await_running(patched)
         flushed = patched.post(f"/flush_cache?timeout={LIMIT_S}", timeout_s=LIMIT_S)
         assert not pool.wrong(enumerate(answer.result() for answer in answers))
     assert flushed.ok, flushed.text
@@ -87,6 +96,7 @@ def test_a_weight_update_waits_for_requests_and_holds_back_the_next(patched: Ser
     assert after != before, "the update changed nothing"
     with ThreadPoolExecutor(60) as threads:
         running = [threads.submit(ask, patched, body) for body in trained.bodies]
+        await_running(patched)
         update = threads.submit(update_weights, patched, RANDOM_MODEL)
         waiting = [threads.submit(ask, patched, body) for body in pool.bodies]
         update.result()
@@ -104,8 +114,7 @@ def test_a_weight_update_that_aborts_requests(patched: Server, pool: Pool) -> No
     body = {**CACHED, "sampling_params": {**LONG, "max_new_tokens": 2000}}
     with ThreadPoolExecutor(8) as threads:
         running = [threads.submit(ask, patched, body) for _ in range(8)]
-        while not patched.get("/v1/loads").json()["loads"][0]["num_running_reqs"]:
-            patched.check_alive("before a weight update")
+        await_running(patched)
         update_weights(patched, RANDOM_MODEL, abort_all_requests=True)
         ended = [answer.result() for answer in running]
     assert ABORTED in ended
