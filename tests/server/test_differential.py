@@ -16,7 +16,7 @@ from tests.field_cases import field_case
 
 from . import comparison, order
 from .comparison import CHECKS, Layout, Pair, depth
-from .conftest import DIGITS_MODEL, Launcher
+from .conftest import Launcher
 
 pytestmark = pytest.mark.server
 
@@ -27,7 +27,6 @@ LAYOUTS = [
     Layout("tp2-pp2-two-nodes", 2, 2, {"nnodes": 2}, {"SGLANG_NPU_PP_HOST_TRANSPORT": "tcp"}),
     Layout("tp2-pp2-depth1-device-lane", 2, 2, {"args": depth(1)}, {"SGLANG_NPU_PP_PROXY_LANE": "device"}),
     Layout("tp1-pp4", 1, 4, {}, {"SGLANG_NPU_PP_CHECKSUM": "full"}),
-    Layout("tp1-pp4-depth1-trained", 1, 4, {"args": depth(1), "model": DIGITS_MODEL}),
 ]
 
 

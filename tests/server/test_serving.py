@@ -13,7 +13,7 @@ from scripts.lib.server import Server
 from sglang_npu_pp.telemetry import read_snapshots, render_table
 
 from . import battery
-from .conftest import DIGITS_MODEL, Launcher, traces
+from .conftest import traces
 
 pytestmark = pytest.mark.server
 
@@ -91,27 +91,6 @@ def test_stream_comes_in_pieces(patched: Server) -> None:
     assert len(chunks) > 2
 
 
-def test_mixed_load_with_random_aborts_leaves_every_other_answer_right(patched: Server) -> None:
-    prompts = [battery.prompt(10 + 37 * index % 500, seed=index) for index in range(40)]
-
-    def ask(index: int, rid: str) -> dict[str, Any]:
-        return battery.generate(
-            patched, input_ids=prompts[index], rid=rid, sampling_params={"ignore_eos": True}
-        )
-
-    alone = [ask(index, f"alone{index}")["output_ids"] for index in range(40)]
-    with ThreadPoolExecutor(20) as pool:
-        together = [pool.submit(ask, index, f"together{index}") for index in range(40)]
-        for index in range(0, 40, 5):
-            assert patched.post("/abort_request", {"rid": f"together{index}"}).ok
-        for index, answer in enumerate(together):
-            found = answer.result()
-            if found["meta_info"]["finish_reason"]["type"] != "abort":
-                assert found["output_ids"] == alone[index]
-            else:
-                assert index % 5 == 0
-
-
 def test_an_idle_server_sends_next_to_nothing(patched: Server) -> None:
     """Upstream's stages exchange empty lists without pause. Here the first stage waits for clients, at
     most a second at a time: the requests pushed between two looks are counted."""
@@ -139,18 +118,3 @@ def test_each_process_says_once_what_was_activated(patched: Server) -> None:
     assert len(lines) == 3  # engine, two schedulers
     assert all("SGLang 0.5.21" in line for line in lines)
     assert any("stage 0 rank 0 of 2 stages" in line for line in lines)
-
-
-def test_trained_model_reads_the_digits(make_launcher: Any) -> None:
-    launcher: Launcher = make_launcher("digits")
-    server = launcher.start(1, 2, patched=True, model=DIGITS_MODEL, args=("--dtype", "bfloat16"))
-    try:
-        with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda picture: battery.ask_about(server, picture), battery.DIGITS))
-        right = [
-            answer["text"] == picture.stem.split("_")[1]
-            for answer, picture in zip(answers, battery.DIGITS, strict=True)
-        ]
-        assert all(right), right
-    finally:
-        launcher.stop_all()
