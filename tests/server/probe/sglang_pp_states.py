@@ -28,15 +28,16 @@ def report_states(folder: Path) -> None:
         modes[batch.forward_mode.name.lower()] += 1
         return original(scheduler, batch, *args, **kwargs)
 
-    def report(_result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    def report(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal last
         state = json.dumps({**state_of(scheduler), "forwards": modes})
         if state != last:
             path.with_suffix(".part").write_text(state)
             path.with_suffix(".part").replace(path)
             last = state
+        return original(scheduler, *args, **kwargs)  # which may sleep until the next request
 
-    HookRegistry.register(f"{_SCHEDULER}.on_idle", report, HookType.AFTER)
+    HookRegistry.register(f"{_SCHEDULER}.on_idle", report, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", count, HookType.AROUND)
 
 

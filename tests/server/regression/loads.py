@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +71,34 @@ def ask_in_pieces(server: Server, body: Body, name: str | None = None, leave_aft
     """As `ask`, streamed. `leave_after`: disconnect after so many pieces; the answer is then `ABORTED`."""
     request = {**body, "stream": True, **({"rid": name} if name else {})}
     with server.post("/generate", request, stream=True) as response:
-        response.raise_for_status()
-        pieces = (line for line in response.iter_lines() if line.startswith(b"data: {"))
-        last = b""
-        for count, piece in enumerate(pieces):
+        last: dict[str, Any] = {}
+        for count, piece in enumerate(_pieces(response)):
             if leave_after is not None and count >= leave_after:
                 return ABORTED
             last = piece
-    return outcome(json.loads(last.removeprefix(b"data: ")))
+    return outcome(last)
+
+
+@contextmanager
+def running(server: Server, body: Body) -> Iterator[Callable[[], Tokens | str]]:
+    """A request that has given its first token; calling the value waits for its whole answer."""
+    with server.post("/generate", {**body, "stream": True}, stream=True) as response:
+        pieces = _pieces(response)
+        answers = deque([next(pieces)], maxlen=1)
+
+        def finish() -> Tokens | str:
+            answers.extend(pieces)
+            return outcome(answers[-1])
+
+        yield finish
+
+
+def _pieces(response: requests.Response) -> Iterator[dict[str, Any]]:
+    """The answer so far, each time that there is more of it."""
+    response.raise_for_status()
+    for line in response.iter_lines():
+        if line.startswith(b"data: {"):
+            yield json.loads(line.removeprefix(b"data: "))
 
 
 @dataclass

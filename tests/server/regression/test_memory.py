@@ -51,9 +51,9 @@ def test_retracted_requests_get_the_answers_that_they_get_alone(crowded: Server,
 
 def test_prompts_are_prefilled_while_others_decode(crowded: Server, pool: Pool) -> None:
     """In one batch (`--enable-mixed-chunk`): a chunk of a prompt, and a token of every running request."""
-    before = assert_stages_agree(crowded)["forwards"]["mixed"]
+    before = assert_stages_agree(crowded)["forwards"].get("mixed", 0)
     assert not pool.ask_many(crowded, 150, seed=5)
-    assert assert_stages_agree(crowded)["forwards"]["mixed"] > before + 10
+    assert assert_stages_agree(crowded)["forwards"].get("mixed", 0) > before + 10
 
 
 @field_case("vllm-54962")
