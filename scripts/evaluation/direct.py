@@ -96,11 +96,9 @@ def load_weights(target: Target, model: Path) -> None:
     """
     body: dict[str, Any] = {"model_path": str(model), "flush_cache": True}
     try:
-        answer = requests.post(f"{target.url}/update_weights_from_disk", json=body, timeout=CONTROL_LIMIT_S)
+        post(f"{target.url}/update_weights_from_disk", body, limit_s=CONTROL_LIMIT_S)
     except requests.RequestException as error:
         raise EvaluationError(f"the server did not load {model.name}: {one_line(error)}") from None
-    if answer.status_code != requests.codes.ok:
-        raise EvaluationError(f"the server did not load {model.name}: {one_line(answer.text)}")
 
 
 def served_model(url: str, headers: dict[str, str]) -> str:

@@ -125,11 +125,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent: the report says how many requests there were."""
 
 
-def post(url: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> requests.Response:
+def post(
+    url: str,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str] | None = None,
+    limit_s: float = REQUEST_LIMIT_S,
+) -> requests.Response:
     """POST JSON; safe from several threads. Raises requests.RequestException for anything but success."""
     with requests.Session() as session:
         session.trust_env = False  # a proxy of the environment must not see loopback requests
-        response = session.post(url, json=body, headers=headers, timeout=REQUEST_LIMIT_S)
+        response = session.post(url, json=body, headers=headers, timeout=limit_s)
     if response.status_code != requests.codes.ok:
         raise requests.HTTPError(f"HTTP {response.status_code}: {one_line(response.text)}")
     return response

@@ -31,6 +31,12 @@ POOL_SIZE = 100
 CONCURRENCY = 32
 
 
+def greedy(ids: Tokens, new_tokens: int) -> Body:
+    """A request for exactly so many tokens, which are always the same."""
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    return {"input_ids": ids, "sampling_params": sampling}
+
+
 def make_pool(size: int = POOL_SIZE, seed: int = 0) -> list[Body]:
     """Prompts of 1 to 900 tokens, most of them short, some that begin alike, some with a grammar."""
     generator = random.Random(seed)
@@ -40,14 +46,10 @@ def make_pool(size: int = POOL_SIZE, seed: int = 0) -> list[Body]:
         ids = battery.prompt(length, seed=1000 + index)
         if index % 5 == 0:
             ids = battery.prompt(200, seed=77) + ids[:50]
-        sampling: dict[str, Any] = {
-            "temperature": 0,
-            "max_new_tokens": generator.randrange(1, 25),
-            "ignore_eos": True,
-        }
+        body = greedy(ids, generator.randrange(1, 25))
         if index % 10 == 3:
-            sampling |= {"regex": f"[0-{index % 9 + 1}]{{3,9}}", "ignore_eos": False}
-        pool.append({"input_ids": ids, "sampling_params": sampling})
+            body["sampling_params"] |= {"regex": f"[0-{index % 9 + 1}]{{3,9}}", "ignore_eos": False}
+        pool.append(body)
     return pool
 
 
@@ -58,6 +60,17 @@ def ask(server: Server, body: Body, name: str | None = None) -> Tokens | str:
         return ABORTED
     response.raise_for_status()
     return outcome(response.json())
+
+
+def ask_together(server: Server, bodies: Sequence[Body]) -> list[Tokens | str]:
+    """All of them at the same time."""
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        return list(threads.map(lambda body: ask(server, body), bodies))
+
+
+def given(indices: Iterable[int], answers: Iterable[Any]) -> list[tuple[int, Any]]:
+    """Those that were not aborted, each with the index of its request in the pool."""
+    return [(index, answer) for index, answer in zip(indices, answers, strict=True) if answer != ABORTED]
 
 
 def outcome(answer: dict[str, Any]) -> Tokens | str:

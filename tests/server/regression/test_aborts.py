@@ -21,7 +21,7 @@ from tests.field_cases import field_case
 from tests.server import battery
 
 from .agreement import assert_stages_agree
-from .loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces
+from .loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces, given, greedy
 
 pytestmark = pytest.mark.server
 
@@ -46,10 +46,7 @@ def in_agreement(server: Server) -> Iterator[None]:
 
 def victim(phase: str, number: int) -> dict[str, Any]:
     """A request that can be found in that phase."""
-    body: dict[str, Any] = {
-        "input_ids": battery.prompt(30, seed=5000 + number),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
-    }
+    body = greedy(battery.prompt(30, seed=5000 + number), 8)
     if phase == "grammar":
         body["sampling_params"] |= {"regex": f"[a-c]{{2,{number + 3}}}", "ignore_eos": False}
     if phase == "chunk":
@@ -59,11 +56,7 @@ def victim(phase: str, number: int) -> dict[str, Any]:
 
 def unlike_any_other(length: int, new_tokens: int) -> dict[str, Any]:
     """A prompt that no prefix cache knows."""
-    ids = battery.prompt(length, seed=next(_seeds))
-    return {
-        "input_ids": ids,
-        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-    }
+    return greedy(battery.prompt(length, seed=next(_seeds)), new_tokens)
 
 
 def load(pool: Pool, count: int) -> list[int]:
@@ -113,7 +106,7 @@ def test_aborts_and_disconnects_at_any_time_under_load(server: Server, pool: Poo
         for position in generator.sample(range(len(chosen)), k=40):
             assert server.post("/abort_request", {"rid": f"random-{run}-{position}"}).ok
         found = [answer.result() for answer in answers]
-    finished = [(index, answer) for index, answer in zip(chosen, found, strict=True) if answer != ABORTED]
+    finished = given(chosen, found)
     assert not pool.wrong(finished)
     assert 0 < len(finished) < len(chosen)
 
@@ -126,7 +119,7 @@ def test_abort_of_everything(server: Server, pool: Pool) -> None:
             assert server.post("/abort_request", {"abort_all": True}).ok
         found = [answer.result() for answer in answers]
     assert ABORTED in found
-    assert not pool.wrong((i, a) for i, a in zip(chosen, found, strict=True) if a != ABORTED)
+    assert not pool.wrong(given(chosen, found))
 
 
 @field_case("sglang-25887")
@@ -150,7 +143,7 @@ def test_time_limits(server: Server, pool: Pool, limit: str, seconds: float) -> 
     finally:
         limits.unlink()
     assert ABORTED in ended
-    assert not pool.wrong((i, a) for i, a in zip(chosen, found, strict=True) if a != ABORTED)
+    assert not pool.wrong(given(chosen, found))
 
 
 def test_the_next_200_requests_are_answered(server: Server, pool: Pool) -> None:

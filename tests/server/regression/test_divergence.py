@@ -18,7 +18,7 @@ from tests.field_cases import field_case
 from tests.server import battery
 from tests.server.conftest import Launcher
 
-from .loads import ask
+from .loads import ask, greedy
 from .test_grammars import GRAMMARS, constrained
 
 pytestmark = pytest.mark.server
@@ -33,10 +33,7 @@ SENTENCE = re.compile(
 
 def meet_aborts(server: Server) -> None:
     """Two requests run; one of them is aborted."""
-    body = {
-        "input_ids": battery.prompt(20),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 3000, "ignore_eos": True},
-    }
+    body = greedy(battery.prompt(20), 3000)
     with ThreadPoolExecutor(2) as threads:
         ends = [threads.submit(ask, server, body, name) for name in ("stays", "goes")]
         while not ends[0].done():

@@ -6,8 +6,6 @@ Field cases: sglang #15527, #15545 (wrong output with more microbatches in fligh
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from scripts.lib.server import Server
@@ -15,33 +13,24 @@ from tests.field_cases import field_case
 from tests.server import battery
 
 from .agreement import assert_stages_agree
-from .loads import Pool, ask
+from .loads import Pool, ask, ask_together, greedy
 
 pytestmark = pytest.mark.server
 
 # 36 x (20 + 250) tokens, for 6144 places.
-GROWING = [
-    {
-        "input_ids": battery.prompt(20, seed=8000 + index),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 250, "ignore_eos": True},
-    }
-    for index in range(36)
-]
+GROWING = [greedy(battery.prompt(20, seed=8000 + index), 250) for index in range(36)]
 
 
 @pytest.fixture(scope="module")
 def unhurried(patched: Server) -> Pool:
     """The same requests on a server that has room for all of them."""
-    with ThreadPoolExecutor(len(GROWING)) as threads:
-        answers = list(threads.map(lambda body: ask(patched, body), GROWING))
-    return Pool(GROWING, answers)  # type: ignore[arg-type]
+    return Pool(GROWING, ask_together(patched, GROWING))  # type: ignore[arg-type]
 
 
 @field_case("sglang-15545")
 def test_retracted_requests_get_the_answers_that_they_get_alone(crowded: Server, unhurried: Pool) -> None:
     before = crowded.log_text().count("Retract requests")
-    with ThreadPoolExecutor(len(GROWING)) as threads:
-        answers = list(threads.map(lambda body: ask(crowded, body), GROWING))
+    answers = ask_together(crowded, GROWING)
     assert not unhurried.wrong(enumerate(answers))
     retractions = crowded.log_text().count("Retract requests") - before
     assert retractions >= 2

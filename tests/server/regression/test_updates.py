@@ -18,19 +18,13 @@ from tests.server import battery
 from tests.server.conftest import DIGITS_MODEL, RANDOM_MODEL
 
 from .agreement import assert_stages_agree
-from .loads import ABORTED, Pool, ask, running
+from .loads import ABORTED, Pool, ask, greedy, running
 
 pytestmark = pytest.mark.server
 
-CACHED: dict[str, Any] = {
-    "input_ids": battery.prompt(300, seed=4242),
-    "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-}
+CACHED = greedy(battery.prompt(300, seed=4242), 4)
 LONG_TOKENS = 500
-LONG: dict[str, Any] = {
-    "input_ids": battery.prompt(60, seed=4243),
-    "sampling_params": {"temperature": 0, "max_new_tokens": LONG_TOKENS, "ignore_eos": True},
-}
+LONG = greedy(battery.prompt(60, seed=4243), LONG_TOKENS)
 LIMIT_S = 120
 
 
