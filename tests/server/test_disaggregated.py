@@ -44,10 +44,14 @@ def serve(
     """Answers one by one, answers six at a time, and gloo point-to-point operations meanwhile."""
     launcher = make_launcher(mode)
     backend = "nixl" if mode == "prefill" else "fake"
-    # Upstream's prefill server with this backend fails on log-probabilities (an assertion), and repeats
-    # the first chunk of a chunked prompt until memory is full: neither is asked for here.
+    # Upstream's prefill server with this backend fails on log-probabilities (an assertion) and on chunks
+    # (it repeats the first, or finds its pages leaked: also when prompts that arrive together share a
+    # budget and the last one is cut). Neither is asked for here: no budget is too small for six prompts.
     logprobs = mode == "decode"
-    args = ("--disaggregation-mode", mode, "--disaggregation-transfer-backend", backend)
+    args = (
+        *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", backend),
+        *("--chunked-prefill-size", "8192"),
+    )
     server = launcher.start(
         1,
         2,
