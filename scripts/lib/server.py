@@ -78,6 +78,8 @@ class Server:
     many launchers, as if each were on another machine; node i > 0 writes to `<log>.node<i>`.
 
     `env` and `args` come after the defaults and win over them, `node_env` over both for one node.
+    `node_prefix` is what a node's command line begins with (a network namespace to enter), `master` the
+    address of node 0 as the others see it.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class Server:
         python: Path | str = sys.executable,
         nnodes: int = 1,
         node_env: Mapping[int, Mapping[str, str]] | None = None,
+        node_prefix: Mapping[int, Sequence[str]] | None = None,
+        master: str = HOST,
         port: int | None = None,
     ) -> None:
         if tp * pp % nnodes:
@@ -106,6 +110,7 @@ class Server:
         self.args = tuple(args)
         self.env = dict(env or {})
         self.node_env = dict(node_env or {})
+        self.node_prefix, self.master = dict(node_prefix or {}), master
         self._nccl_port, self._init_port, *self._node_ports = free_ports(2 + nnodes)
         if port is not None:
             self._node_ports[0] = port
@@ -147,13 +152,14 @@ class Server:
 
     def command(self, node: int = 0) -> list[str]:
         """The launch command of one node."""
-        command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model)]
+        command = [*self.node_prefix.get(node, ()), self.python, "-m", "sglang.launch_server"]
+        command += ["--model-path", str(self.model)]
         command += [*self.device.arguments, "--tp-size", str(self.tp), "--pp-size", str(self.pp)]
         command += ["--host", HOST, "--port", str(self._node_ports[node])]
         command += ["--nccl-port", str(self._nccl_port)]
         if self.nnodes > 1:
             command += ["--nnodes", str(self.nnodes), "--node-rank", str(node)]
-            command += ["--dist-init-addr", f"{HOST}:{self._init_port}"]
+            command += ["--dist-init-addr", f"{self.master}:{self._init_port}"]
         return [*command, *(() if self.device.real else SMALL_MODEL_ARGS), *self.args]
 
     def shell_command(self) -> str:
@@ -311,6 +317,18 @@ class Server:
     ) -> requests.Response:
         """POST `body` as JSON to `path`; safe to call from several threads."""
         return self._request("POST", path, timeout_s, json=body, stream=stream)
+
+    def freeze(self) -> None:
+        """Stop every process where it is (SIGSTOP), until `thaw`: another server then has the machine."""
+        for process in self._track():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def thaw(self) -> None:
+        """Let the processes go on."""
+        for process in self._track():
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def scheduler_pids(self) -> list[int]:
         """Process ids of the schedulers, in the order of their titles (stage, then rank)."""

@@ -1,0 +1,157 @@
+"""Measure upstream's pipeline parallelism, the design of SGLang pull request 19582, and ours, side by side.
+
+python -m scripts.bench --quick --json FILE     the cells that matter most, at most 12 minutes
+python -m scripts.bench                         all of them, more than an hour
+python -m scripts.bench --link none             two nodes on loopback, without root: no delays
+
+Two SGLang nodes in two network namespaces, joined by a link with a set one-way delay and rate; all servers
+resident, one awake at a time, measured in interleaved pairs. CPU, one core a stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from scripts.lib.server import ServerError
+
+from . import figure, report
+from .competitors import ROOT, Competitor
+from .link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
+from .load import LOADS, LoadError
+from .measure import Measurements, measure
+from .model import model_directory
+from .plan import FULL, LINKS, NO_DELAY, QUICK, Group, LinkSetting, Work
+
+_QUICK_S, _FULL_S = 11 * 60.0, 3 * 3600.0
+_QUICK_REPETITIONS, _FULL_REPETITIONS = 4, 5
+_EXIT_OTHER_TOKENS, _EXIT_NOT_RUN, _EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main() -> int:
+    options = parse_command_line(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    folder = options.logs.resolve() / f"bench-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        right = run(options, folder, console)
+    except (ServerError, LinkError, LoadError, figure.FigureError, OSError) as error:
+        sentence = error.reason if isinstance(error, ServerError) else str(error)
+        Console(stderr=True, highlight=False).print(f"bench: {sentence}", markup=False, soft_wrap=True)
+        console.print(f"Logs: {folder}", soft_wrap=True)
+        return _EXIT_NOT_RUN
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    if not right:
+        console.print(f"bench: servers gave other tokens than upstream; logs: {folder}", soft_wrap=True)
+        return _EXIT_OTHER_TOKENS
+    shutil.rmtree(folder)
+    return 0
+
+
+def parse_command_line(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the cells that matter most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and conditions there")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
+    parser.add_argument("--link", choices=("auto", "none"), default="auto", help="none: loopback")
+    parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 8 layers, width 1024)")
+    parser.add_argument("--pp", type=int, choices=(2, 4), help="only this pipeline size")
+    parser.add_argument("--loads", help=f"only these, with commas: {','.join(LOADS)}")
+    parser.add_argument("--pads", help="only these paddings in ms, with commas; also others than planned")
+    parser.add_argument("--delays", help="only these one-way delays in ms, with commas")
+    parser.add_argument("--depths", help="only these --pp-async-batch-depth, with commas (and upstream's 0)")
+    parser.add_argument(
+        "--repetitions", type=int, help=f"{_QUICK_REPETITIONS} quick, {_FULL_REPETITIONS} else"
+    )
+    parser.add_argument("--logs", type=Path, default=ROOT / ".run", help="where logs lie while it runs")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
+    """Measure, show and write; returns whether all servers gave upstream's tokens."""
+    began = time.monotonic()
+    groups, links = chosen(options)
+    limit_s = _QUICK_S if options.quick else _FULL_S
+    model = options.model_path or model_directory()
+    found: list[Measurements] = []
+    with link_of(options, folder, console) as link:
+        if isinstance(link, Loopback):
+            links = [setting for setting in links if setting == NO_DELAY]
+        for group in groups:
+            found.append(
+                measure(
+                    group,
+                    links,
+                    link,
+                    model,
+                    folder,
+                    repetitions=options.repetitions
+                    or (_QUICK_REPETITIONS if options.quick else _FULL_REPETITIONS),
+                    limit_s=limit_s - (time.monotonic() - began),
+                    say=lambda sentence: console.print(sentence, style="dim", soft_wrap=True),
+                )
+            )
+        kind = link.kind
+    report.show(console, found)
+    for sentence in report.sentences(found):
+        console.print(sentence, soft_wrap=True)
+    seconds = time.monotonic() - began
+    about = report.conditions(kind, ["python", "-m", "scripts.bench", *sys.argv[1:]], str(model))
+    if options.json:
+        report.write_json(options.json, found, about, seconds)
+    all_rows = [row for group in found for row in report.rows(group)]
+    if options.figure:
+        figure.draw(all_rows, options.figure, f"SGLang {about['versions']['sglang']}, CPU, {kind}")
+    console.print(f"{seconds:.0f} s, link: {kind}, load of the machine {os.getloadavg()[0]:.1f}")
+    return all(row.tokens_equal for row in all_rows)
+
+
+def link_of(options: argparse.Namespace, folder: Path, console: Console) -> AbstractContextManager[Link]:
+    """The emulated link, or loopback with the reason said."""
+    reason = "--link none" if options.link == "none" else reason_for_loopback()
+    if reason:
+        console.print(f"Two nodes on loopback, without delays: {reason}.", style="yellow")
+        return nullcontext(Loopback())
+    return EmulatedLink(folder)
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[Group], list[LinkSetting]]:
+    """The plan, narrowed by the command line."""
+    loads = options.loads.split(",") if options.loads else None
+    pads = [float(pad) for pad in options.pads.split(",")] if options.pads else None
+    depths = [int(depth) for depth in options.depths.split(",")] if options.depths else None
+    delays = [float(delay) for delay in options.delays.split(",")] if options.delays else None
+    groups = []
+    for group in QUICK if options.quick else FULL:
+        if options.pp and group.pp != options.pp:
+            continue
+        works = [work for work in group.works if loads is None or work.load in loads]
+        if pads is not None:
+            works = [Work(name, pad) for name in dict.fromkeys(work.load for work in works) for pad in pads]
+        competitors: list[Competitor] = [
+            competitor
+            for competitor in group.competitors
+            if depths is None or competitor == group.competitors[0] or competitor.depth in depths
+        ]
+        groups.append(Group(group.pp, competitors, works))
+    links = [setting for setting in LINKS if delays is None]
+    links = links or [LinkSetting(delay) for delay in delays or ()]
+    return groups, links
+
+
+if __name__ == "__main__":
+    sys.exit(main())

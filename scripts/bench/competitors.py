@@ -1,0 +1,182 @@
+"""The servers that are compared: the same SGLang, model and flags, with another pipeline parallelism each."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from scripts.lib.server import Server, ServerError
+
+from . import load
+from .counters import Counted, StageFile, stage_path
+from .link import Link
+
+ROOT = Path(__file__).resolve().parents[2]
+_PLUGIN = Path(__file__).with_name("plugin")
+_NODES = 2
+_FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
+_START_LIMIT_S = 600.0
+
+# Chunks of 256 tokens: several microbatches in one prompt. No prefix cache: every repetition computes.
+FLAGS = (
+    *("--chunked-prefill-size", "256"),
+    *("--max-total-tokens", "65536"),
+    *("--watchdog-timeout", _FROZEN_LIMIT_S),
+    *("--stream-interval", "8"),
+    "--disable-radix-cache",
+    "--skip-server-warmup",
+)
+
+UPSTREAM, PULL_REQUEST, OURS = "upstream", "pr19582", "sglang-npu-pp"
+_VARIABLES: Mapping[str, Mapping[str, str]] = {
+    UPSTREAM: {"SGLANG_NPU_PP": "0"},
+    PULL_REQUEST: {"SGLANG_NPU_PP": "0", "BENCH_DESIGN": "pr19582"},
+    OURS: {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": _FROZEN_LIMIT_S},
+}
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One server: a design, and `--pp-async-batch-depth`."""
+
+    design: str
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.design if self.depth == 0 else f"{self.design} depth {self.depth}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load on one server."""
+
+    answers: load.Answers
+    stages: tuple[Counted, ...]
+    load_average: float
+
+    @property
+    def iteration_s(self) -> float:
+        """Wall time by forward of the first stage, filling and draining the pipeline included."""
+        return self.answers.duration_s / max(1.0, self.stages[0].launches)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A server without requests."""
+
+    cpu_cores: float  # of all its processes together
+    first_token_s: float  # of a request that comes then, median
+
+
+class Contestant:
+    """A competitor's server on two nodes, resident while others are measured: frozen except in `awake`."""
+
+    def __init__(self, competitor: Competitor, pp: int, model: Path, link: Link, folder: Path) -> None:
+        self.competitor, self.pp = competitor, pp
+        self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
+        self._folder.mkdir(parents=True)
+        nodes = range(_NODES)
+        common = {
+            **_VARIABLES[competitor.design],
+            "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
+            "BENCH_FOLDER": str(self._folder),
+        }
+        self.server = Server(
+            model,
+            1,
+            pp,
+            log=self._folder / "log",
+            env=common,
+            args=(*FLAGS, "--pp-async-batch-depth", str(competitor.depth)),
+            nnodes=_NODES,
+            node_env={node: link.variables(node) for node in nodes},
+            node_prefix={node: link.prefix(node) for node in nodes},
+            master=link.master,
+        )
+        self._stages: list[StageFile] = []
+
+    def start(self) -> Self:
+        """Start, warm up and freeze the server. Raises ServerError, LoadError."""
+        self.server.start()
+        self.server.wait_ready(_START_LIMIT_S)
+        self._stages = [StageFile(stage_path(self._folder, stage)) for stage in range(self.pp)]
+        for warm_up in load.LOADS.values():
+            load.run(self.server.url, warm_up, seed=0)
+        self._wait_for_last_node()
+        self.server.freeze()
+        return self
+
+    def stop(self) -> None:
+        self.server.thaw()
+        self.server.stop()
+
+    def run(self, work: load.Load, pad_s: float, seed: int) -> Run:
+        """Wake the server, give it `work`, and freeze it again."""
+        self.server.thaw()
+        try:
+            self._pad(pad_s)
+            load.run(self.server.url, load.SETTLE, seed)
+            before = [stage.read() for stage in self._stages]
+            answers = load.run(self.server.url, work, seed)
+            after = [stage.read() for stage in self._stages]
+        finally:
+            self.server.freeze()
+        counted = tuple(late - early for late, early in zip(after, before, strict=True))
+        return Run(answers, counted, os.getloadavg()[0])
+
+    def rest(self, *, settle_s: float = 2.0, measure_s: float = 3.0, requests: int = 5) -> Idle:
+        """What the server does without requests, from `settle_s` after the last one on."""
+        self.server.thaw()
+        try:
+            self._pad(0.0)
+            load.run(self.server.url, load.SETTLE, seed=0)
+            time.sleep(settle_s)
+            before = self._cpu_s()
+            time.sleep(measure_s)
+            cores = (self._cpu_s() - before) / measure_s
+            delays = []
+            for seed in range(requests):
+                time.sleep(settle_s)
+                one = load.Load("one", [load.Request(32, 1)])
+                delays.append(load.run(self.server.url, one, seed).first_token_s)
+        finally:
+            self.server.freeze()
+        return Idle(cores, statistics.median(delays))
+
+    def memory_mib(self) -> float:
+        """Resident memory of its schedulers; pages that several share count in parts."""
+        kilobytes = 0
+        for pid in self.server.scheduler_pids():
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    kilobytes += int(line.split()[1])
+        return kilobytes / 1024
+
+    def _pad(self, seconds: float) -> None:
+        for stage in self._stages:
+            stage.pad_s = seconds
+
+    def _cpu_s(self) -> float:
+        total = 0.0
+        for pid in self.server.scheduler_pids():
+            with suppress(psutil.NoSuchProcess):
+                times = psutil.Process(pid).cpu_times()
+                total += times.user + times.system
+        return total
+
+    def _wait_for_last_node(self, limit_s: float = 60.0) -> None:
+        """A node that is frozen while it starts never ends its start."""
+        deadline = time.monotonic() + limit_s
+        while "ummy health check server" not in self.server.log_text(_NODES - 1):
+            if time.monotonic() > deadline:
+                raise ServerError(f"node {_NODES - 1} has not finished its start in {limit_s:.0f} s")
+            time.sleep(0.1)

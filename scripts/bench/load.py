@@ -1,0 +1,122 @@
+"""The loads: requests that clients send at the same time, and what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+LIMIT_S = 600.0
+_TOKENS = range(10, 500)  # ids of the small tokenizer that stand for text
+
+
+class LoadError(RuntimeError):
+    """A request failed or its answer has another length; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of `length` random tokens, answered with `answer` tokens."""
+
+    length: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are all sent at once."""
+
+    name: str
+    requests: Sequence[Request]
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(request.answer for request in self.requests)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(request.length for request in self.requests)
+
+
+DECODE = Load("decode", [Request(32, 33)] * 32)
+PREFILL = Load("prefill", [Request(1024, 1)] * 8)
+# Long prompts arrive among requests that are being decoded.
+MIXED = Load("mixed", [Request(32, 33)] * 24 + [Request(768, 9)] * 4)
+SETTLE = Load("settle", [Request(16, 4)] * 4)  # wakes a server that was frozen
+LOADS = {load.name: load for load in (DECODE, PREFILL, MIXED)}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one run of a load gave. Times in seconds."""
+
+    duration_s: float
+    first_token_s: float  # median over the requests, from sending to the first token
+    per_token_s: float  # median, between tokens behind the first; 0 where there are none
+    tokens: tuple[tuple[int, ...], ...]  # the answers, in the order of the requests
+
+
+@dataclass(frozen=True)
+class _Answer:
+    first_token_s: float
+    last_token_s: float
+    tokens: tuple[int, ...]
+
+
+def run(url: str, load: Load, seed: int) -> Answers:
+    """Send all requests of `load` at once. Equal seeds give equal prompts. Raises LoadError."""
+    try:
+        return asyncio.run(_run(url, load, seed))
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        raise LoadError(f"the load {load.name} failed: {type(error).__name__}: {error}") from error
+
+
+async def _run(url: str, load: Load, seed: int) -> Answers:
+    generator = random.Random(seed)
+    prompts = [[generator.choice(_TOKENS) for _ in range(request.length)] for request in load.requests]
+    limit = aiohttp.ClientTimeout(total=LIMIT_S)
+    connections = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, timeout=limit, connector=connections) as session:
+        began = time.perf_counter()
+        answers = await asyncio.gather(
+            *(
+                _ask(session, prompt, request.answer)
+                for prompt, request in zip(prompts, load.requests, strict=True)
+            )
+        )
+        duration_s = time.perf_counter() - began
+    gaps = [
+        (answer.last_token_s - answer.first_token_s) / (len(answer.tokens) - 1)
+        for answer in answers
+        if len(answer.tokens) > 1
+    ]
+    return Answers(
+        duration_s=duration_s,
+        first_token_s=statistics.median(answer.first_token_s for answer in answers),
+        per_token_s=statistics.median(gaps) if gaps else 0.0,
+        tokens=tuple(answer.tokens for answer in answers),
+    )
+
+
+async def _ask(session: aiohttp.ClientSession, prompt: list[int], length: int) -> _Answer:
+    sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
+    body = {"input_ids": prompt, "stream": True, "sampling_params": sampling}
+    began = time.perf_counter()
+    times: list[float] = []
+    newest: dict[str, object] = {}
+    async with session.post("/generate", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                times.append(time.perf_counter() - began)
+                newest = json.loads(line[len(b"data: ") :])
+    tokens = newest.get("output_ids")
+    if not isinstance(tokens, list) or len(tokens) != length:
+        raise LoadError(f"an answer should have {length} tokens, but is {str(newest)[:200]}")
+    return _Answer(times[0], times[-1], tuple(tokens))

@@ -1,0 +1,82 @@
+"""SGLang plugin of the benchmark: counts what each stage does, and stands in for an accelerator.
+
+It is loaded into every server that is measured, upstream's as well, and does the same in each: the forward
+(`Scheduler.run_batch`) is padded to a duration that the benchmark sets while the server runs. Time that a
+forward spends waiting for a message is no compute and is not counted as such.
+
+BENCH_FOLDER: where the counters go. BENCH_DESIGN=pr19582: also load that design.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .counters import Counted, StageFile, stage_path
+
+
+def register() -> None:
+    """Entry point `sglang.srt.plugins`; runs in the engine and in every scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if os.environ.get("BENCH_DESIGN") == "pr19582":
+        from . import pr19582
+
+        pr19582.register()
+    stage = Stage(Path(os.environ["BENCH_FOLDER"]))
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch", stage.run_batch, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.init_pp_loop_state", stage.begin, HookType.BEFORE
+    )
+
+
+class Stage:
+    """The counters of one scheduler process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: StageFile | None = None
+        self._cpu_s = 0.0  # of the scheduler thread, at the end of the last forward
+
+    def begin(self, scheduler: Any, *_arguments: Any) -> None:
+        """In the scheduler's thread, before its loop: one core a stage, for every design alike."""
+        stage = scheduler.pp_group.rank_in_group
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[stage * len(cores) // scheduler.pp_group.world_size]})
+        self._file = StageFile.create(stage_path(self._folder, stage))
+
+    def run_batch(
+        self, original: Callable[..., Any], scheduler: Any, batch: Any, *arguments: Any, **options: Any
+    ) -> Any:
+        assert self._file is not None, "the loop has not begun"
+        host_cpu_s = time.thread_time() - self._cpu_s
+        began, blocked = time.perf_counter(), blocked_s()
+        result = original(scheduler, batch, *arguments, **options)
+        compute_s = time.perf_counter() - began - (blocked_s() - blocked)
+        rest_s = self._file.pad_s - compute_s
+        if rest_s > 0:
+            time.sleep(rest_s)
+        self._file.add(
+            Counted(
+                launches=1,
+                tokens=batch.extend_num_tokens if batch.forward_mode.is_extend() else len(batch.reqs),
+                forward_s=max(compute_s, self._file.pad_s),
+                compute_s=compute_s,
+                host_cpu_s=host_cpu_s,
+            )
+        )
+        self._cpu_s = time.thread_time()
+        return result
+
+
+def blocked_s() -> float:
+    """How long this thread has waited for proxies so far; upstream never does inside a forward."""
+    from sglang_npu_pp.patches.pipeline import current
+
+    pipeline = current()
+    return pipeline.link.telemetry.receiving("proxy").wait_s if pipeline is not None else 0.0

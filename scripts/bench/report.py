@@ -1,0 +1,235 @@
+"""Rows, table and figure of a run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .competitors import FLAGS, OURS, ROOT, Competitor, Run
+from .load import LOADS
+from .measure import Cell, Measurements
+from .plan import NO_DELAY, LinkSetting, Work
+
+
+@dataclass(frozen=True)
+class Row:
+    """One server in one cell. Ratios are throughput against the first server of its group, by pairs."""
+
+    load: str
+    pad_ms: float
+    delay_ms: float
+    rate_mbit: float
+    pp: int
+    depth: int
+    competitor: str
+    ratio_median: float
+    ratio_min: float
+    ratio_max: float
+    n: int
+    tokens_equal: bool
+    tokens_per_s: float  # prompt tokens for prefill, else answered ones; median
+    first_token_ms: float
+    per_token_ms: float
+    iteration_ms: float  # wall time by forward of the first stage; median
+    added_delays: float | None  # how many one-way delays that is above the cell without delay
+    compute_ms: float  # by forward, without padding: of the slowest stage
+    host_cpu_ms: float  # of the scheduler thread outside the forward, by forward: of the busiest stage
+    load_average: float  # of the machine, largest
+
+
+def rows(found: Measurements) -> list[Row]:
+    """A row for every cell and server of a group."""
+    reference = found.group.competitors[0]
+    made = []
+    for cell, runs in found.runs.items():
+        expected = [run.answers for run in runs[reference]]
+        for competitor, own in runs.items():
+            equal = found.tokens_equal(competitor) and all(
+                run.answers.tokens == answers.tokens for run, answers in zip(own, expected, strict=True)
+            )
+            ratios = [
+                answers.duration_s / run.answers.duration_s
+                for run, answers in zip(own, expected, strict=True)
+            ]
+            undelayed = found.runs.get((cell[0], NO_DELAY), {}).get(competitor)
+            made.append(_row(cell, competitor, found.group.pp, own, ratios, equal, undelayed))
+    return made
+
+
+def _row(
+    cell: Cell,
+    competitor: Competitor,
+    pp: int,
+    runs: Sequence[Run],
+    ratios: Sequence[float],
+    equal: bool,
+    undelayed: Sequence[Run] | None,
+) -> Row:
+    work, link = cell
+    load = LOADS[work.load]
+    tokens = load.prompt_tokens if work.load == "prefill" else load.answer_tokens
+    iteration_s = statistics.median(run.iteration_s for run in runs)
+    added = None
+    if link.delay_ms and not link.rate_mbit and undelayed:
+        more_s = iteration_s - statistics.median(run.iteration_s for run in undelayed)
+        added = more_s * 1e3 / link.delay_ms
+    return Row(
+        load=work.load,
+        pad_ms=work.pad_ms,
+        delay_ms=link.delay_ms,
+        rate_mbit=link.rate_mbit,
+        pp=pp,
+        depth=competitor.depth,
+        competitor=competitor.design,
+        ratio_median=statistics.median(ratios),
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
+        n=len(ratios),
+        tokens_equal=equal,
+        tokens_per_s=statistics.median(tokens / run.answers.duration_s for run in runs),
+        first_token_ms=1e3 * statistics.median(run.answers.first_token_s for run in runs),
+        per_token_ms=1e3 * statistics.median(run.answers.per_token_s for run in runs),
+        iteration_ms=1e3 * iteration_s,
+        added_delays=added,
+        compute_ms=_per_launch_ms(runs, "compute_s"),
+        host_cpu_ms=_per_launch_ms(runs, "host_cpu_s"),
+        load_average=max(run.load_average for run in runs),
+    )
+
+
+def _per_launch_ms(runs: Sequence[Run], name: str) -> float:
+    """Median over the runs, of the stage that has most of it."""
+    return 1e3 * statistics.median(
+        max(getattr(stage, name) / max(1.0, stage.launches) for stage in run.stages) for run in runs
+    )
+
+
+def servers(found: Measurements) -> list[dict[str, Any]]:
+    """What was measured of the servers as such."""
+    return [
+        {
+            "pp": found.group.pp,
+            "competitor": competitor.design,
+            "depth": competitor.depth,
+            "start_s": found.start_s[competitor],
+            "memory_mib": found.memory_mib[competitor],
+            "idle_cpu_cores": found.idle[competitor].cpu_cores,
+            "idle_first_token_ms": 1e3 * found.idle[competitor].first_token_s,
+        }
+        for competitor in found.group.competitors
+    ]
+
+
+def conditions(link_kind: str, command: Sequence[str], model: str) -> dict[str, Any]:
+    """What somebody needs to know who wants to compare: versions, flags, machine."""
+    packages = ("sglang", "torch", "pyzmq", "transformers")
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "device": "CPU, one core a stage; padded forwards stand for an accelerator",
+        "link": link_kind,
+        "command": " ".join(command),
+        "model": model,
+        "flags": " ".join(FLAGS),
+        "versions": {name: version(name) for name in packages},
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def write_json(path: Path, found: Sequence[Measurements], about: Mapping[str, Any], seconds: float) -> None:
+    content = {
+        "conditions": {**about, "seconds": round(seconds)},
+        "rows": [asdict(row) for group in found for row in rows(group)],
+        "servers": [server for group in found for server in servers(group)],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that `write_json` wrote."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def show(console: Console, found: Sequence[Measurements]) -> None:
+    """Print ratios by cell and what was measured of the servers."""
+    for group in found:
+        console.print(_ratio_table(rows(group)))
+        console.print(_server_table(servers(group)))
+
+
+def _ratio_table(made: Sequence[Row]) -> Table:
+    links = list(dict.fromkeys(LinkSetting(row.delay_ms, row.rate_mbit) for row in made))
+    table = Table(title=f"pp {made[0].pp}: throughput, times that of upstream at depth 0 (median of pairs)")
+    table.add_column("load")
+    table.add_column("server")
+    for link in links:
+        table.add_column(str(link), justify="right")
+    by_place = {(_work(row), _name(row), LinkSetting(row.delay_ms, row.rate_mbit)): row for row in made}
+    for work in dict.fromkeys(_work(row) for row in made):
+        for name in dict.fromkeys(_name(row) for row in made):
+            cells = [by_place.get((work, name, link)) for link in links]
+            table.add_row(str(work), name, *(_cell_text(row) for row in cells))
+        table.add_section()
+    return table
+
+
+def _cell_text(row: Row | None) -> str:
+    if row is None:
+        return ""
+    wrong = "" if row.tokens_equal else "  OTHER TOKENS"
+    return f"{row.ratio_median:.2f} [{row.ratio_min:.2f}..{row.ratio_max:.2f}]{wrong}"
+
+
+def _server_table(made: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="servers: schedulers only, without requests")
+    for title in ("server", "memory", "CPU when idle", "first token after idling"):
+        table.add_column(title, justify="left" if title == "server" else "right")
+    for server in made:
+        name = Competitor(server["competitor"], server["depth"]).name
+        table.add_row(
+            name,
+            f"{server['memory_mib']:.0f} MiB",
+            f"{100 * server['idle_cpu_cores']:.1f} % of a core",
+            f"{server['idle_first_token_ms']:.1f} ms",
+        )
+    return table
+
+
+def _work(row: Row) -> Work:
+    return Work(row.load, row.pad_ms)
+
+
+def _name(row: Row) -> str:
+    return Competitor(row.competitor, row.depth).name
+
+
+def sentences(found: Sequence[Measurements]) -> Iterator[str]:
+    """What somebody wants to know at a glance about ours."""
+    for group in found:
+        for row in rows(group):
+            if row.competitor == OURS and row.added_delays is not None:
+                yield (
+                    f"pp {row.pp}, {_work(row)}, {_name(row)}, {row.delay_ms:g} ms: iteration "
+                    f"{row.iteration_ms:.1f} ms, {row.added_delays:.2f} one-way delays above no delay"
+                )
