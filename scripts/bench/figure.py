@@ -62,9 +62,11 @@ def _draw_panel(axis: object, rows: Sequence[Row], title: str) -> None:
         bars = axis.bar(  # type: ignore[attr-defined]
             places, medians, width, yerr=spread, label=name, color=colour, error_kw={"lw": 0.8}
         )
-        axis.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)  # type: ignore[attr-defined]
+        axis.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)  # type: ignore[attr-defined]
     axis.set_xticks(range(len(links)), [str(link) for link in links])  # type: ignore[attr-defined]
     axis.set_yscale("log", base=2)  # type: ignore[attr-defined]
+    axis.set_ylim(bottom=0.5)  # type: ignore[attr-defined]
+    axis.axhline(1, color="black", lw=0.6)  # type: ignore[attr-defined]
     axis.yaxis.set_major_formatter("{x:g}")  # type: ignore[attr-defined]
     axis.set_title(title, fontsize=9)  # type: ignore[attr-defined]
     axis.set_ylabel("throughput / upstream", fontsize=8)  # type: ignore[attr-defined]
