@@ -25,7 +25,7 @@ from rich.console import Console
 from scripts.lib.server import ServerError
 
 from . import figure, report
-from .competitors import ROOT, Competitor
+from .competitors import ROOT, VLLM, Competitor
 from .link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from .load import LOADS, LoadError
 from .measure import Measurements, measure
@@ -69,6 +69,7 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
     parser.add_argument("--link", choices=("auto", "none"), default="auto", help="none: loopback")
     parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 8 layers, width 1024)")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="also vLLM, of that interpreter")
     parser.add_argument("--pp", type=int, choices=(2, 4), help="only this pipeline size")
     parser.add_argument("--loads", help=f"only these, with commas: {','.join(LOADS)}")
     parser.add_argument("--pads", help="only these paddings in ms, with commas; also others than planned")
@@ -99,6 +100,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
                     link,
                     model,
                     folder,
+                    vllm=options.vllm,
                     repetitions=options.repetitions
                     or (_QUICK_REPETITIONS if options.quick else _FULL_REPETITIONS),
                     limit_s=limit_s - (time.monotonic() - began),
@@ -107,8 +109,6 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
             )
         kind = link.kind
     report.show(console, found)
-    for sentence in report.sentences(found):
-        console.print(sentence, soft_wrap=True)
     seconds = time.monotonic() - began
     about = report.conditions(kind, ["python", "-m", "scripts.bench", *sys.argv[1:]], str(model))
     if options.json:
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
     if options.figure:
         figure.draw(all_rows, options.figure, f"SGLang {about['versions']['sglang']}, CPU, {kind}")
     console.print(f"{seconds:.0f} s, link: {kind}, load of the machine {os.getloadavg()[0]:.1f}")
-    return all(row.tokens_equal for row in all_rows)
+    return all(row.tokens_equal or row.competitor == VLLM for row in all_rows)
 
 
 def link_of(options: argparse.Namespace, folder: Path, console: Console) -> AbstractContextManager[Link]:
@@ -147,6 +147,8 @@ def chosen(options: argparse.Namespace) -> tuple[list[Group], list[LinkSetting]]
             for competitor in group.competitors
             if depths is None or competitor == group.competitors[0] or competitor.depth in depths
         ]
+        if options.vllm and group.pp == 2:
+            competitors.append(Competitor(VLLM))
         groups.append(Group(group.pp, competitors, works))
     links = [setting for setting in LINKS if delays is None]
     links = links or [LinkSetting(delay) for delay in delays or ()]

@@ -18,6 +18,7 @@ from scripts.lib.server import Server, ServerError
 from . import load
 from .counters import Counted, StageFile, stage_path
 from .link import Link
+from .vllm import VllmDialect, VllmServer, vllm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 _PLUGIN = Path(__file__).with_name("plugin")
@@ -35,7 +36,7 @@ FLAGS = (
     "--skip-server-warmup",
 )
 
-UPSTREAM, PULL_REQUEST, OURS = "upstream", "pr19582", "sglang-npu-pp"
+UPSTREAM, PULL_REQUEST, OURS, VLLM = "upstream", "pr19582", "sglang-npu-pp", "vllm"
 _VARIABLES: Mapping[str, Mapping[str, str]] = {
     UPSTREAM: {"SGLANG_NPU_PP": "0"},
     PULL_REQUEST: {"SGLANG_NPU_PP": "0", "BENCH_DESIGN": "pr19582"},
@@ -51,6 +52,11 @@ class Competitor:
     depth: int = 0
 
     @property
+    def is_sglang(self) -> bool:
+        """Whether its forwards are counted and can be padded, and its tokens are upstream's."""
+        return self.design != VLLM
+
+    @property
     def name(self) -> str:
         return self.design if self.depth == 0 else f"{self.design} depth {self.depth}"
 
@@ -60,13 +66,13 @@ class Run:
     """One load on one server."""
 
     answers: load.Answers
-    stages: tuple[Counted, ...]
+    stages: tuple[Counted, ...]  # empty where they are not counted
     load_average: float
 
     @property
-    def iteration_s(self) -> float:
+    def iteration_s(self) -> float | None:
         """Wall time by forward of the first stage, filling and draining the pipeline included."""
-        return self.answers.duration_s / max(1.0, self.stages[0].launches)
+        return self.answers.duration_s / max(1.0, self.stages[0].launches) if self.stages else None
 
 
 @dataclass(frozen=True)
@@ -80,38 +86,59 @@ class Idle:
 class Contestant:
     """A competitor's server on two nodes, resident while others are measured: frozen except in `awake`."""
 
-    def __init__(self, competitor: Competitor, pp: int, model: Path, link: Link, folder: Path) -> None:
+    def __init__(
+        self, competitor: Competitor, pp: int, model: Path, link: Link, folder: Path, vllm: Path | None = None
+    ) -> None:
         self.competitor, self.pp = competitor, pp
         self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
         self._folder.mkdir(parents=True)
-        nodes = range(_NODES)
-        common = {
-            **_VARIABLES[competitor.design],
+        self.server = (self._sglang if competitor.is_sglang else self._vllm)(model, link, vllm)
+        self._dialect = load.SGLANG if competitor.is_sglang else VllmDialect(model)
+        self._stages: list[StageFile] = []
+
+    def _sglang(self, model: Path, link: Link, _python: Path | None) -> Server:
+        environment = {
+            **_VARIABLES[self.competitor.design],
             "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
             "BENCH_FOLDER": str(self._folder),
         }
-        self.server = Server(
+        arguments = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))
+        return Server(
             model,
             1,
-            pp,
+            self.pp,
             log=self._folder / "log",
-            env=common,
-            args=(*FLAGS, "--pp-async-batch-depth", str(competitor.depth)),
+            env=environment,
+            args=arguments,
             nnodes=_NODES,
-            node_env={node: link.variables(node) for node in nodes},
-            node_prefix={node: link.prefix(node) for node in nodes},
+            node_env={node: link.variables(node) for node in range(_NODES)},
+            node_prefix={node: link.prefix(node) for node in range(_NODES)},
             master=link.master,
         )
-        self._stages: list[StageFile] = []
+
+    def _vllm(self, model: Path, link: Link, python: Path | None) -> Server:
+        assert python is not None, "vLLM takes part where --vllm names its interpreter"
+        return VllmServer(
+            model,
+            1,
+            self.pp,
+            log=self._folder / "log",
+            python=python,
+            nnodes=_NODES,
+            node_env={node: vllm_variables(link, node) for node in range(_NODES)},
+            node_prefix={node: link.prefix(node) for node in range(_NODES)},
+            master=link.master,
+        )
 
     def start(self) -> Self:
         """Start, warm up and freeze the server. Raises ServerError, LoadError."""
         self.server.start()
         self.server.wait_ready(_START_LIMIT_S)
-        self._stages = [StageFile(stage_path(self._folder, stage)) for stage in range(self.pp)]
+        if self.competitor.is_sglang:
+            self._stages = [StageFile(stage_path(self._folder, stage)) for stage in range(self.pp)]
+            self._wait_for_last_node()
         for warm_up in load.LOADS.values():
-            load.run(self.server.url, warm_up, seed=0)
-        self._wait_for_last_node()
+            self._load(warm_up, seed=0)
         self.server.freeze()
         return self
 
@@ -124,9 +151,9 @@ class Contestant:
         self.server.thaw()
         try:
             self._pad(pad_s)
-            load.run(self.server.url, load.SETTLE, seed)
+            self._load(load.SETTLE, seed)
             before = [stage.read() for stage in self._stages]
-            answers = load.run(self.server.url, work, seed)
+            answers = self._load(work, seed)
             after = [stage.read() for stage in self._stages]
         finally:
             self.server.freeze()
@@ -138,7 +165,7 @@ class Contestant:
         self.server.thaw()
         try:
             self._pad(0.0)
-            load.run(self.server.url, load.SETTLE, seed=0)
+            self._load(load.SETTLE, seed=0)
             time.sleep(settle_s)
             before = self._cpu_s()
             time.sleep(measure_s)
@@ -147,7 +174,7 @@ class Contestant:
             for seed in range(requests):
                 time.sleep(settle_s)
                 one = load.Load("one", [load.Request(32, 1)])
-                delays.append(load.run(self.server.url, one, seed).first_token_s)
+                delays.append(self._load(one, seed).first_token_s)
         finally:
             self.server.freeze()
         return Idle(cores, statistics.median(delays))
@@ -160,6 +187,9 @@ class Contestant:
                 if line.startswith("Pss:"):
                     kilobytes += int(line.split()[1])
         return kilobytes / 1024
+
+    def _load(self, work: load.Load, seed: int) -> load.Answers:
+        return load.run(self.server.url, work, seed, self._dialect)
 
     def _pad(self, seconds: float) -> None:
         for stage in self._stages:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -52,6 +53,28 @@ SETTLE = Load("settle", [Request(16, 4)] * 4)  # wakes a server that was frozen
 LOADS = {load.name: load for load in (DECODE, PREFILL, MIXED)}
 
 
+class Dialect(Protocol):
+    """How a server is asked for greedy tokens, and where they stand in what it streams."""
+
+    path: str
+
+    def body(self, prompt: list[int], length: int) -> dict[str, Any]: ...
+
+    def tokens(self, event: dict[str, Any], earlier: list[int]) -> list[int]:
+        """All tokens so far."""
+
+
+class SGLang:
+    path = "/generate"
+
+    def body(self, prompt: list[int], length: int) -> dict[str, Any]:
+        sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
+        return {"input_ids": prompt, "stream": True, "sampling_params": sampling}
+
+    def tokens(self, event: dict[str, Any], earlier: list[int]) -> list[int]:
+        return list(event["output_ids"])  # SGLang repeats what came before
+
+
 @dataclass(frozen=True)
 class Answers:
     """What one run of a load gave. Times in seconds."""
@@ -62,6 +85,9 @@ class Answers:
     tokens: tuple[tuple[int, ...], ...]  # the answers, in the order of the requests
 
 
+SGLANG = SGLang()
+
+
 @dataclass(frozen=True)
 class _Answer:
     first_token_s: float
@@ -69,15 +95,15 @@ class _Answer:
     tokens: tuple[int, ...]
 
 
-def run(url: str, load: Load, seed: int) -> Answers:
+def run(url: str, load: Load, seed: int, dialect: Dialect = SGLANG) -> Answers:
     """Send all requests of `load` at once. Equal seeds give equal prompts. Raises LoadError."""
     try:
-        return asyncio.run(_run(url, load, seed))
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        return asyncio.run(_run(url, load, seed, dialect))
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
         raise LoadError(f"the load {load.name} failed: {type(error).__name__}: {error}") from error
 
 
-async def _run(url: str, load: Load, seed: int) -> Answers:
+async def _run(url: str, load: Load, seed: int, dialect: Dialect) -> Answers:
     generator = random.Random(seed)
     prompts = [[generator.choice(_TOKENS) for _ in range(request.length)] for request in load.requests]
     limit = aiohttp.ClientTimeout(total=LIMIT_S)
@@ -86,7 +112,7 @@ async def _run(url: str, load: Load, seed: int) -> Answers:
         began = time.perf_counter()
         answers = await asyncio.gather(
             *(
-                _ask(session, prompt, request.answer)
+                _ask(session, dialect, prompt, request.answer)
                 for prompt, request in zip(prompts, load.requests, strict=True)
             )
         )
@@ -104,19 +130,18 @@ async def _run(url: str, load: Load, seed: int) -> Answers:
     )
 
 
-async def _ask(session: aiohttp.ClientSession, prompt: list[int], length: int) -> _Answer:
-    sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
-    body = {"input_ids": prompt, "stream": True, "sampling_params": sampling}
+async def _ask(session: aiohttp.ClientSession, dialect: Dialect, prompt: list[int], length: int) -> _Answer:
     began = time.perf_counter()
     times: list[float] = []
-    newest: dict[str, object] = {}
-    async with session.post("/generate", json=body) as response:
+    tokens: list[int] = []
+    event: dict[str, Any] = {}
+    async with session.post(dialect.path, json=dialect.body(prompt, length)) as response:
         response.raise_for_status()
         async for line in response.content:
             if line.startswith(b"data: {"):
                 times.append(time.perf_counter() - began)
-                newest = json.loads(line[len(b"data: ") :])
-    tokens = newest.get("output_ids")
-    if not isinstance(tokens, list) or len(tokens) != length:
-        raise LoadError(f"an answer should have {length} tokens, but is {str(newest)[:200]}")
+                event = json.loads(line[len(b"data: ") :])
+                tokens = dialect.tokens(event, tokens)
+    if len(tokens) != length:
+        raise LoadError(f"an answer should have {length} tokens, not {len(tokens)}: {str(event)[:200]}")
     return _Answer(times[0], times[-1], tuple(tokens))

@@ -50,6 +50,7 @@ def measure(
     model: Path,
     folder: Path,
     *,
+    vllm: Path | None,
     repetitions: int,
     limit_s: float,
     say: Say,
@@ -57,7 +58,8 @@ def measure(
     """Measure a group. Stops early, after a whole repetition, when another would end behind `limit_s`."""
     found = Measurements(group)
     began = time.monotonic()
-    with resident(group, link, model, folder, found, say) as contestants:
+    contest = Contest(group, link, model, folder, vllm)
+    with contest.resident(found, say) as contestants:
         check_answers(contestants, found)
         for repetition in range(repetitions):
             started = time.monotonic()
@@ -78,22 +80,31 @@ def measure(
     return found
 
 
-@contextmanager
-def resident(
-    group: Group, link: Link, model: Path, folder: Path, found: Measurements, say: Say
-) -> Iterator[Mapping[Competitor, Contestant]]:
-    """All servers of a group, started one after another and frozen."""
-    link.set(0, 0)
-    with ExitStack() as stack:
-        contestants = {}
-        for competitor in group.competitors:
-            began = time.monotonic()
-            contestant = Contestant(competitor, group.pp, model, link, folder)
-            stack.callback(contestant.stop)
-            contestants[competitor] = contestant.start()
-            found.start_s[competitor] = time.monotonic() - began
-            say(f"pp {group.pp}: {competitor.name} is up after {found.start_s[competitor]:.0f} s")
-        yield contestants
+@dataclass(frozen=True)
+class Contest:
+    """What the servers of a group have in common."""
+
+    group: Group
+    link: Link
+    model: Path
+    folder: Path
+    vllm: Path | None  # the interpreter that has it
+
+    @contextmanager
+    def resident(self, found: Measurements, say: Say) -> Iterator[Mapping[Competitor, Contestant]]:
+        """All servers, started one after another and frozen."""
+        self.link.set(0, 0)
+        pp = self.group.pp
+        with ExitStack() as stack:
+            contestants = {}
+            for competitor in self.group.competitors:
+                began = time.monotonic()
+                contestant = Contestant(competitor, pp, self.model, self.link, self.folder, self.vllm)
+                stack.callback(contestant.stop)
+                contestants[competitor] = contestant.start()
+                found.start_s[competitor] = time.monotonic() - began
+                say(f"pp {pp}: {competitor.name} is up after {found.start_s[competitor]:.0f} s")
+            yield contestants
 
 
 def visit(
@@ -101,7 +112,8 @@ def visit(
 ) -> None:
     """One run of a cell on every server; odd repetitions go through them backwards."""
     work, _ = cell
-    order = list(contestants)[:: 1 if repetition % 2 == 0 else -1]
+    able = [competitor for competitor in contestants if competitor.is_sglang or not work.pad_ms]
+    order = able[:: 1 if repetition % 2 == 0 else -1]
     for competitor in order:
         run = contestants[competitor].run(LOADS[work.load], work.pad_ms / 1e3, seed=1 + repetition)
         found.runs.setdefault(cell, {}).setdefault(competitor, []).append(run)

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .competitors import FLAGS, OURS, ROOT, Competitor, Run
+from .competitors import FLAGS, ROOT, Competitor, Run
 from .load import LOADS
 from .measure import Cell, Measurements
 from .plan import NO_DELAY, LinkSetting, Work
@@ -40,10 +40,13 @@ class Row:
     tokens_per_s: float  # prompt tokens for prefill, else answered ones; median
     first_token_ms: float
     per_token_ms: float
-    iteration_ms: float  # wall time by forward of the first stage; median
-    added_delays: float | None  # how many one-way delays that is above the cell without delay
-    compute_ms: float  # by forward, without padding: of the slowest stage
-    host_cpu_ms: float  # of the scheduler thread outside the forward, by forward: of the busiest stage
+    kept: float | None  # throughput as a part of that of the same server without delay
+    delays_per_token: float | None  # how many one-way delays a token takes longer than without delay
+    iteration_ms: float | None  # wall time by forward of the first stage; median
+    delays_per_iteration: float | None
+    exposed: float | None  # the part of an iteration that it takes longer than without delay
+    compute_ms: float | None  # by forward, without padding: of the slowest stage
+    host_cpu_ms: float | None  # of the scheduler thread outside the forward, by forward: of the busiest stage
     load_average: float  # of the machine, largest
 
 
@@ -78,11 +81,17 @@ def _row(
     work, link = cell
     load = LOADS[work.load]
     tokens = load.prompt_tokens if work.load == "prefill" else load.answer_tokens
-    iteration_s = statistics.median(run.iteration_s for run in runs)
-    added = None
-    if link.delay_ms and not link.rate_mbit and undelayed:
-        more_s = iteration_s - statistics.median(run.iteration_s for run in undelayed)
-        added = more_s * 1e3 / link.delay_ms
+    per_token_s, iteration_s = _per_token_s(runs), _iteration_s(runs)
+    kept = delays_per_token = delays_per_iteration = exposed = None
+    if link != NO_DELAY and undelayed:
+        kept = _duration_s(undelayed) / _duration_s(runs)
+        if link.delay_ms and work.load == "decode":
+            delays_per_token = (per_token_s - _per_token_s(undelayed)) * 1e3 / link.delay_ms
+        before_s = _iteration_s(undelayed)
+        if iteration_s is not None and before_s is not None:
+            exposed = (iteration_s - before_s) / iteration_s
+            if link.delay_ms:
+                delays_per_iteration = (iteration_s - before_s) * 1e3 / link.delay_ms
     return Row(
         load=work.load,
         pad_ms=work.pad_ms,
@@ -98,17 +107,35 @@ def _row(
         tokens_equal=equal,
         tokens_per_s=statistics.median(tokens / run.answers.duration_s for run in runs),
         first_token_ms=1e3 * statistics.median(run.answers.first_token_s for run in runs),
-        per_token_ms=1e3 * statistics.median(run.answers.per_token_s for run in runs),
-        iteration_ms=1e3 * iteration_s,
-        added_delays=added,
+        per_token_ms=1e3 * per_token_s,
+        kept=kept,
+        delays_per_token=delays_per_token,
+        iteration_ms=None if iteration_s is None else 1e3 * iteration_s,
+        delays_per_iteration=delays_per_iteration,
+        exposed=exposed,
         compute_ms=_per_launch_ms(runs, "compute_s"),
         host_cpu_ms=_per_launch_ms(runs, "host_cpu_s"),
         load_average=max(run.load_average for run in runs),
     )
 
 
-def _per_launch_ms(runs: Sequence[Run], name: str) -> float:
+def _duration_s(runs: Sequence[Run]) -> float:
+    return statistics.median(run.answers.duration_s for run in runs)
+
+
+def _per_token_s(runs: Sequence[Run]) -> float:
+    return statistics.median(run.answers.per_token_s for run in runs)
+
+
+def _iteration_s(runs: Sequence[Run]) -> float | None:
+    found = [run.iteration_s for run in runs if run.iteration_s is not None]
+    return statistics.median(found) if found else None
+
+
+def _per_launch_ms(runs: Sequence[Run], name: str) -> float | None:
     """Median over the runs, of the stage that has most of it."""
+    if not all(run.stages for run in runs):
+        return None
     return 1e3 * statistics.median(
         max(getattr(stage, name) / max(1.0, stage.launches) for stage in run.stages) for run in runs
     )
@@ -175,6 +202,7 @@ def show(console: Console, found: Sequence[Measurements]) -> None:
     """Print ratios by cell and what was measured of the servers."""
     for group in found:
         console.print(_ratio_table(rows(group)))
+        console.print(_delay_table(rows(group)))
         console.print(_server_table(servers(group)))
 
 
@@ -224,12 +252,27 @@ def _name(row: Row) -> str:
     return Competitor(row.competitor, row.depth).name
 
 
-def sentences(found: Sequence[Measurements]) -> Iterator[str]:
-    """What somebody wants to know at a glance about ours."""
-    for group in found:
-        for row in rows(group):
-            if row.competitor == OURS and row.added_delays is not None:
-                yield (
-                    f"pp {row.pp}, {_work(row)}, {_name(row)}, {row.delay_ms:g} ms: iteration "
-                    f"{row.iteration_ms:.1f} ms, {row.added_delays:.2f} one-way delays above no delay"
-                )
+def _delay_table(made: Sequence[Row]) -> Table:
+    """What a delay costs each server, against itself without delay."""
+    table = Table(title=f"pp {made[0].pp}: what the link costs a server, against itself without delay")
+    titles = ("load", "link", "server", "tokens/s", "kept", "iteration", "delays an iteration", "exposed")
+    for title in (*titles, "delays a token", "host CPU"):
+        table.add_column(title, justify="left" if title in titles[:3] else "right")
+    for row in made:
+        table.add_row(
+            str(_work(row)),
+            str(LinkSetting(row.delay_ms, row.rate_mbit)),
+            _name(row),
+            f"{row.tokens_per_s:.0f}",
+            _number(row.kept, "{:.0%}"),
+            _number(row.iteration_ms, "{:.1f} ms"),
+            _number(row.delays_per_iteration, "{:.2f}"),
+            _number(row.exposed, "{:.1%}"),
+            _number(row.delays_per_token, "{:.2f}"),
+            _number(row.host_cpu_ms, "{:.2f} ms"),
+        )
+    return table
+
+
+def _number(value: float | None, style: str) -> str:
+    return "" if value is None else style.format(value)

@@ -60,9 +60,23 @@ def test_ratios_are_of_pairs_and_their_median_counts(found: Measurements) -> Non
     assert row_of(found, FIRST, NO_DELAY).ratio_median == 1.0
 
 
-def test_added_delays_compare_an_iteration_with_that_without_delay(found: Measurements) -> None:
-    assert row_of(found, SECOND, DELAYED).added_delays == pytest.approx(1.1)
-    assert row_of(found, SECOND, NO_DELAY).added_delays is None
+def test_what_a_delay_costs_is_told_against_the_same_server_without_it(found: Measurements) -> None:
+    row = row_of(found, SECOND, DELAYED)
+    assert row.delays_per_iteration == pytest.approx(1.1)
+    assert row.exposed == pytest.approx(66 * 0.0055 / (2 + 66 * 0.0055))
+    assert row.kept == pytest.approx(2 / (2 + 66 * 0.0055))
+    assert row.delays_per_token == 0.0
+    assert row_of(found, SECOND, NO_DELAY).delays_per_iteration is None
+
+
+def test_a_server_whose_stages_are_not_counted_has_ratios_only(found: Measurements) -> None:
+    uncounted = Run(Answers(1.5, 0.5, 0.02, ()), (), load_average=1.0)
+    found.runs[WORK, DELAYED][SECOND] = [uncounted] * 3
+    row = row_of(found, SECOND, DELAYED)
+    assert row.ratio_median == 6.0
+    assert row.kept == pytest.approx(2 / 1.5)
+    assert row.iteration_ms is None
+    assert row.host_cpu_ms is None
 
 
 def test_times_are_of_the_stage_that_has_most(found: Measurements) -> None:
