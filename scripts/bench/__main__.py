@@ -78,6 +78,7 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--repetitions", type=int, help=f"{_QUICK_REPETITIONS} quick, {_FULL_REPETITIONS} else"
     )
+    parser.add_argument("--skip-idle", action="store_true", help="do not measure servers without requests")
     parser.add_argument("--logs", type=Path, default=ROOT / ".run", help="where logs lie while it runs")
     return parser.parse_args(arguments)
 
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
                     model,
                     folder,
                     vllm=options.vllm,
+                    idle=not options.skip_idle,
                     repetitions=options.repetitions
                     or (_QUICK_REPETITIONS if options.quick else _FULL_REPETITIONS),
                     limit_s=limit_s - (time.monotonic() - began),

@@ -51,6 +51,7 @@ def measure(
     folder: Path,
     *,
     vllm: Path | None,
+    idle: bool,
     repetitions: int,
     limit_s: float,
     say: Say,
@@ -74,7 +75,8 @@ def measure(
                 break
         link.set(0, 0)
         for competitor, contestant in contestants.items():
-            found.idle[competitor] = contestant.rest()
+            if idle:
+                found.idle[competitor] = contestant.rest()
             found.memory_mib[competitor] = contestant.memory_mib()
         check_answers(contestants, found)
     return found

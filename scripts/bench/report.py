@@ -150,10 +150,11 @@ def servers(found: Measurements) -> list[dict[str, Any]]:
             "depth": competitor.depth,
             "start_s": found.start_s[competitor],
             "memory_mib": found.memory_mib[competitor],
-            "idle_cpu_cores": found.idle[competitor].cpu_cores,
-            "idle_first_token_ms": 1e3 * found.idle[competitor].first_token_s,
+            "idle_cpu_cores": idle.cpu_cores if idle else None,
+            "idle_first_token_ms": 1e3 * idle.first_token_s if idle else None,
         }
         for competitor in found.group.competitors
+        for idle in [found.idle.get(competitor)]
     ]
 
 
@@ -238,8 +239,8 @@ def _server_table(made: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             name,
             f"{server['memory_mib']:.0f} MiB",
-            f"{100 * server['idle_cpu_cores']:.1f} % of a core",
-            f"{server['idle_first_token_ms']:.1f} ms",
+            _number(server["idle_cpu_cores"], "{:.1%} of a core"),
+            _number(server["idle_first_token_ms"], "{:.1f} ms"),
         )
     return table
 

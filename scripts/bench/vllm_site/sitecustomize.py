@@ -1,3 +1,3 @@
-"""Loaded by every Python process of the vLLM competitor: `scripts/bench/vllm.py` puts this folder on its path."""
+"""Loaded by every Python process of the vLLM competitor: `../vllm.py` puts this folder on its path."""
 
 import sglang_cpu_compat  # noqa: F401
