@@ -64,6 +64,7 @@ class AsyncPipeline:
 
     def begin_iteration(self) -> None:
         self.iteration += 1
+        self.link.trace.record("iteration", "", self.slot, self.iteration)
 
     def send_requests(self, requests: list[Any]) -> None:
         self.sent_requests = requests
