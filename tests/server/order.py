@@ -77,6 +77,21 @@ def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -
     return complaints
 
 
+def forwards_ran_one_after_another(events: Sequence[Event]) -> list[str]:
+    """On a device: every forward that was launched was timed, but for the last few, in the order of their
+    launches and none before its own."""
+    launched = {event.iteration: event.time_ns for event in events if event.name == "launch"}
+    runs = [event for event in events if event.name in ("run", "ran")]
+    ran = [event.iteration for event in runs if event.name == "ran"]
+    complaints = []
+    if ran != list(launched)[: len(ran)] or len(ran) < len(launched) - 4:
+        complaints.append(f"{len(launched)} forwards were launched, but {len(ran)} ran: {ran[:3]} ...")
+    for event, following in itertools.pairwise(runs):
+        if event.time_ns > following.time_ns:
+            complaints.append(f"{following} is before {event}")
+    return complaints + [f"{e} is before its launch" for e in runs if e.time_ns < launched[e.iteration]]
+
+
 def outputs_come_from_the_last_stage(traces: Mapping[int, Sequence[Event]]) -> list[str]:
     """Every stage but the last receives the outputs of each microbatch that the last stage sent, once; the
     last receives none."""
