@@ -8,8 +8,8 @@ compute
 exposed communication, by kind (requests, proxy, output)
     No forward runs, and the scheduler thread is blocked waiting for a message that its sender has pushed
     already: there is something to run, and only the link (and the receiver's unpacking) is in the way. Also
-    the time in which a launched forward waits on the device for its tensors. Requests count only in an
-    iteration that launches something.
+    the time in which a launched forward of a later stage waits on the device, for its tensors and to begin.
+    Requests count only in an iteration that launches something.
 back-pressure, by kind
     No forward runs, and the scheduler thread is blocked because as many messages are in flight as may be.
 bubble
@@ -96,6 +96,20 @@ class Timeline:
         stages = [StageTimeline(s.stage, list(_clip(s.spans, begin_ns, end_ns))) for s in self.stages]
         return Timeline(begin_ns, end_ns, stages)
 
+    def iterations(self, first: int, last: int) -> Timeline:
+        """The part from the first forward of iteration `first` to the end of the last of iteration `last`.
+
+        Raises ValueError, in one sentence, when there is none.
+        """
+        forwards = [span for stage in self.stages for span in stage.spans if span.state == COMPUTE]
+        chosen = [span for span in forwards if first <= span.iteration <= last]
+        if not chosen:
+            there = sorted(span.iteration for span in forwards)
+            raise ValueError(
+                f"There is no forward of iterations {first} to {last}, but of {there[0]} to {there[-1]}."
+            )
+        return self.cut(min(span.begin_ns for span in chosen), max(span.end_ns for span in chosen))
+
     def middle(self, launches: int) -> Timeline:
         """The part in which the first stage has its middle `launches` forwards."""
         forwards = [span for span in self.stages[0].spans if span.state == COMPUTE]
@@ -104,17 +118,17 @@ class Timeline:
         return self.cut(chosen[0].begin_ns, chosen[-1].end_ns) if chosen else self
 
 
-def analyse(traces: Sequence[RankTrace], iterations: tuple[int, int] | None = None) -> Timeline:
+def analyse(traces: Sequence[RankTrace]) -> Timeline:
     """The states of all stages, between the first launch and the end of the last.
 
-    `traces`: one rank of every stage, by stage. `iterations`: only from the launch of the first of them to
-    the end of the last. Raises ValueError, in one sentence, when a stage is missing or nothing was launched.
+    `traces`: one rank of every stage, by stage. Raises ValueError, in one sentence, when a stage is missing
+    or nothing was launched.
     """
     if [trace.stage for trace in traces] != list(range(len(traces))) or not traces:
         found = ", ".join(str(trace.stage) for trace in traces) or "none"
         raise ValueError(f"The traces of all stages are needed, from 0 on, but there are those of: {found}.")
     recorded = [trace.on_stage_0() for trace in traces]
-    begin, end = _window(recorded, iterations)
+    begin, end = _window(recorded)
     pushes = [_pushes(events) for events in recorded]
     painted = []
     for trace, events in zip(traces, recorded, strict=True):
@@ -158,17 +172,14 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 # --- from events to states ---------------------------------------------------------------------
 
 
-def _window(recorded: Sequence[list[Event]], iterations: tuple[int, int] | None) -> Interval:
+def _window(recorded: Sequence[list[Event]]) -> Interval:
     """From the first launch to the end of the last, as far as every stage still has its events."""
-    first, last = iterations or (0, 1 << 62)
-    launches = [e for events in recorded for e in events if first <= e.iteration <= last]
-    begins = [event.time_ns for event in launches if event.name == "launch"]
-    ends = [event.time_ns for event in launches if event.name in ("launched", "ran")]
+    begins = [event.time_ns for events in recorded for event in events if event.name == "launch"]
+    ends = [e.time_ns for events in recorded for e in events if e.name in ("launched", "ran")]
     begin = max(min(begins, default=0), *(events[0].time_ns for events in recorded if events))
     end = max(ends, default=0)
     if not begins or end <= begin:
-        which = f"in iterations {first} to {last}" if iterations else "at all"
-        raise ValueError(f"All stages together recorded no launch {which}.")
+        raise ValueError("All stages together recorded no forward.")
     return begin, end
 
 
@@ -194,7 +205,7 @@ def _states(
         place = (began.slot, began.iteration)
         if began.name == ("run" if on_device else "launch"):
             yield Span(began.time_ns, end_ns, COMPUTE, "", *place)
-        if began.name == "run" and began.iteration in launches:
+        if began.name == "run" and began.iteration in launches and stage > 0:
             yield Span(launches[began.iteration].time_ns, began.time_ns, EXPOSED, "proxy", *place)
         if began.name == "full":
             yield Span(began.time_ns, end_ns, BACK_PRESSURE, began.kind, *place)

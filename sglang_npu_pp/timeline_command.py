@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         if output.suffix not in (".png", ".svg"):
             raise ValueError(f"--output {output} must end in .png or .svg.")
-        timeline = _selected(options)
-        print(f"{_describe(timeline)}\n\n{table(timeline)}")
-        chosen = options.iterations or options.begin is not None or options.end is not None
-        _draw(timeline if chosen else timeline.middle(FORWARDS_IN_A_PICTURE), timeline, output)
+        whole = analyse(read_traces(options.directory, options.rank))
+        part = _chosen(options, whole)
+        print(f"{_describe(part)}\n\n{table(part)}")
+        _draw(whole.middle(FORWARDS_IN_A_PICTURE) if part is whole else part, whole, output)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -65,18 +65,20 @@ def _range(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not A:B, the first and the last of them") from None
 
 
-def _selected(options: argparse.Namespace) -> Timeline:
-    timeline = analyse(read_traces(options.directory, options.rank), options.iterations)
+def _chosen(options: argparse.Namespace, whole: Timeline) -> Timeline:
+    """The part that the options name, or `whole`. Raises ValueError where it is none."""
+    if options.iterations is not None:
+        return whole.iterations(*options.iterations)
     if options.begin is None and options.end is None:
-        return timeline
-    begin_ns = timeline.begin_ns + round(1e6 * (options.begin or 0))
-    end_ns = timeline.end_ns if options.end is None else timeline.begin_ns + round(1e6 * options.end)
-    if not timeline.begin_ns <= begin_ns < end_ns:
-        length_ms = (timeline.end_ns - timeline.begin_ns) / 1e6
+        return whole
+    begin_ns = whole.begin_ns + round(1e6 * (options.begin or 0))
+    end_ns = whole.end_ns if options.end is None else whole.begin_ns + round(1e6 * options.end)
+    if not whole.begin_ns <= begin_ns < min(end_ns, whole.end_ns):
+        length_ms = (whole.end_ns - whole.begin_ns) / 1e6
         raise ValueError(
             f"--from and --to must be times in this order, of the {length_ms:.0f} ms that there are."
         )
-    return timeline.cut(begin_ns, end_ns)
+    return whole.cut(begin_ns, end_ns)
 
 
 def _describe(timeline: Timeline) -> str:

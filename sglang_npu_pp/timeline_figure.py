@@ -24,6 +24,7 @@ _COLOURS: dict[tuple[str, str], str] = {
     (IDLE, ""): "#ffffff",
 }
 _ROW_HEIGHT = 0.72
+_LEGEND_COLUMNS = 7  # that fit below the axis
 _ROOM_FOR_A_NUMBER = 0.014  # of the axis: narrower forwards are not numbered
 
 
@@ -88,4 +89,10 @@ def _add_legend(figure: Any, used: set[tuple[str, str]]) -> None:
         for (state, kind), colour in _COLOURS.items()
         if (state, kind) in used
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(_LEGEND_COLUMNS, len(handles)),
+        frameon=False,
+        fontsize=9,
+    )

@@ -229,9 +229,10 @@ def test_on_a_device_the_forward_is_what_counts_and_waits_beneath_it_are_hidden(
         (14.0, "run", "", 1),
         (20.0, "ran", "", 1),
     ]
-    last = trace(1, [(0, "iteration", "", 0), (7, "push", "output", 9), (21, "iteration", "", 1)])
-    timeline = analyse([trace(0, lines), last])
-    assert states(timeline, 0) == [
+    last = trace(2, [(0, "iteration", "", 0), (7, "push", "output", 9), (21, "iteration", "", 1)])
+    timeline = analyse([trace(0, lines), trace(1, lines), last])
+    assert states(timeline, 0)[:2] == [(1, 2, HOST, ""), (2, 4, BUBBLE, "output")]  # it gets no proxies
+    assert states(timeline, 1) == [
         (1, 4, EXPOSED, "proxy"),
         (4, 10, COMPUTE, ""),
         (10, 12, EXPOSED, "output"),
@@ -279,7 +280,7 @@ def test_what_a_stage_no_longer_has_is_not_looked_at() -> None:
 
 
 def test_a_part_can_be_chosen() -> None:
-    by_iteration = analyse(two_stages(), iterations=(1, 1))
+    by_iteration = analyse(two_stages()).iterations(1, 1)
     assert (by_iteration.begin_ns, by_iteration.end_ns) == (13 * MS, 37 * MS)
     by_time = analyse(two_stages()).cut(12 * MS, 14 * MS)
     assert states(by_time, 0) == [(12, 13, HOST, ""), (13, 14, COMPUTE, "")]
@@ -292,10 +293,10 @@ def test_what_cannot_be_analysed_is_said() -> None:
         analyse([])
     with pytest.raises(ValueError, match=r"there are those of: 1\."):
         analyse(two_stages()[1:])
-    with pytest.raises(ValueError, match="recorded no launch at all"):
+    with pytest.raises(ValueError, match=r"All stages together recorded no forward\."):
         analyse([trace(0, FIRST[:2]), trace(1, SECOND[:3])])
-    with pytest.raises(ValueError, match="recorded no launch in iterations 7 to 9"):
-        analyse(two_stages(), iterations=(7, 9))
+    with pytest.raises(ValueError, match=r"There is no forward of iterations 7 to 9, but of 0 to 1\."):
+        analyse(two_stages()).iterations(7, 9)
 
 
 spans = st.builds(
@@ -346,14 +347,17 @@ def test_a_picture_names_stages_states_and_iterations(folder: Path) -> None:
     output = folder / "part.svg"
     assert main(["timeline", str(folder), "--output", str(output), "--from", "0", "--to", "36"]) == 0
     text = output.read_text()
-    words = ["stage 0", "stage 1", "exposed wait: proxy", "bubble", "host work", "iterations 0 to 1"]
+    title = "iterations 0 to 1, from 0.0 ms behind the first launch"
+    words = ["stage 0", "stage 1", "exposed wait: proxy", "bubble", "host work", title]
     assert [word for word in words if word not in text] == []
     assert "back-pressure" not in text  # there is none here
 
 
 def test_the_command_can_look_at_a_part(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["timeline", str(folder), "--iterations", "1:"]) == 0
+    output = folder / "part.svg"
+    assert main(["timeline", str(folder), "--iterations", "1:", "--output", str(output)]) == 0
     assert "0.024 s" in capsys.readouterr().out
+    assert "from 12.0 ms behind the first launch" in output.read_text()
     assert main(["timeline", str(folder), "--from", "30"]) == 0
     assert "0.006 s" in capsys.readouterr().out
 
@@ -362,7 +366,7 @@ def test_the_command_can_look_at_a_part(folder: Path, capsys: pytest.CaptureFixt
     ("arguments", "sentence"),
     [
         (["--rank", "3"], "The traces of all stages are needed, from 0 on, but there are those of: none."),
-        (["--iterations", "5:6"], "All stages together recorded no launch in iterations 5 to 6."),
+        (["--iterations", "5:6"], "There is no forward of iterations 5 to 6, but of 0 to 1."),
         (
             ["--from", "5", "--to", "4"],
             "--from and --to must be times in this order, of the 36 ms that there are.",
