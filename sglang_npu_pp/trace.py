@@ -19,12 +19,13 @@ events stand in it as they were recorded, too; that is what `read_trace` reads.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from .chrome_trace import chrome_events
 
@@ -87,29 +88,26 @@ class RankTrace:
         """
         path = directory / f"stage{self.stage}-rank{self.rank}{SUFFIX}"
         partial = path.with_suffix(".partial")
-        content = {
-            "traceEvents": chrome_events(self),
-            "recorded": {  # behind the events: Perfetto reads no further than a key that it does not know
-                "stage": self.stage,
-                "rank": self.rank,
-                "offset_ns": self.offset_ns,
-                "written_ns": self.written_ns,
-                "events": self.events,
-            },
-        }
-        partial.write_text(json.dumps(content, separators=(",", ":")))
+        # Perfetto reads no further than the first key that it does not know: the recorded events come last.
+        content = {"traceEvents": chrome_events(self), "recorded": self}
+        partial.write_bytes(msgspec.json.encode(content))
         partial.replace(path)
         return path
+
+
+class _File(msgspec.Struct):
+    recorded: RankTrace
+
+
+_DECODER = msgspec.json.Decoder(_File)
 
 
 def read_trace(path: Path) -> RankTrace:
     """What `RankTrace.write` wrote. Raises ValueError, naming the file, when it is something else."""
     try:
-        recorded = json.loads(path.read_text())["recorded"]
-        events = [Event(*event) for event in recorded.pop("events")]
-        return RankTrace(events=events, **recorded)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a trace that sglang-npu-pp wrote.") from None
+        return _DECODER.decode(path.read_bytes()).recorded
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path} is not a trace that sglang-npu-pp wrote: {error}.") from None
 
 
 def read_traces(directory: Path, rank: int = 0) -> list[RankTrace]:
