@@ -43,7 +43,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     proxies = _wait_for_proxies(scheduler, pp_proxy_tensors, batch)
     trace = pipeline.link.trace
     trace.record("launch", "", mb_id, pipeline.iteration)
-    with pipeline.link.telemetry.phase("forward"):
+    with pipeline.link.telemetry.phase("forward"), pipeline.timing(scheduler.forward_stream_ctx, mb_id):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
     trace.record("launched", "", mb_id, pipeline.iteration)
     outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
