@@ -20,6 +20,7 @@ import torch.distributed as dist
 import sglang_npu_pp
 from sglang_npu_pp.agreement import agree
 from sglang_npu_pp.errors import ContractError
+from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
 from sglang_npu_pp.reporting import Reporter
@@ -164,7 +165,21 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     host_lane.seal()
     attach_link(group, link)
     Reporter(settings, telemetry, trace).install()
+    if scheduler.server_args.enable_metrics:
+        limits = {
+            SLOTS: slots,
+            WINDOW_MESSAGES: settings.window,
+            WINDOW_BYTES: settings.window_bytes,
+            DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
+        }
+        Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
     return AsyncPipeline(link, token_return, streams, slots)
+
+
+def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
+    """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
+    dp_rank = getattr(scheduler, "ps", parallel).dp_rank  # up to 0.5.20 the scheduler keeps it
+    return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
 
 
 def _open_device_lane(
