@@ -29,6 +29,7 @@ from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.token_return import PORT, TokenReturn
 from sglang_npu_pp.trace import Trace
+from sglang_npu_pp.transport.clock import measure_clock
 from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups
 from sglang_npu_pp.transport.exchange import process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
@@ -155,11 +156,13 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         port=settings.port + dist.get_rank() if settings.port else 0,
     )
     host_lane.open(process_group_exchange(group.cpu_group))
+    clock = measure_clock(host_lane, settings.start_limit_s)
     link = StageLink(
         host_lane,
         _open_device_lane(group, streams, stage, rank, settings),
         telemetry=telemetry,
         trace=trace,
+        clock=clock,
     )
     token_return = _open_token_return(link, streams)
     host_lane.seal()

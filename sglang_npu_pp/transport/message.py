@@ -25,7 +25,7 @@ import torch
 
 from ..errors import MessageError
 
-PROTOCOL = 2
+PROTOCOL = 3
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
 _ALIGNMENT = 8  # only complex128 is wider
@@ -45,6 +45,7 @@ class Kind(enum.IntEnum):
     CONSENSUS = 5  # request ids that the stages of a disaggregated server agree on
     TENSORS = 6  # a tensor dict sent by hand through GroupCoordinator
     OBJECT = 7  # a Python object sent by hand through GroupCoordinator
+    CLOCK = 8  # ping-pong at start: round trip times and clock offsets
 
     @property
     def label(self) -> str:

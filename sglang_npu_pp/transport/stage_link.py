@@ -19,6 +19,7 @@ from ..errors import SequenceError
 from ..streams import DeviceStreams
 from ..telemetry import Telemetry
 from ..trace import Trace
+from .clock import UNMEASURED, LinkClock
 from .device_lane import DeviceLane, Receive, pack_layout, unpack
 from .host_lane import HostLane
 from .message import Kind, Message
@@ -76,10 +77,11 @@ class StageLink:
         *,
         telemetry: Telemetry,
         trace: Trace,
+        clock: LinkClock = UNMEASURED,
     ) -> None:
         self.stage, self.stages, self.rank = host_lane.stage, host_lane.stages, host_lane.rank
         self.host_lane, self.device_lane = host_lane, device_lane
-        self.telemetry, self.trace = telemetry, trace
+        self.telemetry, self.trace, self.clock = telemetry, trace, clock
         self._where = f"stage {self.stage} rank {self.rank}"
         self._next_number: dict[tuple[int, Kind], int] = {}
         self._announced: deque[Message] = deque()  # device messages whose receive is not posted yet

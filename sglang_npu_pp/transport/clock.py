@@ -1,0 +1,78 @@
+"""How far away the other stages are, and whose clock is whose: measured once, at start, over the host lane.
+
+Each pair of stages plays ping-pong for itself, one pair after another in an order that all stages follow, so
+that nothing waits in a circle and no pair disturbs another one of the same stage. Of every pair the shortest
+round trip counts: the others were held up by something that has nothing to do with the distance. The peer's
+clock is taken to have been read in the middle of it, so an offset is wrong by at most half a round trip.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .host_lane import HostLane
+from .message import Kind, Message
+
+ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class LinkClock:
+    """What one rank knows about the same rank of the other stages."""
+
+    round_trip_s: Mapping[int, float]
+    """By stage: the shortest time, in seconds, from the push of a small message until its answer was in hand.
+    It includes what both programs spend on sending and receiving."""
+
+    offset_ns: int
+    """Add it to a `time.monotonic_ns()` of this rank to get stage 0's. At the start it is good to half the
+    round trip to stage 0; clocks of two machines then drift apart by some milliseconds an hour."""
+
+
+UNMEASURED = LinkClock({}, 0)
+
+
+def measure_clock(lane: HostLane, limit_s: float, now_ns: Callable[[], int] = time.monotonic_ns) -> LinkClock:
+    """Measure against all other stages; every stage calls it once, behind `HostLane.open`.
+
+    Takes `ROUNDS` round trips a pair of stages; pairs without a stage in common go on at the same time.
+    Raises WaitLimitError, naming stage and rank, when a peer does not answer within `limit_s` seconds, and
+    PeerLostError when it is gone.
+    """
+    round_trip_s: dict[int, float] = {}
+    offset_ns = 0
+    for first, second in itertools.combinations(range(lane.stages), 2):
+        if lane.stage == first:
+            round_trip_s[second] = _lead(lane, second, limit_s, now_ns) / 1e9
+        elif lane.stage == second:
+            round_trip_ns, to_first_ns = _follow(lane, first, limit_s, now_ns)
+            round_trip_s[first] = round_trip_ns / 1e9
+            if first == 0:
+                offset_ns = to_first_ns
+    return LinkClock(round_trip_s, offset_ns)
+
+
+def _lead(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) -> int:
+    """Ping `peer` and tell it the result: the shortest round trip, in ns."""
+    samples = []
+    for number in range(ROUNDS):
+        began = now_ns()
+        lane.send(peer, Message(Kind.CLOCK))
+        theirs = lane.wait(peer, Kind.CLOCK, number, limit_s).values
+        ended = now_ns()
+        samples.append((ended - began, (began + ended) // 2 - theirs))
+    best = min(samples)
+    lane.send(peer, Message(Kind.CLOCK, values=best))
+    return best[0]
+
+
+def _follow(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) -> tuple[int, int]:
+    """Answer the pings of `peer`. Its result: the shortest round trip and what to add to our time, in ns."""
+    for number in range(ROUNDS):
+        lane.wait(peer, Kind.CLOCK, number, limit_s)
+        lane.send(peer, Message(Kind.CLOCK, values=now_ns()))
+    round_trip_ns, offset_ns = lane.wait(peer, Kind.CLOCK, ROUNDS, limit_s).values
+    return round_trip_ns, offset_ns
