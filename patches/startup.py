@@ -25,6 +25,7 @@ from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
 from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.settings import Settings, load_settings
+from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.token_return import PORT, TokenReturn
@@ -141,7 +142,8 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     telemetry = Telemetry(stage, rank)
     trace = Trace(enabled=settings.trace_dir is not None)
     streams = DeviceStreams(group.device)
-    slots = stages + scheduler.server_args.pp_async_batch_depth
+    depth = scheduler.server_args.pp_async_batch_depth
+    slots = stages + depth
     # As many microbatches can be in flight as there are slots. A smaller window could be full of outputs
     # at one end of the pipeline and of requests at the other, each waiting for the other to be taken.
     settings = replace(settings, window=max(settings.window, slots + 2))
@@ -176,7 +178,10 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
             DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
         }
         Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
-    return AsyncPipeline(link, token_return, streams, slots)
+    pipeline = AsyncPipeline(link, token_return, streams, slots)
+    if rank == 0:
+        pipeline.adviser = DepthAdviser(link, streams, depth)
+    return pipeline
 
 
 def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:

@@ -51,12 +51,12 @@ class DeviceStreams:
         """Make `stream` current inside the block."""
         return self._module.stream(stream) if self.asynchronous else nullcontext()
 
-    def record(self) -> Event:
-        """A fresh event at the tail of the current stream. Never reused: one event for two steps
-        races (vllm #39115)."""
+    def record(self, *, timed: bool = False) -> Event:
+        """A fresh event at the tail of the current stream; a `timed` one has `elapsed_time`. Never reused:
+        one event for two steps races (vllm #39115)."""
         if not self.asynchronous:
             return PassedEvent()
-        event = self._module.Event()
+        event = self._module.Event(enable_timing=timed)
         event.record(self._module.current_stream())
         return event
 
