@@ -105,12 +105,15 @@ def advise(
     depths = sorted({depth, *needed.values()})
     sizes = {at: microbatch_size(max_requests, len(stages) + at, limit) for at in depths}
     exposed = {kind: times for kind, times in measured.items() if not is_hidden(times, depth)}
+    what = "the link and the scheduler of stage 0" if stages[0].asynchronous else "the link"
     if not exposed:
-        return begin + _hidden(max(needed.values()), depth, sizes)
+        return (
+            f"{begin}--pp-async-batch-depth {depth} hides {what}{_less(max(needed.values()), depth, sizes)}"
+        )
     waited = _each(exposed, lambda times: _waited(times, depth))
     would = _each(exposed, lambda times: str(needed_depth(times)))
     sentences = [
-        f"{begin}{waited} of an iteration go into waiting for the link",
+        f"{begin}{waited} of an iteration go into waiting for {what}",
         f"--pp-async-batch-depth {would} would hide it",
         _cost({needed[kind] for kind in exposed}, depth, sizes),
     ]
@@ -133,11 +136,11 @@ def _waited(stages: Sequence[StageTimes], depth: int) -> str:
     return f"{1e3 * (period - shortest_period_s(stages)):.1f} of {1e3 * period:.1f} ms"
 
 
-def _hidden(needed: int, depth: int, sizes: Mapping[int, int]) -> str:
-    text = f"--pp-async-batch-depth {depth} hides the link"
-    if needed < depth:
-        text += f", and {needed} would, with {sizes[needed]} instead of {sizes[depth]} requests a microbatch"
-    return text
+def _less(needed: int, depth: int, sizes: Mapping[int, int]) -> str:
+    """That a smaller depth would do, if so."""
+    if needed >= depth:
+        return ""
+    return f", and {needed} would, with {sizes[needed]} instead of {sizes[depth]} requests a microbatch"
 
 
 def _cost(depths: Iterable[int], depth: int, sizes: Mapping[int, int]) -> str:

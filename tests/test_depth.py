@@ -152,6 +152,14 @@ def test_a_depth_that_is_larger_than_needed_is_said_to_be() -> None:
     )
 
 
+def test_on_a_device_the_host_work_of_stage_0_is_waited_for_too() -> None:
+    stages = [StageTimes(0.030, 0.008, 0.0001, asynchronous=True)] * 2
+    text = advise({"prefill": stages}, depth=0, max_requests=32, limit=None, proxy_bytes=1000)
+    assert ": 4.1 of 34.1 ms (prefill) of an iteration go into waiting for the link and the scheduler" in text
+    hidden = advise({"prefill": stages}, depth=1, max_requests=32, limit=None, proxy_bytes=1000)
+    assert hidden.endswith("--pp-async-batch-depth 1 hides the link and the scheduler of stage 0")
+
+
 def test_stages_and_hops_that_differ_are_given_as_a_range() -> None:
     stages = [StageTimes(0.030, 0.001, 0.0001), StageTimes(0.020, 0.001, 0.005)]
     text = advise({"prefill": stages}, depth=0, max_requests=32, limit=None, proxy_bytes=1000)
