@@ -7,9 +7,11 @@ upstream's path (one stage, or a feature that is not supported yet) and every se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_npu_pp.forward_timer import ForwardTimer
 from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
@@ -49,6 +51,8 @@ class AsyncPipeline:
         self, link: StageLink, token_return: TokenReturn | None, streams: DeviceStreams, slots: int
     ) -> None:
         self.link, self.token_return, self.streams = link, token_return, streams
+        timed = link.trace.enabled and streams.asynchronous
+        self.timer = ForwardTimer(streams, link.trace) if timed else None
         self.slots = slots
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
@@ -66,6 +70,13 @@ class AsyncPipeline:
 
     def begin_iteration(self) -> None:
         self.iteration += 1
+        if self.timer is not None:
+            self.timer.collect()
+        self.link.trace.record("iteration", "", self.slot, self.iteration)
+
+    def timing(self, stream: AbstractContextManager[Any], slot: int) -> AbstractContextManager[Any]:
+        """Around the launch of a forward on `stream`: times its run on a device while a trace is recorded."""
+        return nullcontext() if self.timer is None else self.timer.around(stream, slot, self.iteration)
 
     def send_requests(self, requests: list[Any]) -> None:
         self.sent_requests = requests

@@ -50,6 +50,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     trace.record("launch", "", mb_id, pipeline.iteration)
     with (
         pipeline.link.telemetry.phase("forward"),
+        pipeline.timing(scheduler.forward_stream_ctx, mb_id),
         _measured(scheduler, pipeline, cur_batch, counted=not skipped),
     ):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)

@@ -169,7 +169,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     token_return = _open_token_return(link, streams)
     host_lane.seal()
     attach_link(group, link)
-    Reporter(settings, telemetry, trace).install()
+    Reporter(settings, telemetry, trace, clock).install()
     if scheduler.server_args.enable_metrics:
         limits = {
             SLOTS: slots,

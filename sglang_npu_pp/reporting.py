@@ -11,7 +11,8 @@ from typing import Any
 
 from .settings import Settings
 from .telemetry import Telemetry, render_table
-from .trace import Trace
+from .trace import RankTrace, Trace
+from .transport.clock import UNMEASURED, LinkClock
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -19,8 +20,10 @@ logger = logging.getLogger("sglang_npu_pp")
 class Reporter:
     """Writes telemetry and trace of one rank to where the settings say, and to the log."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, trace: Trace) -> None:
-        self._settings, self._telemetry, self._trace = settings, telemetry, trace
+    def __init__(
+        self, settings: Settings, telemetry: Telemetry, trace: Trace, clock: LinkClock = UNMEASURED
+    ) -> None:
+        self._settings, self._telemetry, self._trace, self._clock = settings, telemetry, trace, clock
         self._finished = False
         for directory in (settings.telemetry_dir, settings.trace_dir):
             if directory is not None:
@@ -30,8 +33,8 @@ class Reporter:
         snapshot = self._telemetry.snapshot()
         logger.info("sglang-npu-pp, time of this rank:\n%s", render_table([snapshot]))
         if self._settings.trace_dir is not None:
-            name = f"stage{snapshot.stage}-rank{snapshot.rank}.trace"
-            self._trace.write(self._settings.trace_dir / name)
+            trace = RankTrace.of(self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns)
+            trace.write(self._settings.trace_dir)
         if self._settings.telemetry_dir is not None:
             snapshot.write(self._settings.telemetry_dir)
 

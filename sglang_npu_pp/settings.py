@@ -150,10 +150,10 @@ class Settings:
         "1: an idle server waits for requests instead of spinning; 0: as upstream",
     )
     trace_dir: Path | None = _setting(
-        "_TRACE_DIR",
+        "_TRACE",
         "",
         _optional_path,
-        "record the order of posts, waits and launches, written here at exit and on SIGUSR2",
+        "write each rank's timeline (posts, waits, launches) into this directory at exit and on SIGUSR2",
     )
     telemetry_dir: Path | None = _setting(
         "_TELEMETRY_DIR",

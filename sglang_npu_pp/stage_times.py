@@ -74,7 +74,7 @@ class StageTimer:
         return StageTimes(median(forwards), median(hosts), hop_s, self._streams.asynchronous)
 
     def _mark(self) -> Any:
-        return self._streams.record(timed=True) if self._streams.asynchronous else time.monotonic()
+        return self._streams.record_time() if self._streams.asynchronous else time.monotonic()
 
     def _seconds(self, launch: _Launch) -> float | None:
         """None while the device has not come to the end."""

@@ -51,12 +51,18 @@ class DeviceStreams:
         """Make `stream` current inside the block."""
         return self._module.stream(stream) if self.asynchronous else nullcontext()
 
-    def record(self, *, timed: bool = False) -> Event:
-        """A fresh event at the tail of the current stream; a `timed` one has `elapsed_time`. Never reused:
-        one event for two steps races (vllm #39115)."""
+    def record(self) -> Event:
+        """A fresh event at the tail of the current stream. Never reused: one event for two steps
+        races (vllm #39115)."""
         if not self.asynchronous:
             return PassedEvent()
-        event = self._module.Event(enable_timing=timed)
+        return self._record(self._module.Event())
+
+    def record_time(self) -> Any:
+        """As `record`, with an event that knows when it passed: `earlier.elapsed_time(later)` is in ms."""
+        return self._record(self._module.Event(enable_timing=True))
+
+    def _record(self, event: Any) -> Any:
         event.record(self._module.current_stream())
         return event
 

@@ -92,7 +92,7 @@ class Snapshot:
 
 def read_snapshots(directory: Path) -> list[Snapshot]:
     """What the ranks wrote into `directory`, by stage and rank."""
-    found = [Snapshot(**json.loads(path.read_text())) for path in directory.glob("stage*-rank*.json")]
+    found = [Snapshot(**json.loads(path.read_text())) for path in directory.glob("stage*-rank*[0-9].json")]
     return sorted(found, key=lambda snapshot: (snapshot.stage, snapshot.rank))
 
 

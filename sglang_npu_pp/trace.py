@@ -2,6 +2,19 @@
 
 Off by default: `Trace.record` then costs one attribute test. What is recorded is order and time, never
 payload. Asynchrony is a claim about order, so order is what the tests assert.
+
+What a rank recorded becomes one file that Perfetto and chrome://tracing load (see `chrome_trace.py`). The
+events stand in it as they were recorded, too; that is what `read_trace` reads.
+
+| event | when |
+|---|---|
+| iteration | the scheduler begins an iteration, before it receives requests |
+| post, wait, ready | a receive is posted; the program waits for it; it has the message, tensors included |
+| arrive | a message has come in, whatever the program does |
+| push, full | a message has left on the host lane; its window or its slots are full, and the sender waits |
+| post_send, post_receive | tensors have been handed to the device lane; their receive has been posted |
+| launch, launched | a forward is about to be launched, and has been; on CPU it has then been computed |
+| run, ran | a device began and ended the forward; recorded later, with the time at which it was |
 """
 
 from __future__ import annotations
@@ -9,15 +22,20 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from .chrome_trace import chrome_events
+
+SUFFIX = ".trace.json"
 
 
 class Event(NamedTuple):
     """One thing that a rank did."""
 
     time_ns: int  # time.monotonic_ns of this node
-    name: str  # "push", "arrive", "post_receive", "wait", "ready", "launch", "launched", ...
+    name: str  # see the table above
     kind: str  # message kind, or "" where there is none
     slot: int  # microbatch slot, -1 where there is none
     iteration: int  # scheduler iteration, -1 where there is none
@@ -28,23 +46,73 @@ class Trace:
 
     def __init__(self, enabled: bool = False, capacity: int = 1 << 18) -> None:
         self.enabled = enabled
-        self._events: deque[Event] = deque(maxlen=capacity)
+        # Plain tuples of numbers and strings, which the garbage collector does not have to visit.
+        self._events: deque[tuple[int, str, str, int, int]] = deque(maxlen=capacity)
 
     def record(self, name: str, kind: str = "", slot: int = -1, iteration: int = -1) -> None:
         if self.enabled:
-            self._events.append(Event(time.monotonic_ns(), name, kind, slot, iteration))
+            self._events.append((time.monotonic_ns(), name, kind, slot, iteration))
+
+    def record_at(self, time_ns: int, name: str, slot: int, iteration: int) -> None:
+        """Record something of which the time is only known later."""
+        if self.enabled:
+            self._events.append((time_ns, name, "", slot, iteration))
 
     def events(self) -> list[Event]:
-        return list(self._events)
+        return [Event(*event) for event in list(self._events)]
 
-    def write(self, path: Path) -> None:
-        """One JSON array a line; written beside and renamed, so a reader never sees half a file."""
+
+@dataclass(frozen=True)
+class RankTrace:
+    """What one rank recorded until it was written."""
+
+    stage: int
+    rank: int
+    offset_ns: int  # leads from the times of this node to those of stage 0's
+    written_ns: int  # time.monotonic_ns of this node
+    events: list[Event]
+
+    @classmethod
+    def of(cls, trace: Trace, stage: int, rank: int, offset_ns: int) -> RankTrace:
+        return cls(stage, rank, offset_ns, time.monotonic_ns(), trace.events())
+
+    def on_stage_0(self) -> list[Event]:
+        """The events, with the times of stage 0's clock."""
+        return [event._replace(time_ns=event.time_ns + self.offset_ns) for event in self.events]
+
+    def write(self, directory: Path) -> Path:
+        """Write `stage<S>-rank<R>.trace.json` and return its path.
+
+        It is written beside and renamed, so a reader never sees half a file.
+        """
+        path = directory / f"stage{self.stage}-rank{self.rank}{SUFFIX}"
         partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(event) + "\n" for event in self.events())
+        content = {
+            "traceEvents": chrome_events(self),
+            "recorded": {  # behind the events: Perfetto reads no further than a key that it does not know
+                "stage": self.stage,
+                "rank": self.rank,
+                "offset_ns": self.offset_ns,
+                "written_ns": self.written_ns,
+                "events": self.events,
+            },
+        }
+        partial.write_text(json.dumps(content, separators=(",", ":")))
         partial.replace(path)
+        return path
 
 
-def read_trace(path: Path) -> list[Event]:
-    """The events that `Trace.write` wrote."""
-    return [Event(*json.loads(line)) for line in path.read_text().splitlines()]
+def read_trace(path: Path) -> RankTrace:
+    """What `RankTrace.write` wrote. Raises ValueError, naming the file, when it is something else."""
+    try:
+        recorded = json.loads(path.read_text())["recorded"]
+        events = [Event(*event) for event in recorded.pop("events")]
+        return RankTrace(events=events, **recorded)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a trace that sglang-npu-pp wrote.") from None
+
+
+def read_traces(directory: Path, rank: int = 0) -> list[RankTrace]:
+    """The traces of one rank of every stage, by stage."""
+    found = [read_trace(path) for path in directory.glob(f"stage*-rank{rank}{SUFFIX}")]
+    return sorted(found, key=lambda trace: trace.stage)

@@ -67,7 +67,7 @@ def reported(folder: Path) -> tuple[int, int]:
     """Messages in the counters and events in the trace that were written."""
     (snapshot,) = read_snapshots(folder)
     assert (snapshot.stage, snapshot.rank) == (1, 3)
-    return snapshot.sent["proxy"]["messages"], len(read_trace(folder / "stage1-rank3.trace"))
+    return snapshot.sent["proxy"]["messages"], len(read_trace(folder / "stage1-rank3.trace.json").events)
 
 
 def test_it_reports_when_asked_and_goes_on_and_at_exit(tmp_path: Path) -> None:

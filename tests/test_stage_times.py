@@ -113,8 +113,7 @@ class FakeDevice:
     def __init__(self) -> None:
         self.recorded = self.passed = 0
 
-    def record(self, *, timed: bool) -> FakeEvent:
-        assert timed
+    def record_time(self) -> FakeEvent:
         return FakeEvent(self)
 
 

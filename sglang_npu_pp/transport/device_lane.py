@@ -162,6 +162,11 @@ class DeviceLane:
             self._streams.wait_for(packed)
             slot.work = dist.isend(buffer, group=self._following, group_dst=1)
 
+    def can_send(self) -> bool:
+        """Whether the next `send` finds its slot free."""
+        work = self._send_slots[0].work
+        return work is None or work.is_completed()
+
     def can_receive(self) -> bool:
         return bool(self.free_receive_slots)
 

@@ -103,6 +103,7 @@ class Outbox:
             self._read_credit()
             if not window.has_room(message.nbytes):
                 began = time.monotonic()
+                self._trace.record("full", message.kind.label, message.slot, message.iteration)
                 self._wait_for_room(message, window)
                 counters.backpressure += 1
                 counters.backpressure_s += time.monotonic() - began

@@ -60,11 +60,16 @@ class Pending:
         slot and good until `StageLink.release`; with `owned` they are copies and good for ever.
         Raises PeerLostError, WaitLimitError, MessageError, SequenceError.
         """
-        return self._link.finish(self._link.take(self), gather, owned=owned)
+        message = self._link.take(self)
+        tensors = self._link.finish(message, gather, owned=owned)
+        self._link.record("ready", message)
+        return tensors
 
     def wait_values(self) -> Any:
         """The Python object of a message that is not a tensor dict."""
-        return self._link.take(self).values
+        message = self._link.take(self)
+        self._link.record("ready", message)
+        return message.values
 
 
 class StageLink:
@@ -124,9 +129,11 @@ class StageLink:
             outboxes[peer].send(message)
         if on_device:
             assert self.device_lane is not None
+            if self.trace.enabled and not self.device_lane.can_send():
+                self.record("full", message)
             counters = self.telemetry.sending(kind.label)
             self.device_lane.send(on_device, message.device_specs, message.device_nbytes, counters)
-            self.trace.record("post_send", kind.label, slot, iteration)
+            self.record("post_send", message)
 
     def _compose(
         self,
@@ -213,7 +220,6 @@ class StageLink:
                 message.iteration,
                 f"is {message.batch or 'not described'} on stage {message.source}, but {pending.batch} here",
             )
-        self.trace.record("ready", label, message.slot, message.iteration)
         return message
 
     def refuse_leftovers(self, kind: Kind, source: int, iteration: int) -> None:
@@ -301,7 +307,10 @@ class StageLink:
             message = self._announced.popleft()
             key = (message.kind, message.number)
             self._posted[key] = lane.post_receive(message.device_nbytes)
-            self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
+            self.record("post_receive", message)
+
+    def record(self, name: str, message: Message) -> None:
+        self.trace.record(name, message.kind.label, message.slot, message.iteration)
 
     def close(self) -> None:
         self.host_lane.close()

@@ -13,7 +13,7 @@ import pytest
 
 from scripts.lib.releases import IN_VENV, RELEASES, Release
 from scripts.lib.server import Server
-from sglang_npu_pp.trace import Event, read_trace
+from sglang_npu_pp.trace import Event, read_traces
 
 ROOT = Path(__file__).parents[2]
 RANDOM_MODEL = ROOT / "tests/assets/random_vl"  # random weights: the sensitive twin
@@ -60,7 +60,7 @@ class Launcher:
         environment = {
             "SGLANG_NPU_PP": "require" if patched else "0",
             "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder),
-            "SGLANG_NPU_PP_TRACE_DIR": str(folder),
+            "SGLANG_NPU_PP_TRACE": str(folder),
             "PP_PROBE_DIR": str(folder),
             "PYTHONPATH": os.pathsep.join(reversed(paths)),
             **release.environment(tp),
@@ -103,7 +103,7 @@ def patched(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
 def traces(server: Server) -> dict[int, list[Event]]:
     """What every stage (rank 0) recorded so far."""
     server.dump_telemetry()
-    return {stage: read_trace(server.log.parent / f"stage{stage}-rank0.trace") for stage in range(server.pp)}
+    return {trace.stage: trace.events for trace in read_traces(server.log.parent)}
 
 
 def point_to_point_counts(server: Server) -> dict[int, int]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from sglang_npu_pp.trace import Event
 
-# Recorded whenever a message happens to come in, so they may stand between any two others.
-_INCIDENTAL = ("arrive", "post_receive")
+# Recorded when a message happens to come in, a window to be full, or a device to have finished: these may
+# stand between any two others.
+_INCIDENTAL = ("arrive", "post_receive", "full", "run", "ran")
 
 
 def program_order(events: Sequence[Event]) -> list[Event]:
@@ -74,6 +75,21 @@ def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -
             if (following.name, following.kind, following.iteration) != expected:
                 complaints.append(f"behind {event} came {following}")
     return complaints
+
+
+def forwards_ran_one_after_another(events: Sequence[Event]) -> list[str]:
+    """On a device: every forward that was launched was timed, but for the last few, in the order of their
+    launches and none before its own."""
+    launched = {event.iteration: event.time_ns for event in events if event.name == "launch"}
+    runs = [event for event in events if event.name in ("run", "ran")]
+    ran = [event.iteration for event in runs if event.name == "ran"]
+    complaints = []
+    if ran != list(launched)[: len(ran)] or len(ran) < len(launched) - 4:
+        complaints.append(f"{len(launched)} forwards were launched, but {len(ran)} ran: {ran[:3]} ...")
+    for event, following in itertools.pairwise(runs):
+        if event.time_ns > following.time_ns:
+            complaints.append(f"{following} is before {event}")
+    return complaints + [f"{e} is before its launch" for e in runs if e.time_ns < launched[e.iteration]]
 
 
 def outputs_come_from_the_last_stage(traces: Mapping[int, Sequence[Event]]) -> list[str]:

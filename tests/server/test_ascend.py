@@ -226,6 +226,7 @@ def test_order_of_the_patched_servers(on_npu: Observed, layout: Layout) -> None:
         return
     for stage, trace in on_npu.traces.items():
         assert len(order.launches(trace)) > 100
+        assert not order.forwards_ran_one_after_another(trace)
         assert not order.tokens_are_waited_for_behind_the_launch(trace)
         if stage < layout.pp - 1:
             assert not order.proxies_leave_right_behind_the_launch(trace)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts.lib.server import Server
+from sglang_npu_pp.__main__ import main
 from sglang_npu_pp.telemetry import read_snapshots, render_table
+from sglang_npu_pp.timeline import EXPOSED, analyse
+from sglang_npu_pp.trace import read_traces
+from sglang_npu_pp.transport.clock import ROUNDS
 
 from . import battery
 from .conftest import traces
@@ -111,6 +116,28 @@ def test_counters_of_both_ends_agree(patched: Server) -> None:
     assert first.sent["proxy"]["bytes"] > 100_000
     assert first.phases_s["forward"] > 0
     assert "wait proxy" in render_table([first, second])
+
+
+def test_the_timeline_of_a_server_says_where_its_time_went(
+    patched: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patched.dump_telemetry()
+    folder = patched.log.parent
+    assert main(["timeline", str(folder), "--output", str(tmp_path / "picture.svg")]) == 0
+    assert "exposed communication" in capsys.readouterr().out
+    assert "stage 1" in (tmp_path / "picture.svg").read_text()
+    first, second = analyse(read_traces(folder)).stages
+    assert abs(first.launches - second.launches) <= 2  # the dump of the two ranks is not one moment
+    assert {span.kind for span in first.spans if span.state == EXPOSED} <= {"output"}
+    assert {span.kind for span in second.spans if span.state == EXPOSED} <= {"requests", "proxy"}
+
+
+def test_stages_measure_how_far_they_are_from_each_other(patched: Server) -> None:
+    """Every rank pings the same rank of every other stage at its start; the last message is the result."""
+    patched.dump_telemetry()
+    first, second = read_snapshots(patched.log.parent)
+    assert first.received["clock"]["messages"] == second.sent["clock"]["messages"] == ROUNDS
+    assert second.received["clock"]["messages"] == first.sent["clock"]["messages"] == ROUNDS + 1
 
 
 def test_each_process_says_once_what_was_activated(patched: Server) -> None:

@@ -207,7 +207,7 @@ def test_a_blocked_sender_is_counted_and_goes_on_when_the_receiver_takes(team: T
     assert sending.note() == "blocked"
     assert b.call(receive, 0, Kind.PROXY, range(1)) == [0]
     assert sending.result() == 5
-    assert [event.name for event in a.call(trace_of)] == ["push"] * 4 + ["blocked", "push"]
+    assert [event.name for event in a.call(trace_of)] == ["push"] * 4 + ["full", "blocked", "push"]
     counters = a.call(telemetry_of).sent["proxy"]
     assert (counters.messages, counters.backpressure) == (5, 1)
     assert counters.backpressure_s > 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sglang_npu_pp.errors import SequenceError, WaitLimitError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
-from sglang_npu_pp.transport.message import Kind
+from sglang_npu_pp.transport.message import Kind, Message
 from tests.field_cases import field_case
 
 from .harness import Here, Rank, Team, await_message, push_dict, results, take_dict, telemetry_of, trace_of
@@ -184,6 +184,39 @@ def test_the_next_receive_is_posted_while_the_tensors_of_the_last_are_in_use(tea
     holding.result()
     steps = names(b, "proxy")
     assert steps.index(("ready", 0)) < steps.index(("post_receive", 1)) < steps.index(("forward ends", 0))
+
+
+def push_more_than_there_are_slots(here: Here, count: int) -> None:
+    """Sends the note "full" before it waits for a slot."""
+    original = here.link.record
+
+    def noted(name: str, message: Message) -> None:
+        original(name, message)
+        if name == "full":
+            here.note("full")
+
+    setattr(here.link, "record", noted)  # noqa: B010
+    for iteration in range(count):
+        tensors = {"t": torch.full((1 << 20,), float(iteration))}
+        here.link.push_tensors(Kind.PROXY, 1, tensors, slot=iteration, iteration=iteration)
+
+
+def take_large(here: Here, count: int) -> None:
+    for number in range(count):
+        found = here.link.post(Kind.PROXY, 0).wait()
+        assert_same(found, {"t": torch.full((1 << 20,), float(number))})
+        here.link.release(PassedEvent())
+
+
+def test_a_sender_that_waits_for_a_slot_of_the_device_lane_is_recorded(team: Team) -> None:
+    a, b = team.open_links(2, slots=2)
+    sending = a.start(push_more_than_there_are_slots, 3)  # gloo sends nothing before the receive is posted
+    assert sending.note() == "full"
+    taking = b.start(take_large, 3)
+    sending.result()
+    taking.result()
+    free, held = [("push", 0), ("post_send", 0)], [("push", 2), ("full", 2), ("post_send", 2)]
+    assert names(a, "proxy") == [*free, ("push", 1), ("post_send", 1), *held]
 
 
 def wait_for_requests(here: Here) -> list[tuple[str, str]]:

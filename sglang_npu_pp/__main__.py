@@ -1,0 +1,26 @@
+"""Command line: python -m sglang_npu_pp COMMAND."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import timeline_command
+
+COMMANDS = (timeline_command.add,)
+"""Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sglang_npu_pp", description="Tools of sglang-npu-pp.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    options = parser.parse_args(arguments)
+    exit_code: int = options.run(options)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

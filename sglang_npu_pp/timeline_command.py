@@ -1,0 +1,98 @@
+"""`python -m sglang_npu_pp timeline DIR`: the pipeline as a picture, and where its time went as a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .timeline import COMPUTE, IDLE, Timeline, analyse, table
+from .trace import read_traces
+
+FORWARDS_IN_A_PICTURE = 24  # of a stage, when nothing says which to draw
+_NO_MATPLOTLIB = "The picture needs matplotlib; install it with: pip install 'sglang-npu-pp[tools]'"
+
+
+def add(commands: Any) -> None:
+    """Add the command to an argparse parser's commands."""
+    parser = commands.add_parser(
+        "timeline",
+        help="draw the pipeline from its traces; print bubble ratio and exposed communication",
+        description="Reads what SGLANG_NPU_PP_TRACE=DIR made the ranks write. Prints the shares of compute, "
+        "bubble and exposed communication of every stage, and draws them. sglang_npu_pp/timeline.py says "
+        "what these words mean exactly.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where the traces are")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG or SVG (DIR/timeline.png)")
+    parser.add_argument("--rank", type=int, default=0, help="tensor-parallel rank to look at (0)")
+    parser.add_argument("--iterations", type=_range, metavar="A:B", help="only these scheduler iterations")
+    parser.add_argument(
+        "--from", type=float, metavar="MS", dest="begin", help="begin here, ms from the first launch"
+    )
+    parser.add_argument(
+        "--to", type=float, metavar="MS", dest="end", help="end here, ms from the first launch"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table and draw the picture. Exit code 1, with one sentence, where that cannot be done."""
+    output = options.output or options.directory / "timeline.png"
+    try:
+        if output.suffix not in (".png", ".svg"):
+            raise ValueError(f"--output {output} must end in .png or .svg.")
+        whole = analyse(read_traces(options.directory, options.rank))
+        part = _chosen(options, whole)
+        print(f"{_describe(part)}\n\n{table(part)}")
+        _draw(whole.middle(FORWARDS_IN_A_PICTURE) if part is whole else part, whole, output)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except ImportError:
+        print(_NO_MATPLOTLIB, file=sys.stderr)
+        return 1
+    print(f"\nPicture: {output}")
+    return 0
+
+
+def _range(text: str) -> tuple[int, int]:
+    """First and last of A:B; either may be missing."""
+    try:
+        first, last = text.split(":")
+        return int(first or 0), int(last or 1 << 62)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, the first and the last of them") from None
+
+
+def _chosen(options: argparse.Namespace, whole: Timeline) -> Timeline:
+    """The part that the options name, or `whole`. Raises ValueError where it is none."""
+    if options.iterations is not None:
+        return whole.iterations(*options.iterations)
+    if options.begin is None and options.end is None:
+        return whole
+    begin_ns = whole.begin_ns + round(1e6 * (options.begin or 0))
+    end_ns = whole.end_ns if options.end is None else whole.begin_ns + round(1e6 * options.end)
+    if not whole.begin_ns <= begin_ns < min(end_ns, whole.end_ns):
+        length_ms = (whole.end_ns - whole.begin_ns) / 1e6
+        raise ValueError(
+            f"--from and --to must be times in this order, of the {length_ms:.0f} ms that there are."
+        )
+    return whole.cut(begin_ns, end_ns)
+
+
+def _describe(timeline: Timeline) -> str:
+    length = (timeline.end_ns - timeline.begin_ns) / 1e9
+    return (
+        f"{length:.3f} s, {timeline.stages[0].seconds(IDLE):.3f} s of them idle: shares are of the rest, "
+        "milliseconds per microbatch."
+    )
+
+
+def _draw(part: Timeline, whole: Timeline, output: Path) -> None:
+    from .timeline_figure import draw
+
+    numbers = [span.iteration for stage in part.stages for span in stage.spans if span.state == COMPUTE]
+    which = f"iterations {min(numbers)} to {max(numbers)}" if numbers else "no iteration"
+    begin_ms = (part.begin_ns - whole.begin_ns) / 1e6
+    draw(part, output, f"{which}, from {begin_ms:.1f} ms behind the first launch")
