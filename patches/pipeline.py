@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_npu_pp.forward_timer import ForwardTimer
+from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transport.message import Kind
@@ -55,6 +56,7 @@ class AsyncPipeline:
         self.slots = slots
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
+        self.adviser: DepthAdviser | None = None  # until it has measured enough
         self.sent_requests: list[Any] | None = None
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 

@@ -8,6 +8,9 @@ behind it. The outputs of the last stage leave at the same place.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_npu_pp.patching import Patch
@@ -16,6 +19,8 @@ from sglang_npu_pp.transport.stage_link import Pending
 
 from .microbatch import describe
 from .pipeline import AsyncPipeline, Launch, current
+
+logger = logging.getLogger("sglang_npu_pp")
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 
@@ -43,7 +48,11 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     proxies = _wait_for_proxies(scheduler, pp_proxy_tensors, batch)
     trace = pipeline.link.trace
     trace.record("launch", "", mb_id, pipeline.iteration)
-    with pipeline.link.telemetry.phase("forward"), pipeline.timing(scheduler.forward_stream_ctx, mb_id):
+    with (
+        pipeline.link.telemetry.phase("forward"),
+        pipeline.timing(scheduler.forward_stream_ctx, mb_id),
+        _measured(scheduler, pipeline, cur_batch, counted=not skipped),
+    ):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
     trace.record("launched", "", mb_id, pipeline.iteration)
     outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
@@ -58,6 +67,30 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
             proxies_out = result.pp_hidden_states_proxy_tensors.tensors
             pipeline.send_proxies(proxies_out, batch, _gather_group(scheduler))
     return result, launched
+
+
+@contextmanager
+def _measured(scheduler: Any, pipeline: AsyncPipeline, batch: Any, counted: bool) -> Iterator[None]:
+    """The first busy launches are timed; then stage 0 says which depth would hide the link, and that is all.
+
+    `counted` is False for a batch whose outputs nobody waits for: the link does not hold it up.
+    """
+    adviser = pipeline.adviser
+    if adviser is None:
+        yield
+        return
+    mode = batch.forward_mode
+    kind = "decode" if mode.is_decode() else "prefill" if mode.is_extend() else mode.name
+    with scheduler.forward_stream_ctx:
+        adviser.begin(kind if counted else "skipped", pipeline.iteration)
+    yield
+    with scheduler.forward_stream_ctx:
+        adviser.end()
+    if adviser.finished:
+        pipeline.adviser = None
+        if pipeline.link.stage == 0:
+            limit = scheduler.server_args.pp_max_micro_batch_size
+            logger.info("sglang-npu-pp: %s", adviser.advice(scheduler.max_running_requests, limit))
 
 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:

@@ -20,10 +20,12 @@ import torch.distributed as dist
 import sglang_npu_pp
 from sglang_npu_pp.agreement import agree
 from sglang_npu_pp.errors import ContractError
+from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
 from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.settings import Settings, load_settings
+from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.token_return import PORT, TokenReturn
@@ -140,7 +142,8 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     telemetry = Telemetry(stage, rank)
     trace = Trace(enabled=settings.trace_dir is not None)
     streams = DeviceStreams(group.device)
-    slots = stages + scheduler.server_args.pp_async_batch_depth
+    depth = scheduler.server_args.pp_async_batch_depth
+    slots = stages + depth
     # As many microbatches can be in flight as there are slots. A smaller window could be full of outputs
     # at one end of the pipeline and of requests at the other, each waiting for the other to be taken.
     settings = replace(settings, window=max(settings.window, slots + 2))
@@ -167,7 +170,24 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     host_lane.seal()
     attach_link(group, link)
     Reporter(settings, telemetry, trace, clock).install()
-    return AsyncPipeline(link, token_return, streams, slots)
+    if scheduler.server_args.enable_metrics:
+        limits = {
+            SLOTS: slots,
+            WINDOW_MESSAGES: settings.window,
+            WINDOW_BYTES: settings.window_bytes,
+            DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
+        }
+        Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
+    pipeline = AsyncPipeline(link, token_return, streams, slots)
+    if rank == 0:
+        pipeline.adviser = DepthAdviser(link, streams, depth)
+    return pipeline
+
+
+def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
+    """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
+    dp_rank = getattr(scheduler, "ps", parallel).dp_rank  # up to 0.5.20 the scheduler keeps it
+    return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
 
 
 def _open_device_lane(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_npu_pp.metrics import COUNTERS, LIMITS, PREFIX
 from sglang_npu_pp.patches import PATCHES, load_contracts
 from sglang_npu_pp.settings import Settings
 
@@ -28,6 +29,15 @@ def test_every_setting_is_in_the_table_with_its_default_and_meaning(setting: obj
 def test_the_table_has_no_setting_that_does_not_exist() -> None:
     named = set(re.findall(r"`(SGLANG_NPU_PP\w*)`", README))
     assert named <= {setting.metadata["variable"] for setting in fields(Settings)}
+
+
+def test_the_table_of_metrics_is_what_is_exported() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
+    listed = [row for row in rows if row[0].startswith(f"`{PREFIX}")]
+    assert listed == [
+        [f"`{metric.name}`", ", ".join(f"`{label}`" for label in metric.labels), metric.meaning]
+        for metric in (*COUNTERS, *LIMITS)
+    ]
 
 
 def test_every_make_target_that_is_named_exists() -> None:

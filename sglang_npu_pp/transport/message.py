@@ -46,6 +46,7 @@ class Kind(enum.IntEnum):
     TENSORS = 6  # a tensor dict sent by hand through GroupCoordinator
     OBJECT = 7  # a Python object sent by hand through GroupCoordinator
     CLOCK = 8  # ping-pong at start: round trip times and clock offsets
+    STAGE_TIMES = 9  # what a stage measured of its first busy batches, told to stage 0
 
     @property
     def label(self) -> str:

@@ -1,0 +1,153 @@
+"""How long a stage works on an iteration: measured on the first busy batches, told to stage 0, said once.
+
+Only launches in a row of one kind (prefill, decode) count, one more than there are slots: then every slot
+was taken, which is when the depth matters, and the launch before tells how long the host worked in between.
+What is measured is the forward: wall time on CPU, two events on a device, which are asked and never waited
+for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from statistics import median
+from typing import Any, NamedTuple
+
+from .depth import StageTimes, advise
+from .streams import DeviceStreams
+from .telemetry import Telemetry
+from .transport.message import Kind
+from .transport.stage_link import StageLink
+
+KINDS = ("prefill", "decode")
+WARM_UP = 4  # busy launches of a kind that are not counted: first use of memory, kernels, caches
+SAMPLES = 16
+PATIENCE = 1000  # busy launches after which a kind that did not come is not waited for
+
+
+class _Launch(NamedTuple):
+    kind: str
+    began: Any
+    ended: Any
+    host_s: float
+
+
+class StageTimer:
+    """Times the launches of one rank. Costs a few microseconds for each; drop it when it has been read."""
+
+    def __init__(self, streams: DeviceStreams, telemetry: Telemetry, slots: int) -> None:
+        self._streams, self._telemetry, self._slots = streams, telemetry, slots
+        self._samples: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+        self._unfinished: deque[_Launch] = deque()
+        self._kind, self._iteration, self._in_a_row = "", -1, 0
+        self._began: Any = None
+        self._host_s = self._ended_s = self._waited_s = 0.0
+        self.busy_launches = 0
+
+    def begin(self, kind: str, iteration: int) -> None:
+        """Just before a launch, behind all waits. `kind`: one of `KINDS`, or another word for a batch that
+        does not count."""
+        follows = iteration == self._iteration + 1 and kind == self._kind
+        self._in_a_row = self._in_a_row + 1 if follows else 1
+        self._kind, self._iteration = kind, iteration
+        waited_s = self._waits_so_far() - self._waited_s
+        self._host_s = max(0.0, time.monotonic() - self._ended_s - waited_s)
+        self._began = self._mark()
+
+    def end(self) -> None:
+        """Just behind the launch."""
+        ended = self._mark()
+        self._ended_s, self._waited_s = time.monotonic(), self._waits_so_far()
+        if self._kind in KINDS and self._in_a_row > self._slots:
+            self.busy_launches += 1
+            self._unfinished.append(_Launch(self._kind, self._began, ended, self._host_s))
+        while self._unfinished and (seconds := self._seconds(self._unfinished[0])) is not None:
+            launch = self._unfinished.popleft()
+            self._samples[launch.kind].append((seconds, launch.host_s))
+
+    def read(self, kind: str, hop_s: float) -> StageTimes | None:
+        """Medians of the first `SAMPLES` behind the warm-up; None while there are fewer."""
+        samples = self._samples[kind][WARM_UP : WARM_UP + SAMPLES]
+        if len(samples) < SAMPLES:
+            return None
+        forwards, hosts = zip(*samples, strict=True)
+        return StageTimes(median(forwards), median(hosts), hop_s, self._streams.asynchronous)
+
+    def _mark(self) -> Any:
+        return self._streams.record_time() if self._streams.asynchronous else time.monotonic()
+
+    def _seconds(self, launch: _Launch) -> float | None:
+        """None while the device has not come to the end."""
+        if not self._streams.asynchronous:
+            return float(launch.ended - launch.began)
+        return launch.began.elapsed_time(launch.ended) / 1e3 if launch.ended.query() else None
+
+    def _waits_so_far(self) -> float:
+        return sum(counters.wait_s for counters in self._telemetry.received.values())
+
+
+class DepthAdviser:
+    """One rank of each stage measures; that of stage 0 hears the others and then knows what to say."""
+
+    def __init__(self, link: StageLink, streams: DeviceStreams, depth: int) -> None:
+        self._link, self._depth = link, depth
+        self._timer = StageTimer(streams, link.telemetry, link.stages + depth)
+        following = (link.stage + 1) % link.stages
+        self._hop_s = link.clock.round_trip_s[following] / 2
+        self._known: dict[str, dict[int, StageTimes]] = {kind: {} for kind in KINDS}
+        self._proxy_bytes = 0
+        self._bytes_before = 0
+
+    def begin(self, kind: str, iteration: int) -> None:
+        """See `StageTimer.begin`."""
+        self._timer.begin(kind, iteration)
+
+    def end(self) -> None:
+        """See `StageTimer.end`; passes on what is new."""
+        self._timer.end()
+        for kind in KINDS:
+            if self._link.stage not in self._known[kind]:
+                times = self._timer.read(kind, self._hop_s)
+                if times is not None:
+                    self._known[kind][self._link.stage] = times
+                    if self._link.stage > 0:
+                        self._link.push(Kind.STAGE_TIMES, 0, (kind, vars(times)))
+        if self._link.stage == 0:
+            self._note_proxy()
+            self._hear()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no more to measure: `advice` can be read (stage 0), or everything was told."""
+        known = [kind for kind in KINDS if self._is_known(kind)]
+        return len(known) == len(KINDS) or (bool(known) and self._timer.busy_launches >= PATIENCE)
+
+    def advice(self, max_requests: int, limit: int | None) -> str:
+        """See `advise`; on stage 0, once it has `finished`."""
+        measured = {
+            kind: [times for _, times in sorted(self._known[kind].items())]
+            for kind in KINDS
+            if self._is_known(kind)
+        }
+        return advise(
+            measured,
+            depth=self._depth,
+            max_requests=max_requests,
+            limit=limit,
+            proxy_bytes=self._proxy_bytes,
+        )
+
+    def _is_known(self, kind: str) -> bool:
+        stages = self._link.stages if self._link.stage == 0 else 1
+        return len(self._known[kind]) == stages
+
+    def _hear(self) -> None:
+        for source in range(1, self._link.stages):
+            while self._link.host_lane.inbox.oldest(source, Kind.STAGE_TIMES) is not None:
+                kind, times = self._link.post(Kind.STAGE_TIMES, source).wait_values()
+                self._known[kind][source] = StageTimes(**times)
+
+    def _note_proxy(self) -> None:
+        sent = self._link.telemetry.sending(Kind.PROXY.label).bytes
+        self._proxy_bytes = max(self._proxy_bytes, sent - self._bytes_before)
+        self._bytes_before = sent

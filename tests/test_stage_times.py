@@ -1,0 +1,204 @@
+"""Which launches are measured, that a device is never waited for, and that stage 0 hears the others."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_npu_pp import stage_times
+from sglang_npu_pp.stage_times import PATIENCE, SAMPLES, WARM_UP, DepthAdviser, StageTimer
+from sglang_npu_pp.streams import DeviceStreams
+from sglang_npu_pp.telemetry import Telemetry
+from sglang_npu_pp.transport.clock import LinkClock
+from sglang_npu_pp.transport.message import Kind
+
+SLOTS = 2
+ENOUGH = SLOTS + WARM_UP + SAMPLES  # launches in a row
+
+
+class Clock:
+    """Stands in for `time` in the module."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr(stage_times, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+    def work(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+class Loop:
+    """Launches that take 10 ms, 3 ms of host work between them, and 4 ms of waiting for outputs."""
+
+    def __init__(self, clock: Clock, timed: StageTimer | DepthAdviser, telemetry: Telemetry) -> None:
+        self._clock, self._timed, self._telemetry = clock, timed, telemetry
+        self.iteration = 0
+
+    def launch(self, kind: str, forward_s: float = 0.010) -> None:
+        self._clock.work(0.003)
+        self._timed.begin(kind, self.iteration)
+        self._clock.work(forward_s)
+        self._timed.end()
+        self._clock.work(0.004)
+        self._telemetry.receiving("output").wait_s += 0.004
+        self.iteration += 1
+
+    def leave_out(self) -> None:
+        """A slot without a batch."""
+        self.iteration += 1
+
+
+def test_medians_of_busy_launches_behind_the_warm_up(clock: Clock) -> None:
+    telemetry = Telemetry(0, 0)
+    timer = StageTimer(DeviceStreams("cpu"), telemetry, SLOTS)
+    loop = Loop(clock, timer, telemetry)
+    for _ in range(SLOTS + WARM_UP):
+        loop.launch("decode", forward_s=0.5)
+    for number in range(SAMPLES):
+        assert timer.read("decode", 0.001) is None
+        loop.launch("decode", forward_s=0.9 if number == 3 else 0.010)
+    for _ in range(SAMPLES):
+        loop.launch("decode", forward_s=7.0)  # too late to count
+    times = timer.read("decode", 0.001)
+    assert times is not None
+    assert (times.forward_s, times.host_s, times.hop_s) == pytest.approx((0.010, 0.003, 0.001))
+    assert not times.asynchronous
+    assert timer.read("prefill", 0.001) is None
+
+
+def test_launches_count_only_while_every_slot_is_taken_by_the_same_kind(clock: Clock) -> None:
+    telemetry = Telemetry(0, 0)
+    timer = StageTimer(DeviceStreams("cpu"), telemetry, SLOTS)
+    loop = Loop(clock, timer, telemetry)
+    for _ in range(10 * SAMPLES):
+        loop.launch("decode")
+        loop.leave_out()  # one request: one slot is empty
+    for _ in range(10 * SAMPLES):
+        loop.launch("prefill")
+        loop.launch("decode")
+    for _ in range(10 * SAMPLES):
+        loop.launch("idle")
+    assert timer.busy_launches == 0
+    for _ in range(ENOUGH):
+        loop.launch("prefill")
+    assert timer.read("prefill", 0.0) is not None
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self._device, self._number = device, device.recorded
+        device.recorded += 1
+
+    def query(self) -> bool:
+        return self._number < self._device.passed
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.query(), "this would block the host"
+        return 20.0 * (end._number - self._number)
+
+
+class FakeDevice:
+    """Streams of a device that has passed the first `passed` events."""
+
+    asynchronous = True
+
+    def __init__(self) -> None:
+        self.recorded = self.passed = 0
+
+    def record_time(self) -> FakeEvent:
+        return FakeEvent(self)
+
+
+def test_a_device_is_asked_and_never_waited_for(clock: Clock) -> None:
+    device, telemetry = FakeDevice(), Telemetry(0, 0)
+    timer = StageTimer(device, telemetry, SLOTS)  # type: ignore[arg-type]
+    loop = Loop(clock, timer, telemetry)
+    for _ in range(ENOUGH):
+        loop.launch("decode")
+    assert timer.read("decode", 0.0) is None
+    device.passed = device.recorded
+    loop.launch("decode")
+    times = timer.read("decode", 0.0)
+    assert times is not None
+    assert (times.forward_s, times.host_s) == pytest.approx((0.020, 0.003))
+    assert times.asynchronous
+
+
+class FakeLink:
+    """One rank of a pipeline of two; what is pushed to stage 0 is in `mailbox`."""
+
+    stages = 2
+
+    def __init__(self, stage: int, mailbox: deque[Any], hop_s: float) -> None:
+        self.stage, self._mailbox = stage, mailbox
+        self.telemetry = Telemetry(stage, 0)
+        self.clock = LinkClock({1 - stage: 2 * hop_s}, 0)
+        self.host_lane = SimpleNamespace(inbox=self)
+
+    def push(self, kind: Kind, peer: int, values: Any) -> None:
+        assert (self.stage, kind, peer) == (1, Kind.STAGE_TIMES, 0)
+        self._mailbox.append(values)
+
+    def oldest(self, source: int, kind: Kind) -> Any:
+        assert (source, kind) == (1, Kind.STAGE_TIMES)
+        return self._mailbox[0] if self._mailbox else None
+
+    def post(self, kind: Kind, source: int) -> Any:
+        return SimpleNamespace(wait_values=self._mailbox.popleft)
+
+
+class Pair:
+    """The advisers of two stages, each with its own loop."""
+
+    def __init__(self, clock: Clock, hop_s: float = 0.005) -> None:
+        mailbox: deque[Any] = deque()
+        self.links = [FakeLink(stage, mailbox, hop_s) for stage in (0, 1)]
+        self.advisers = [DepthAdviser(link, DeviceStreams("cpu"), 0) for link in self.links]  # type: ignore[arg-type]
+        self.loops = [
+            Loop(clock, adviser, link.telemetry)
+            for adviser, link in zip(self.advisers, self.links, strict=True)
+        ]
+
+    def launch(self, kind: str, count: int) -> None:
+        for _ in range(count):
+            self.links[0].telemetry.sending("proxy").bytes += 3 << 20
+            for stage, loop in enumerate(self.loops):
+                loop.launch(kind, forward_s=0.010 + 0.010 * stage)
+
+
+def test_stage_0_speaks_when_all_stages_have_measured_both_kinds(clock: Clock) -> None:
+    pair = Pair(clock)
+    pair.launch("prefill", ENOUGH)
+    assert not pair.advisers[0].finished
+    pair.launch("decode", ENOUGH + 1)  # stage 1 comes last: heard with the next launch
+    assert [adviser.finished for adviser in pair.advisers] == [True, True]
+    text = pair.advisers[0].advice(32, None)
+    assert text.startswith(
+        "2 stages, hops of 5 ms one way, forwards of 10 to 20 ms (prefill) and 10 to 20 ms (decode): "
+    )
+    assert list(pair.links[1].telemetry.sent) == []
+
+
+def test_a_kind_that_does_not_come_is_not_waited_for(clock: Clock) -> None:
+    pair = Pair(clock)
+    pair.launch("prefill", PATIENCE + SLOTS - 1)
+    assert not pair.advisers[0].finished
+    pair.launch("prefill", 1)
+    assert pair.advisers[0].finished
+    text = pair.advisers[0].advice(32, None)
+    assert "forwards of 10 to 20 ms (prefill): " in text
+    assert "decode" not in text
+
+
+def test_the_size_of_a_proxy_is_that_of_the_largest(clock: Clock) -> None:
+    pair = Pair(clock, hop_s=0.1)
+    pair.launch("prefill", PATIENCE + SLOTS)
+    assert pair.advisers[0].advice(32, None).endswith("a proxy has up to 3.0 MiB")
