@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 import zmq
 
 from ..errors import MessageError, SequenceError, WaitLimitError
-from ..telemetry import Telemetry
+from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
-from .message import Kind, Message, decode, read_header
+from .message import Header, Kind, Message, decode, read_header
 from .outbox import CREDIT, POLL_MS
 from .window import CreditMeter
 
 
-@dataclass
+@dataclass(slots=True)
 class _Channel:
     """Messages of one kind from one stage."""
 
     meter: CreditMeter
+    counters: ChannelCounters
     arrived: int = 0  # the number that the next message must carry
     waiting: dict[int, Message] = field(default_factory=dict)
     reply_to: tuple[zmq.Socket, bytes] | None = None
@@ -84,99 +85,99 @@ class Inbox:
         `check` is called while waiting and raises when the peer is gone. Raises WaitLimitError after
         `limit_s` seconds (None: the setting).
         """
-        counters = self._telemetry.receiving(kind.label)
+        channel = self._channel(source, kind)
+        counters = channel.counters
         counters.waits += 1
-        self.pump(0)
-        if not self.has(source, kind, number):
+        if number not in channel.waiting:
             began = time.monotonic()
             limit = self._wait_limit_s if limit_s is None else limit_s
-            while not self.has(source, kind, number):
+            while True:
+                self.pump(POLL_MS)
+                if number in channel.waiting:
+                    break
+                check()
                 if time.monotonic() - began >= limit:
                     raise WaitLimitError(
                         f"{self._where}: {kind.label} message {number} of stage {source} did not "
                         f"come within {limit:g} s although that stage is alive; look at its log."
                     )
-                self.pump(POLL_MS)
-                check()
             counters.wait_s += time.monotonic() - began
         return self.take(source, kind, number)
 
     def pump(self, timeout_ms: int) -> None:
         """Sort in everything that has arrived; waits up to `timeout_ms` for a first message."""
-        if timeout_ms:
-            self._poller.poll(timeout_ms)
-        for socket in self._sockets:
-            while True:
-                try:
-                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
-                self._sort_in(socket, frames)
+        for socket, _ in self._poller.poll(timeout_ms):
+            more = True
+            while more:
+                self._receive(socket)
+                more = socket.get(zmq.EVENTS) & zmq.POLLIN  # cheaper than the exception of an empty socket
 
-    def _sort_in(self, socket: zmq.Socket, frames: list[zmq.Frame]) -> None:
-        identity = frames[0].bytes
+    def _receive(self, socket: zmq.Socket) -> None:
+        identity = socket.recv(zmq.NOBLOCK)
+        frames = [socket.recv(zmq.NOBLOCK, copy=False)]  # behind an identity there is at least one
+        while frames[-1].more:
+            frames.append(socket.recv(zmq.NOBLOCK, copy=False))
         stage = self._stages.get(identity)
         if stage is None:
-            self._meet(socket, frames)
+            self._meet(socket, identity, frames)
             return
-        if len(frames) < 2:
-            raise MessageError(f"{self._where}: stage {stage} sent a message without a header.")
         try:
-            header = read_header(frames[1].buffer)
+            header = read_header(frames[0].buffer)
             if header.source != stage:
                 raise MessageError(f"It claims to come from stage {header.source}.")
-            kind = Kind(header.kind)
-            if kind is Kind.GOODBYE:
+            if header.kind is Kind.GOODBYE:
                 self.departed.add(stage)
                 return
-            channel = self._channel(stage, kind)
-            self._check_number(channel, stage, kind, header.number)
-            payload = [frame.buffer for frame in frames[2:]]
-            message = decode(header, payload, check_all=self._check_all)
-            message.nbytes += len(frames[1])  # as the sender's window counts it
+            self._sort_in(header, frames, (socket, identity))
         except MessageError as error:
             self._telemetry.refused += 1
             raise MessageError(
                 f"{self._where}: a message of stage {stage} cannot be used. {error} "
                 "Restart the server; if it happens again, look at the network between the stages."
             ) from None
+
+    def _sort_in(self, header: Header, frames: list[zmq.Frame], sender: tuple[zmq.Socket, bytes]) -> None:
+        channel = self._channel(header.source, header.kind)
+        self._check_number(channel, header)
+        message = decode(header, [frame.buffer for frame in frames], check_all=self._check_all)
         channel.arrived += 1
-        channel.reply_to = (socket, identity)
+        channel.reply_to = sender
         channel.waiting[message.number] = message
-        counters = self._telemetry.receiving(kind.label)
-        counters.messages += 1
-        counters.bytes += message.nbytes + message.device_nbytes
-        self._trace.record("arrive", kind.label, message.slot, message.iteration)
+        channel.counters.messages += 1
+        channel.counters.bytes += message.nbytes + message.device_nbytes
+        self._trace.record("arrive", message.kind.label, message.slot, message.iteration)
         self.on_arrival(message)
 
-    def _meet(self, socket: zmq.Socket, frames: list[zmq.Frame]) -> None:
+    def _meet(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
         """The first message of a connection: the hello of a stage, or it is a stranger's and is dropped."""
-        identity = frames[0].bytes
         stage = self._authenticate(identity, frames[-1])
-        if stage is None or not _is_hello(frames[1:], stage):
+        if stage is None or not _is_hello(frames, stage):
             self._telemetry.refused += 1
             return
         self._stages[identity] = stage
         self.greeted.add(identity)
         socket.send_multipart([identity, CREDIT.pack(Kind.HELLO, 0, 0)])
 
-    def _check_number(self, channel: _Channel, stage: int, kind: Kind, number: int) -> None:
-        if number != channel.arrived:
+    def _check_number(self, channel: _Channel, header: Header) -> None:
+        if header.number != channel.arrived:
             raise SequenceError(
-                f"{self._where}: expected {kind.label} message {channel.arrived} of stage {stage} "
-                f"but number {number} came: messages were lost or repeated; restart the server."
+                f"{self._where}: expected {header.kind.label} message {channel.arrived} of stage "
+                f"{header.source} but number {header.number} came: messages were lost or repeated; "
+                "restart the server."
             )
         if len(channel.waiting) >= self._window[0]:
             raise SequenceError(
-                f"{self._where}: stage {stage} has more than {self._window[0]} {kind.label} messages "
+                f"{self._where}: stage {header.source} has more than {self._window[0]} "
+                f"{header.kind.label} messages "
                 "in flight, past the window it agreed to; install the same sglang-npu-pp everywhere."
             )
 
     def _channel(self, source: int, kind: Kind) -> _Channel:
-        key = (source, kind)
-        if key not in self._channels:
-            self._channels[key] = _Channel(CreditMeter(*self._window))
-        return self._channels[key]
+        channel = self._channels.get((source, kind))
+        if channel is None:
+            channel = _Channel(CreditMeter(*self._window), self._telemetry.receiving(kind.label))
+            self._channels[source, kind] = channel
+        return channel
 
 
 def _is_hello(frames: list[zmq.Frame], stage: int) -> bool:

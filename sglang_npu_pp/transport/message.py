@@ -1,11 +1,13 @@
 """What travels on the host lane: a typed, numbered header and the frames it describes.
 
-A message is a list of frames. Frame 0 is four bytes of CRC-32 and a msgpack header; the header counts
-and measures every frame behind it, so a truncated message is recognised before anything is read from
-it. Host tensors are frames of raw bytes and are not copied on the way in or out. Device tensors are
-only described here; their bytes take the device lane. Other Python values are one pickle whose buffers
-(tensors and arrays nested in it) are frames too: pickle protocol 5, out of band. Pickles are read only
-after the lane has authenticated the sender.
+A message is a msgpack header and the buffers it describes: the bytes of host tensors, and one pickle of
+other Python values with the buffers that it refers to (tensors and arrays nested in it: pickle protocol 5,
+out of band). Device tensors are only described; their bytes take the device lane.
+
+On the wire it is a list of frames. Frame 0 is a CRC-32 of all that follows in it, the length of the header,
+the header, and the small buffers; a large buffer is a frame of its own and is not copied on the way in or
+out. The header measures every buffer, so a truncated message is recognised before anything is read from
+it. Pickles are read only after the lane has authenticated the sender.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ import torch
 from ..errors import MessageError
 
 PROTOCOL = 3
+INLINE_BYTES = 16 << 10  # smaller buffers lie in frame 0: copying them is cheaper than a frame for each
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
+_LENGTH = struct.Struct("<I")
+_PREFIX = struct.Struct("<II")  # both
 _ALIGNMENT = 8  # only complex128 is wider
 
 Buffer = bytes | bytearray | memoryview
@@ -80,10 +85,10 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Header(msgspec.Struct, array_like=True):
-    """Frame 0 of a message."""
+    """What a message is and what it holds."""
 
     protocol: int
-    kind: int
+    kind: Kind
     source: int  # stage of the sender
     number: int  # position in its channel, from 0
     slot: int  # microbatch slot, -1 where there is none
@@ -91,10 +96,10 @@ class Header(msgspec.Struct, array_like=True):
     batch: str  # which requests the microbatch has, in words that are compared; empty where it is not said
     keys: tuple[str, ...]  # keys of the tensor dict in their order; empty for a bare object
     tensors: tuple[TensorSpec, ...]
-    frame_sizes: tuple[Count, ...]  # bytes of every frame behind the header
-    values: Count  # number of trailing frames that are the pickle and its buffers
+    sizes: tuple[Count, ...]  # bytes of every buffer; those below INLINE_BYTES are in frame 0
+    values: Count  # number of trailing buffers that are the pickle and what it refers to
     device_nbytes: Count  # bytes that travel on the device lane for this message
-    crc: int  # CRC-32 over the frames that are checked
+    crc: int  # CRC-32 over those of the frames behind this one that are checked
 
 
 @dataclass
@@ -119,6 +124,7 @@ class Message:
     source: int = -1
     number: int = -1
     nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
+    borrowed: bool = False  # whoever gave the tensors may write to them as soon as `send` has returned
 
 
 @lru_cache(maxsize=64)
@@ -136,11 +142,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a host tensor, any dtype, without a copy when it is contiguous."""
-    dense = tensor.detach()
+    dense = tensor.detach() if tensor.requires_grad else tensor
     if dense.dtype.is_complex:
         dense = dense.resolve_conj().resolve_neg()
     dense = dense.contiguous()
-    flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride, and keeps it
+    # One element may have any stride, and keeps it in a view.
+    flat = dense.as_strided((1,), (1,)) if dense.numel() == 1 else dense.view(-1)
     return flat.view(torch.uint8).numpy().data
 
 
@@ -152,7 +159,25 @@ def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> tor
     if raw.data_ptr() % max(_ALIGNMENT, dtype.itemsize):
         # Byte by byte: torch loads elements as if they were aligned, and faults where they are not.
         raw = torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype)
-    return raw.view(tuple(shape))
+    return raw if len(shape) == 1 else raw.view(tuple(shape))
+
+
+_DTYPES_OF_NUMPY = {
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+}
+
+
+def _bytes_of(tensor: torch.Tensor) -> Buffer:
+    """The bytes of a host tensor. A few are copied, in one call; making a view takes six."""
+    if tensor.nbytes < INLINE_BYTES and tensor.dtype in _DTYPES_OF_NUMPY and not tensor.requires_grad:
+        return tensor.numpy().tobytes()
+    return byte_view(tensor)
 
 
 # --- Python values -----------------------------------------------------------------------------
@@ -196,21 +221,22 @@ def load_values(frames: Sequence[Buffer]) -> Any:
 def encode(message: Message, *, source: int, number: int, check_all: bool) -> list[Buffer]:
     """The frames of `message`; `message.nbytes` becomes their size.
 
-    The frames refer to the memory of the tensors: whoever sends must own it until it is sent.
+    Frames behind the first refer to the memory of the tensors: whoever sends must own it until they are sent.
     """
     specs: list[TensorSpec] = []
-    frames: list[Buffer] = []
+    buffers: list[Buffer] = []
     for name, tensor in message.tensors.items():
-        count, shape = message.slices.get(name, (1, tuple(tensor.shape)))
+        count, shape = message.slices.get(name) or (1, tuple(tensor.shape))
         device = message.devices.get(name, "cpu")
         specs.append(TensorSpec(name, dtype_name(tensor.dtype), shape, device, count))
         if tensor.numel():
-            frames.append(byte_view(tensor))
-    value_frames = [] if message.values is None else dump_values(message.values)
-    frames += value_frames
+            buffers.append(_bytes_of(tensor))
+    value_buffers = [] if message.values is None else dump_values(message.values)
+    buffers += value_buffers
+    frames = [buffer for buffer in buffers if len(buffer) >= INLINE_BYTES]
     header = Header(
         protocol=PROTOCOL,
-        kind=int(message.kind),
+        kind=message.kind,
         source=source,
         number=number,
         slot=message.slot,
@@ -218,29 +244,37 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         batch=message.batch,
         keys=message.keys,
         tensors=(*specs, *message.device_specs),
-        frame_sizes=tuple(len(frame) for frame in frames),
-        values=len(value_frames),
+        sizes=tuple(len(buffer) for buffer in buffers),
+        values=len(value_buffers),
         device_nbytes=message.device_nbytes,
         crc=_checksum(frames, check_all),
     )
-    body = msgspec.msgpack.encode(header)
-    head = _CRC.pack(zlib.crc32(body)) + body
-    message.nbytes = len(head) + sum(header.frame_sizes)
+    inline = buffers if not frames else [buffer for buffer in buffers if len(buffer) < INLINE_BYTES]
+    head = _seal(_HEADER_ENCODER.encode(header), inline)
+    message.nbytes = len(head) + sum(len(frame) for frame in frames)
     return [head, *frames]
 
 
-def read_header(frame: Buffer) -> Header:
-    """Frame 0, checked. Raises MessageError."""
-    if len(frame) <= _CRC.size:
-        raise MessageError(f"A message of {len(frame)} bytes is too short to hold a header.")
-    (crc,) = _CRC.unpack_from(frame)
-    body = memoryview(frame)[_CRC.size :]
-    if zlib.crc32(body) != crc:
+def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
+    """Frame 0: an encoded header and the small buffers."""
+    parts = (_LENGTH.pack(len(body)), body, *inline)
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return b"".join((_CRC.pack(crc), *parts))
+
+
+def read_header(head: Buffer) -> Header:
+    """The header in frame 0, which is checked as a whole. Raises MessageError."""
+    if len(head) <= _PREFIX.size:
+        raise MessageError(f"A message of {len(head)} bytes is too short to hold a header.")
+    crc, length = _PREFIX.unpack_from(head)
+    view = memoryview(head)
+    if zlib.crc32(view[_CRC.size :]) != crc:
         raise MessageError("The header of a message does not match its checksum.")
     try:
-        header = _HEADER_DECODER.decode(body)
-        Kind(header.kind)
-    except (msgspec.DecodeError, ValueError) as error:
+        header = _HEADER_DECODER.decode(view[_PREFIX.size : _PREFIX.size + length])
+    except msgspec.DecodeError as error:
         raise MessageError(f"The header of a message cannot be read: {error}.") from None
     if header.protocol != PROTOCOL:
         raise MessageError(
@@ -250,42 +284,58 @@ def read_header(frame: Buffer) -> Header:
     return header
 
 
+_HEADER_ENCODER = msgspec.msgpack.Encoder()
 _HEADER_DECODER = msgspec.msgpack.Decoder(Header)
 
 
 def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Message:
-    """The message behind a header that `read_header` accepted. Raises MessageError."""
-    sizes = tuple(len(frame) for frame in frames)
-    if sizes != header.frame_sizes:
-        raise MessageError(
-            f"Message {header.number} is truncated: frames of {list(sizes)} bytes arrived where its "
-            f"header announces {list(header.frame_sizes)}."
-        )
-    if _checksum(frames, check_all) != header.crc:
+    """The message of `frames`, of which `read_header` accepted the first. Raises MessageError."""
+    buffers = _find_buffers(header, frames)
+    if _checksum(frames[1:], check_all) != header.crc:
         raise MessageError(f"The frames of message {header.number} do not match their checksum.")
-    in_frames = [spec for spec in header.tensors if spec.offset < 0]
-    tensors, used = _read_tensors(in_frames, frames, header.number)
-    if used + header.values != len(frames):
-        raise MessageError(
-            f"Message {header.number} has {len(frames)} frames, but its header describes "
-            f"{used} tensors and {header.values} value frames."
-        )
-    return Message(
-        kind=Kind(header.kind),
+    message = Message(
+        kind=header.kind,
         slot=header.slot,
         iteration=header.iteration,
         batch=header.batch,
         keys=header.keys,
-        tensors=tensors,
-        values=_read_values(frames[-header.values :], header.number) if header.values else None,
-        device_specs=tuple(spec for spec in header.tensors if spec.offset >= 0),
         device_nbytes=header.device_nbytes,
-        slices={spec.name: (spec.sliced, spec.shape) for spec in in_frames if spec.sliced > 1},
-        devices={spec.name: spec.device for spec in in_frames if spec.device != "cpu"},
         source=header.source,
         number=header.number,
-        nbytes=sum(sizes),  # and the frame of the header, which is not here
+        nbytes=sum(len(frame) for frame in frames),
     )
+    used = _read_tensors(message, header.tensors, buffers) if header.tensors else 0
+    if used + header.values != len(buffers):
+        raise MessageError(
+            f"Message {header.number} has {len(buffers)} buffers, but its header describes "
+            f"{used} tensors and {header.values} of its values."
+        )
+    if header.values:
+        message.values = _read_values(buffers[used:], header.number)
+    return message
+
+
+def _find_buffers(header: Header, frames: Sequence[Buffer]) -> list[Buffer]:
+    """The buffers in their order: copies of those in frame 0, and the other frames as they are."""
+    head, *rest = frames
+    inline = sum(size for size in header.sizes if size < INLINE_BYTES)
+    at = len(head) - inline
+    length = _PREFIX.unpack_from(head)[1]
+    large = [size for size in header.sizes if size >= INLINE_BYTES]
+    if at != _PREFIX.size + length or [len(frame) for frame in rest] != large:
+        raise MessageError(
+            f"Message {header.number} is truncated: {len(head) - length - _PREFIX.size} bytes and frames of "
+            f"{[len(frame) for frame in rest]} bytes arrived where its header announces {inline} and {large}."
+        )
+    view, following = memoryview(head), iter(rest)
+    buffers: list[Buffer] = []
+    for size in header.sizes:
+        if size < INLINE_BYTES:
+            buffers.append(bytearray(view[at : at + size]))  # tensors over it can be written
+            at += size
+        else:
+            buffers.append(next(following))
+    return buffers
 
 
 def _read_values(frames: Sequence[Buffer], number: int) -> Any:
@@ -297,24 +347,34 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
         ) from error
 
 
-def _read_tensors(
-    specs: Sequence[TensorSpec], frames: Sequence[Buffer], number: int
-) -> tuple[dict[str, torch.Tensor], int]:
-    """The tensors, and how many frames they took; an empty tensor takes none."""
-    tensors: dict[str, torch.Tensor] = {}
+def _read_tensors(message: Message, specs: Sequence[TensorSpec], buffers: Sequence[Buffer]) -> int:
+    """Fill in the tensors and what is said about them; returns how many buffers they took.
+
+    An empty tensor takes none. Those on the device lane are only described.
+    """
     used = 0
+    slices, devices = {}, {}
     for spec in specs:
+        if spec.offset >= 0:
+            continue
         dtype, elements = torch_dtype(spec.dtype), spec.elements
         nbytes = elements * dtype.itemsize
-        frame: Buffer = frames[used] if nbytes and used < len(frames) else b""
-        if len(frame) != nbytes:
+        buffer: Buffer = buffers[used] if nbytes and used < len(buffers) else b""
+        if len(buffer) != nbytes:
             raise MessageError(
-                f"Tensor {spec.name!r} of message {number} has {len(frame)} bytes, but a "
+                f"Tensor {spec.name!r} of message {message.number} has {len(buffer)} bytes, but a "
                 f"{spec.dtype} of {elements} elements needs {nbytes}."
             )
         used += bool(nbytes)
-        tensors[spec.name] = tensor_over(frame, dtype, spec.shape if spec.sliced == 1 else (elements,))
-    return tensors, used
+        whole = spec.sliced == 1
+        message.tensors[spec.name] = tensor_over(buffer, dtype, spec.shape if whole else (elements,))
+        if not whole:
+            slices[spec.name] = (spec.sliced, spec.shape)
+        if spec.device != "cpu":
+            devices[spec.name] = spec.device
+    message.slices, message.devices = slices, devices
+    message.device_specs = tuple(spec for spec in specs if spec.offset >= 0)
+    return used
 
 
 def _checksum(frames: Sequence[Buffer], check_all: bool) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import struct
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import PeerLostError, TransportError, WaitLimitError
-from ..telemetry import Telemetry
+from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
 from .endpoints import KeyPair
 from .message import Buffer, Kind, Message, encode
@@ -39,6 +40,14 @@ def set_heartbeat(socket: zmq.Socket, timeout_s: float) -> None:
     socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, milliseconds // 4))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(100, milliseconds * 3 // 4))
     socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, min(milliseconds, 6553500)))
+
+
+@dataclass(slots=True)
+class _Channel:
+    """Messages of one kind to this peer."""
+
+    window: Window
+    counters: ChannelCounters
 
 
 class Outbox:
@@ -70,10 +79,10 @@ class Outbox:
         self._stage, self._window, self._check_all = stage, window, check_all
         self._peer_timeout_s, self._wait_limit_s = peer_timeout_s, wait_limit_s
         self._telemetry, self._trace = telemetry, trace
-        self._windows: dict[Kind, Window] = {}
+        self._channels: dict[Kind, _Channel] = {}
         self._lost_at: float | None = None
         self._refused: str | None = None
-        self._last_sent = "nothing"
+        self._last_sent: tuple[Kind, int] | None = None
         self._next_check = 0.0
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, f"{stage}/{port}".encode())
@@ -95,10 +104,10 @@ class Outbox:
         Raises PeerLostError, or WaitLimitError when the peer takes nothing for the wait limit.
         """
         self.check()
-        window = self._windows.setdefault(message.kind, Window(*self._window))
+        channel = self._channels.get(message.kind) or self._open_channel(message.kind)
+        window, counters = channel.window, channel.counters
         number = window.sent_messages
         frames = encode(message, source=self._stage, number=number, check_all=self._check_all)
-        counters = self._telemetry.sending(message.kind.label)
         if not window.has_room(message.nbytes):
             self._read_credit()
             if not window.has_room(message.nbytes):
@@ -107,12 +116,17 @@ class Outbox:
                 self._wait_for_room(message, window)
                 counters.backpressure += 1
                 counters.backpressure_s += time.monotonic() - began
-        self._push(frames)
+        self._push(frames, copy=message.borrowed)
         window.sent(message.nbytes)
         counters.messages += 1
         counters.bytes += message.nbytes + message.device_nbytes
-        self._last_sent = f"{message.kind.label} message {number}"
+        self._last_sent = message.kind, number
         self._trace.record("push", message.kind.label, message.slot, message.iteration)
+
+    def _open_channel(self, kind: Kind) -> _Channel:
+        channel = _Channel(Window(*self._window), self._telemetry.sending(kind.label))
+        self._channels[kind] = channel
+        return channel
 
     def say(self, kind: Kind) -> None:
         """Send a hello or goodbye, outside the window. A peer that is gone does not hear it."""
@@ -141,8 +155,12 @@ class Outbox:
             if self.departed
             else f"is gone: its connection broke or was silent for {self._peer_timeout_s:g} s"
         )
+        last = "nothing"
+        if self._last_sent is not None:
+            kind, number = self._last_sent
+            last = f"{kind.label} message {number}"
         return PeerLostError(
-            f"{self._where}: stage {self.peer} {how} (last sent to it: {self._last_sent}); "
+            f"{self._where}: stage {self.peer} {how} (last sent to it: {last}); "
             "look at that stage's log for the first error, then restart the server."
         )
 
@@ -168,13 +186,16 @@ class Outbox:
         self.monitor.close()
         self._socket.close(linger=0 if gone else None)
 
-    def _push(self, frames: list[Buffer]) -> None:
+    def _push(self, frames: list[Buffer], copy: bool) -> None:
         """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,
         and then for ever: what waits here is the end of the settling time, in `check`."""
-        zero_copy = any(len(frame) >= ZERO_COPY_BYTES for frame in frames)
+        copy = copy or all(len(frame) < ZERO_COPY_BYTES for frame in frames)
         while True:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=not zero_copy)
+                if len(frames) == 1:
+                    self._socket.send(frames[0], zmq.NOBLOCK)
+                else:
+                    self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
                 return
             except zmq.Again:
                 self._socket.poll(POLL_MS, zmq.POLLOUT)
@@ -202,5 +223,5 @@ class Outbox:
             kind, messages, nbytes = CREDIT.unpack(frame)
             if kind == Kind.HELLO:
                 self.welcomed = True
-            elif (window := self._windows.get(Kind(kind))) is not None:
-                window.credit(messages, nbytes)
+            elif (channel := self._channels.get(Kind(kind))) is not None:
+                channel.window.credit(messages, nbytes)

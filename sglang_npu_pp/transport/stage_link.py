@@ -118,7 +118,7 @@ class StageLink:
         Tensors on the device of the device lane take it when `peer` is the next stage; other device
         tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
         can be cut so. `batch`: which requests these are, in words; a receiver that has others refuses them.
-        `owned`: nobody will write to the host tensors any more; otherwise they are copied.
+        `owned`: nobody will write to the host tensors any more; otherwise they are copied here.
         `outboxes`: connections of a thread of its own, instead of the scheduler's.
         """
         message = Message(kind, slot, iteration, batch, keys=tuple(tensors))
@@ -161,7 +161,8 @@ class StageLink:
             if self._takes_device_lane(part, peer):
                 on_device[name] = part
             elif value.device.type == "cpu":
-                message.tensors[name] = part if owned else part.clone()
+                message.tensors[name] = part
+                message.borrowed = not owned
             else:
                 message.tensors[name] = part.cpu()
                 devices[name] = value.device.type
@@ -195,7 +196,8 @@ class StageLink:
         """
         number = self._next_number.get((source, kind), 0)
         self._next_number[source, kind] = number + 1
-        self.host_lane.poll()
+        if self.device_lane is not None:
+            self.host_lane.poll()  # a header that is here posts its receive
         self.trace.record("post", kind.label, slot, iteration)
         return Pending(self, kind, source, number, slot, iteration, overtaken_by)
 

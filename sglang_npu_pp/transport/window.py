@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(slots=True)
 class Window:
     """Sender's view of one channel. Counts run from the start of the connection and only grow."""
 
@@ -42,7 +42,7 @@ class Window:
         self.taken_bytes = max(self.taken_bytes, taken_bytes)
 
 
-@dataclass
+@dataclass(slots=True)
 class CreditMeter:
     """Receiver's view of one channel: when to tell the sender what was taken.
 

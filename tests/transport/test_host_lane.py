@@ -31,7 +31,7 @@ from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport import host_lane
 from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
-from sglang_npu_pp.transport.message import Buffer, Kind, Message, encode
+from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
 
 from .harness import (
     Call,
@@ -560,7 +560,7 @@ def send_frames(here: Here, peer: int, frames: list[bytes]) -> None:
     here.lane._outboxes[peer]._socket.send_multipart(frames)
 
 
-def proxy_frames(number: int, value: Any = b"x" * 100) -> list[bytes]:
+def proxy_frames(number: int, value: Any = b"x" * INLINE_BYTES) -> list[bytes]:
     frames = encode(Message(Kind.PROXY, values=value), source=0, number=number, check_all=True)
     return [bytes(frame) for frame in frames]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sglang_npu_pp.errors import MessageError
 from sglang_npu_pp.transport.message import (
     ALWAYS_CHECKED_BYTES,
+    INLINE_BYTES,
     PROTOCOL,
     Buffer,
     Header,
@@ -37,10 +38,15 @@ from sglang_npu_pp.transport.message import (
 from .samples import DTYPES, Sample, assert_same, assert_same_tensor, bits, python_values, realise, samples
 
 BIG = 4 * ALWAYS_CHECKED_BYTES
-SEVERAL_FRAMES = {
+SMALL = {
     "ids": Sample(torch.int64, (5,), 1),
     "hidden": Sample(torch.bfloat16, (3, 4), 2),
     "nothing": Sample(torch.float32, (0, 7)),
+}
+SEVERAL_FRAMES = {
+    "first": Sample(torch.uint8, (INLINE_BYTES,), 3),
+    **SMALL,
+    "second": Sample(torch.int16, (INLINE_BYTES,), 4),
 }
 
 
@@ -50,18 +56,29 @@ def as_sent(message: Message, *, check_all: bool = False) -> list[bytearray]:
 
 
 def as_read(frames: Sequence[Buffer], *, check_all: bool = False) -> Message:
-    return decode(read_header(frames[0]), frames[1:], check_all=check_all)
+    return decode(read_header(frames[0]), frames, check_all=check_all)
 
 
-def small_message(values: Any = ("top-k", [1, 2, 3])) -> Message:
-    tensors = {name: sample.tensor() for name, sample in SEVERAL_FRAMES.items()}
+def message_of(samples: dict[str, Sample], values: Any = ("top-k", [1, 2, 3])) -> Message:
+    tensors = {name: sample.tensor() for name, sample in samples.items()}
     return Message(Kind.OUTPUT, 2, 17, keys=(*tensors, "rest"), tensors=tensors, values=values)
 
 
-def reseal(header: Header) -> bytes:
-    """A header frame with a checksum that is right, whatever the header says."""
+def seal(rest: bytes) -> bytes:
+    """Frame 0 with a checksum that is right, whatever is in it."""
+    return struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+def reseal(header: Header, inline: Buffer = b"") -> bytes:
+    """Frame 0 with a checksum that is right, whatever the header says and whatever lies behind it."""
     body = msgspec.msgpack.encode(header)
-    return struct.pack("<I", zlib.crc32(body)) + body
+    return seal(struct.pack("<I", len(body)) + body + inline)
+
+
+def inline_part(head: Buffer) -> bytes:
+    """What lies behind the header in frame 0."""
+    (length,) = struct.unpack_from("<I", head, 4)
+    return bytes(head[8 + length :])
 
 
 # --- round trip --------------------------------------------------------------------------------
@@ -74,7 +91,7 @@ def test_every_dtype_that_torch_can_hold_is_tried() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (7,), (3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (7,), (3, 5), (2, INLINE_BYTES)], ids=str)
 def test_a_tensor_of_any_dtype_arrives_bit_by_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = Sample(dtype, shape, seed=5).tensor()
     read = as_read(as_sent(Message(Kind.PROXY, keys=("t",), tensors={"t": tensor})))
@@ -177,6 +194,26 @@ def test_a_nested_tensor_that_needs_a_gradient_arrives_as_its_values() -> None:
     assert torch.equal(read, torch.ones(3))
 
 
+# --- frames ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nbytes", "frames"), [(INLINE_BYTES - 1, 1), (INLINE_BYTES, 2)])
+def test_small_buffers_lie_in_the_first_frame(nbytes: int, frames: int) -> None:
+    sample = Sample(torch.uint8, (nbytes,), 6)
+    sent = as_sent(Message(Kind.PROXY, keys=("t", "v"), tensors={"t": sample.tensor()}, values={"v": 1}))
+    assert len(sent) == frames
+    assert_same_tensor(as_read(sent).tensors["t"], sample.tensor())
+
+
+def test_small_and_large_buffers_keep_their_places() -> None:
+    sent = message_of(SEVERAL_FRAMES, values=[np.arange(3), np.arange(INLINE_BYTES), "rest"])
+    frames = as_sent(sent)
+    assert [len(frame) for frame in frames[1:]] == [INLINE_BYTES, 2 * INLINE_BYTES, 8 * INLINE_BYTES]
+    read = as_read(frames)
+    assert_same(read.tensors, sent.tensors)
+    assert_same(read.values, sent.values)
+
+
 # --- no copies ---------------------------------------------------------------------------------
 
 
@@ -199,7 +236,7 @@ def test_encoding_refers_to_the_memory_of_nested_tensors_and_arrays() -> None:
     frames = encode(
         Message(Kind.REQUESTS, values=[tensor, {"a": array}]), source=0, number=0, check_all=False
     )
-    assert [address(frame) for frame in frames[2:]] == [tensor.data_ptr(), array.ctypes.data]
+    assert [address(frame) for frame in frames[1:]] == [tensor.data_ptr(), array.ctypes.data]
 
 
 @pytest.fixture
@@ -263,7 +300,7 @@ def test_the_bytes_of_a_tensor_are_counted_in_elements() -> None:
 
 
 def test_a_header_cut_anywhere_is_refused() -> None:
-    head = bytes(as_sent(small_message())[0])
+    head = bytes(as_sent(message_of(SMALL))[0])
     for length in range(len(head)):
         with pytest.raises(MessageError):
             read_header(head[:length])
@@ -272,7 +309,7 @@ def test_a_header_cut_anywhere_is_refused() -> None:
 
 
 def test_a_header_with_any_one_byte_changed_is_refused() -> None:
-    head = as_sent(small_message())[0]
+    head = as_sent(message_of(SMALL))[0]
     for position in range(len(head)):
         for change in (0x01, 0x80, 0xFF):
             damaged = bytearray(head)
@@ -282,14 +319,14 @@ def test_a_header_with_any_one_byte_changed_is_refused() -> None:
 
 
 def test_frames_with_any_one_byte_changed_are_refused() -> None:
-    frames = as_sent(small_message())
-    header = read_header(frames[0])
+    frames = as_sent(message_of(SEVERAL_FRAMES))
+    assert len(frames) == 3
     for index, frame in enumerate(frames[1:], start=1):
-        for position in range(len(frame)):
+        for position in [*range(0, len(frame), 101), len(frame) - 1]:
             damaged = [bytearray(other) for other in frames]
             damaged[index][position] ^= 0x10
             with pytest.raises(MessageError, match="checksum"):
-                decode(header, damaged[1:], check_all=False)
+                as_read(damaged)
 
 
 @given(position=st.integers(0, BIG - 1), change=st.integers(1, 255))
@@ -302,15 +339,33 @@ def test_large_frames_are_checked_where_the_setting_says_so(position: int, chang
 
 
 def test_frames_that_are_missing_cut_repeated_or_swapped_are_refused() -> None:
-    frames = as_sent(small_message())
-    rest = frames[1:]
-    header = read_header(frames[0])
+    head, *rest = as_sent(message_of(SEVERAL_FRAMES))
     damaged = [rest[:-1], rest[1:], [], [*rest, rest[-1]], [*rest, bytearray()], rest[::-1]]
     damaged += [[*rest[:i], rest[i][:-1], *rest[i + 1 :]] for i in range(len(rest))]
     damaged += [[*rest[:i], rest[i] + b"\0", *rest[i + 1 :]] for i in range(len(rest))]
-    for payload in damaged:
+    for frames in damaged:
         with pytest.raises(MessageError):
-            decode(header, payload, check_all=False)
+            as_read([head, *frames])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda inline: inline[:-1], lambda inline: inline + b"\0", lambda inline: b""]
+)
+def test_small_buffers_that_are_cut_under_a_right_checksum_are_refused(
+    change: Callable[[bytes], bytes],
+) -> None:
+    head, *rest = as_sent(message_of(SEVERAL_FRAMES))
+    damaged = reseal(read_header(head), change(inline_part(head)))
+    with pytest.raises(MessageError, match="truncated"):
+        as_read([damaged, *rest])
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, 2**31, 2**32 - 1])
+def test_a_length_of_the_header_that_cannot_be_true_is_refused(length: int) -> None:
+    head = as_sent(message_of(SMALL))[0]
+    damaged = seal(struct.pack("<I", length) + head[8:])
+    with pytest.raises(MessageError):
+        as_read([damaged])
 
 
 def test_a_large_frame_that_is_cut_is_refused_though_it_is_not_under_the_checksum() -> None:
@@ -320,7 +375,7 @@ def test_a_large_frame_that_is_cut_is_refused_though_it_is_not_under_the_checksu
 
 
 def test_another_protocol_is_refused_with_the_advice() -> None:
-    header = read_header(as_sent(small_message())[0])
+    header = read_header(as_sent(message_of(SMALL))[0])
     with pytest.raises(MessageError, match=f"protocol {PROTOCOL + 1} .* same sglang-npu-pp on all nodes"):
         read_header(reseal(msgspec.structs.replace(header, protocol=PROTOCOL + 1)))
 
@@ -336,7 +391,7 @@ def test_random_bytes_are_no_header(noise: bytes) -> None:
 @given(st.binary(max_size=300))
 def test_random_bytes_under_a_right_checksum_are_no_header(noise: bytes) -> None:
     with pytest.raises(MessageError):
-        read_header(struct.pack("<I", zlib.crc32(noise)) + noise)
+        read_header(seal(noise))
 
 
 @pytest.mark.parametrize(
@@ -358,12 +413,12 @@ def test_a_description_that_cannot_be_true_is_refused(lie: dict[str, Any]) -> No
     header = read_header(frames[0])
     spec = msgspec.structs.replace(header.tensors[0], **lie)
     with pytest.raises(MessageError):
-        as_read([reseal(msgspec.structs.replace(header, tensors=(spec,))), *frames[1:]])
+        as_read([reseal(msgspec.structs.replace(header, tensors=(spec,)), inline_part(frames[0]))])
 
 
 @pytest.mark.parametrize("field", ["values", "device_nbytes", "kind"])
 def test_a_negative_count_is_refused(field: str) -> None:
-    header = read_header(as_sent(small_message())[0])
+    header = read_header(as_sent(message_of(SMALL))[0])
     with pytest.raises(MessageError, match="cannot be read"):
         read_header(reseal(msgspec.structs.replace(header, **{field: -1})))
 
@@ -380,17 +435,19 @@ _specs = st.builds(
 )
 
 
-@given(data=st.data(), payload=st.lists(st.binary(max_size=16).map(bytearray), max_size=3))
+_buffers = st.one_of(st.binary(max_size=16), st.just(bytes(INLINE_BYTES)))
+
+
+@given(data=st.data(), payload=st.lists(_buffers.map(bytearray), max_size=3))
 @settings(max_examples=400)
 def test_a_header_that_lies_under_a_right_checksum_is_refused_or_harmless(
     data: st.DataObject, payload: list[bytearray]
 ) -> None:
-    crc = 0
-    for frame in payload:
-        crc = zlib.crc32(frame, crc)
+    large = [buffer for buffer in payload if len(buffer) >= INLINE_BYTES]
+    inline = b"".join(buffer for buffer in payload if len(buffer) < INLINE_BYTES)
     header = Header(
         protocol=PROTOCOL,
-        kind=data.draw(_small_ints),
+        kind=data.draw(_small_ints),  # type: ignore[arg-type]
         source=data.draw(_small_ints),
         number=data.draw(_small_ints),
         slot=data.draw(_small_ints),
@@ -398,13 +455,13 @@ def test_a_header_that_lies_under_a_right_checksum_is_refused_or_harmless(
         batch="",
         keys=("k",),
         tensors=tuple(data.draw(st.lists(_specs, max_size=3))),
-        frame_sizes=tuple(len(frame) for frame in payload),
+        sizes=tuple(len(buffer) for buffer in payload),
         values=data.draw(_small_ints),
         device_nbytes=data.draw(_small_ints),
-        crc=crc,
+        crc=zlib.crc32(b"".join(large)),
     )
     try:
-        read = decode(read_header(reseal(header)), payload, check_all=False)
+        read = as_read([reseal(header, inline), *large])
     except MessageError:
         return
     for spec in header.tensors:
@@ -432,9 +489,9 @@ def test_values_that_cannot_be_read_here_are_one_clear_error() -> None:
 def test_a_pickle_that_is_none_is_refused() -> None:
     noise = bytearray(b"this is no pickle")
     header = read_header(as_sent(Message(Kind.REQUESTS, values=1))[0])
-    header = msgspec.structs.replace(header, frame_sizes=(len(noise),), crc=zlib.crc32(noise))
+    header = msgspec.structs.replace(header, sizes=(len(noise),))
     with pytest.raises(MessageError, match="cannot be read"):
-        decode(header, [noise], check_all=False)
+        as_read([reseal(header, noise)])
 
 
 def test_an_unknown_dtype_is_refused() -> None:
@@ -449,6 +506,6 @@ def test_what_cannot_be_pickled_raises_at_the_sender() -> None:
 
 
 def test_a_sent_message_knows_its_bytes() -> None:
-    sent = small_message()
+    sent = message_of(SEVERAL_FRAMES)
     frames = as_sent(sent)
     assert sent.nbytes == sum(len(frame) for frame in frames)

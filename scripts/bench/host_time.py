@@ -1,0 +1,164 @@
+"""What an iteration costs the host of each stage outside `run_batch`: unpatched against patched, on CPU.
+
+    .venv/bin/python -m scripts.bench.host_time --rounds 6 --json result.json     # --parts: by function
+
+Both servers (tp 1 pp 2) are resident; the one that is not measured is stopped with SIGSTOP. Rounds alternate,
+every other pair in reverse order. The load is 32 concurrent requests of 32 tokens in and 33 out. Given are
+medians over the rounds, in microseconds per iteration that decodes 16 requests (others are not counted: fewer
+requests cost less). CPU time hardly depends on what else the machine does; wall time contains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from scripts.bench.host_time_plugin.host_time_probe import SIGNAL
+from scripts.lib.server import Server, ServerError
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "tests/assets/random_vl"
+PLUGIN = Path(__file__).parent / "host_time_plugin"
+COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
+CONCURRENT, TOKENS_IN, TOKENS_OUT = 32, 32, 33
+KIND = f"DECODE {CONCURRENT // 2}"  # half of the requests are in each microbatch
+CLOCKS = {"cpu": "scheduler thread", "process": "all threads", "wall": "wall, with waiting"}
+WRITE_LIMIT_S = 20
+
+Row = dict[str, Any]
+
+
+def start(name: str, folder: Path, parts: bool) -> Server:
+    folder.mkdir()
+    environment = {
+        "SGLANG_NPU_PP": COMPETITORS[name],
+        "SGLANG_NPU_PP_PEER_TIMEOUT_S": "3600",  # a server that is stopped is not lost
+        "HOST_TIME_DIR": str(folder),
+        "HOST_TIME_PARTS": "1" if parts else "0",
+        "PYTHONPATH": str(PLUGIN),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    }
+    args = ("--max-total-tokens", "16384", "--dtype", "float32", "--skip-server-warmup")
+    return Server(MODEL, 1, 2, log=folder / "log", env=environment, args=(*args, "--disable-radix-cache"))
+
+
+async def ask(server: Server, requests: int, seed: int) -> float:
+    """`requests` requests with random tokens; returns output tokens a second."""
+    dice = random.Random(seed)
+    prompts = [[dice.randrange(10, 500) for _ in range(TOKENS_IN)] for _ in range(requests)]
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS_OUT, "ignore_eos": True}
+    limit = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=limit) as session:
+
+        async def client() -> None:
+            while prompts:
+                body = {"input_ids": prompts.pop(), "stream": True, "sampling_params": sampling}
+                async with session.post(f"{server.url}/generate", json=body) as response:
+                    response.raise_for_status()
+                    await response.read()
+
+        begin = time.monotonic()
+        await asyncio.gather(*(client() for _ in range(CONCURRENT)))
+    return requests * TOKENS_OUT / (time.monotonic() - begin)
+
+
+def send_all(server: Server, number: int) -> None:
+    for process in server._track():
+        os.kill(process.pid, number)
+
+
+def collect(server: Server, folder: Path) -> list[dict[str, Any]]:
+    """What every scheduler measured since the last call, by stage."""
+    before = set(folder.glob("stage*.json"))
+    schedulers = server.scheduler_pids()
+    for pid in schedulers:
+        os.kill(pid, SIGNAL)
+    deadline = time.monotonic() + WRITE_LIMIT_S
+    while len(written := sorted(set(folder.glob("stage*.json")) - before)) < len(schedulers):
+        if time.monotonic() > deadline:
+            raise ServerError(f"a scheduler did not write within {WRITE_LIMIT_S} s; see {server.log}")
+        time.sleep(0.05)
+    return [json.loads(path.read_text()) for path in written]
+
+
+def measure(server: Server, folder: Path, requests: int, seed: int) -> Row:
+    send_all(server, signal.SIGCONT)
+    try:
+        collect(server, folder)
+        rate = asyncio.run(ask(server, requests, seed))
+        stages = [stage.get(KIND) for stage in collect(server, folder)]
+    finally:
+        send_all(server, signal.SIGSTOP)
+    return {"tokens_a_second": round(rate), "load": os.getloadavg()[0], "stages": stages}
+
+
+def run(rounds: int, requests: int, parts: bool, folder: Path) -> list[Row]:
+    rows = []
+    servers: dict[str, Server] = {}
+    with ExitStack() as running:
+        for name in COMPETITORS:
+            server = servers[name] = running.enter_context(start(name, folder / name, parts))
+            running.callback(send_all, server, signal.SIGCONT)
+            asyncio.run(ask(server, CONCURRENT, seed=0))
+            send_all(server, signal.SIGSTOP)
+        for number in range(rounds):
+            for name in list(servers) if number % 2 == 0 else list(servers)[::-1]:
+                row = measure(servers[name], folder / name, requests, seed=number)
+                rows.append({"round": number, "competitor": name, **row})
+                print(f"round {number} {name}: {row['tokens_a_second']} tokens/s", flush=True)
+    return rows
+
+
+def median(rows: list[Row], stage: int, value: str) -> float:
+    """Microseconds an iteration."""
+
+    def one(measured: Mapping[str, Any]) -> float:
+        spent = measured[value] if value in measured else measured["parts"].get(value, 0)
+        return spent / measured["iterations"] / 1000
+
+    found = [one(row["stages"][stage]) for row in rows if row["stages"][stage]]
+    return statistics.median(found) if found else math.nan
+
+
+def print_table(rows: list[Row]) -> None:
+    of = {name: [row for row in rows if row["competitor"] == name] for name in COMPETITORS}
+    for stage in range(2):
+        parts = {part for row in rows for part in (row["stages"][stage] or {}).get("parts", ())}
+        names = [*CLOCKS, *sorted(parts, key=lambda part: -max(median(of[n], stage, part) for n in of))]
+        print(f"\nstage {stage}, us an iteration outside run_batch{'upstream':>33}{'ours':>9}{'ratio':>8}")
+        for name in names:
+            upstream, ours = median(of["upstream"], stage, name), median(of["ours"], stage, name)
+            ratio = f"{ours / upstream:8.2f}" if upstream else ""
+            print(f"{CLOCKS.get(name, name):72}{upstream:9.0f}{ours:9.0f}{ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--requests", type=int, default=96, help="requests of a round")
+    parser.add_argument("--parts", action="store_true", help="CPU time by function as well")
+    parser.add_argument("--json", type=Path, help="write every round to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(arguments.rounds, arguments.requests, arguments.parts, Path(folder))
+    print_table(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""A SGLang plugin that measures what an iteration of the PP loop costs the host, outside `run_batch`.
+
+Loaded when its directory is on PYTHONPATH, in patched and unpatched servers alike; HOST_TIME_DIR says where
+the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last one, as
+`stage<S>-rank<R>.<n>.json`, and begin anew: per kind of batch ("DECODE 16": mode and requests) the number of
+iterations, and in nanoseconds
+
+cpu      CPU time of the scheduler thread; what it waits for does not count, nor does other load
+process  CPU time of all threads of the process, those of gloo and ZeroMQ included
+wall     wall time, with waiting for other stages and for a busy machine
+
+HOST_TIME_PARTS=1 adds the functions in `PARTS`, their own time without that of others in the list; measuring
+them costs about 2 us a call, which the sums then contain.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NOTHING = (0, 0, 0)
+SIGNAL = signal.SIGRTMIN + 1
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
+
+# What does not exist (in a release, or without the package) is left out.
+PARTS = (
+    f"{_RECEIVER}.recv_requests",
+    f"{_SCHEDULER}.process_input_requests",
+    f"{_SCHEDULER}.get_next_batch_to_run",
+    f"{_SCHEDULER}.process_batch_result",
+    f"{_SCHEDULER}._pp_send_pyobj_to_next_stage",
+    f"{_SCHEDULER}._pp_commit_comm_work",
+    f"{_SCHEDULER}._pp_recv_typed_dict",
+    f"{_SCHEDULER}._pp_launch_batch",
+    f"{_SCHEDULER}._pp_send_recv_and_preprocess_output_tensors",
+    f"{_SCHEDULER}._pp_prep_batch_result",
+    f"{_SCHEDULER}._pp_send_proxy_to_next_stage",
+    f"{_SCHEDULER}._pp_send_dict_to_next_stage",
+    "sglang_npu_pp.patches.outputs:OutputTicket.synchronize",
+    "sglang_npu_pp.transport.stage_link:StageLink.push_tensors",
+    "sglang_npu_pp.transport.stage_link:StageLink.push",
+    "sglang_npu_pp.transport.stage_link:StageLink.take",
+)
+
+Clocks = tuple[int, int, int]
+Function = Callable[..., Any]
+
+
+def clocks() -> Clocks:
+    return time.thread_time_ns(), time.process_time_ns(), time.monotonic_ns()
+
+
+def since(begin: Clocks) -> Clocks:
+    now = clocks()
+    return now[0] - begin[0], now[1] - begin[1], now[2] - begin[2]
+
+
+class Meter:
+    """The iterations of one scheduler. Those that launched nothing do not count."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._written = folder, 0
+        self._totals: dict[str, dict[str, Any]] = {}
+        self._begun: Clocks | None = None
+        self._in_run_batch = NOTHING
+        self._kind: str | None = None
+        self._inner_ns: list[int] = []  # of every part that is running: CPU time of the parts inside it
+        self._parts_ns: dict[str, int] = defaultdict(int)
+
+    def begin_iteration(self) -> None:
+        if self._begun is not None and self._kind is not None:
+            self._add(self._kind, since(self._begun))
+        self._kind, self._in_run_batch = None, NOTHING
+        self._parts_ns.clear()
+        self._begun = clocks()
+
+    def run_batch(self, original: Function, scheduler: Any, batch: Any, *args: Any, **options: Any) -> Any:
+        begin = clocks()
+        self._inner_ns.append(0)
+        self._kind = f"{batch.forward_mode.name} {len(batch.reqs)}"
+        result = original(scheduler, batch, *args, **options)
+        self._in_run_batch = since(begin)
+        self._inner_ns.pop()
+        if self._inner_ns:
+            self._inner_ns[-1] += self._in_run_batch[0]
+        return result
+
+    def measured(self, name: str, function: Function) -> Function:
+        def call(*args: Any, **options: Any) -> Any:
+            begin = time.thread_time_ns()
+            self._inner_ns.append(0)
+            try:
+                return function(*args, **options)
+            finally:
+                took = time.thread_time_ns() - begin
+                self._parts_ns[name] += took - self._inner_ns.pop()
+                if self._inner_ns:
+                    self._inner_ns[-1] += took
+
+        return call
+
+    def write(self, *_: Any) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        self._written += 1
+        parallel = get_parallel()
+        path = self._folder / f"stage{parallel.pp_rank}-rank{parallel.tp_rank}.{self._written}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._totals))
+        partial.replace(path)
+        self._totals = {}
+        self._begun = None
+
+    def _add(self, kind: str, spent: Clocks) -> None:
+        empty = {"iterations": 0, "cpu": 0, "process": 0, "wall": 0, "run_batch": 0, "parts": {}}
+        total = self._totals.setdefault(kind, empty)
+        total["iterations"] += 1
+        for index, name in enumerate(("cpu", "process", "wall")):
+            total[name] += spent[index] - self._in_run_batch[index]
+        total["run_batch"] += self._in_run_batch[0]
+        for name, nanoseconds in self._parts_ns.items():
+            total["parts"][name] = total["parts"].get(name, 0) + nanoseconds
+
+
+def register() -> None:
+    folder = os.environ.get("HOST_TIME_DIR")
+    if not folder or multiprocessing.parent_process() is None:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    meter = Meter(Path(folder))
+    installed: list[bool] = []
+
+    def run_batch(original: Function, *args: Any, **options: Any) -> Any:
+        """Everything else is wrapped at the first batch: behind the patches, which want to be first."""
+        if not installed and threading.current_thread() is threading.main_thread():
+            installed.append(True)
+            signal.signal(SIGNAL, meter.write)
+            wrap_loop(meter)
+        return meter.run_batch(original, *args, **options)
+
+    HookRegistry.register(f"{_SCHEDULER.replace(':', '.')}.run_batch", run_batch, HookType.AROUND)
+
+
+def wrap_loop(meter: Meter) -> None:
+    """An iteration begins with receiving requests, through `ingest_requests` from 0.5.20 on."""
+    if os.environ.get("HOST_TIME_PARTS") == "1":
+        for target in PARTS:
+            wrap(target, meter.measured)
+
+    def first(_name: str, function: Function) -> Function:
+        def call(*args: Any, **options: Any) -> Any:
+            meter.begin_iteration()
+            return function(*args, **options)
+
+        return call
+
+    if not wrap(f"{_SCHEDULER}.ingest_requests", first):
+        wrap(f"{_RECEIVER}.recv_requests", first)
+
+
+def wrap(target: str, wrapper: Callable[[str, Function], Function]) -> bool:
+    """Whether this release has `target`, which is then wrapped."""
+    module, _, qualname = target.partition(":")
+    owner_name, _, name = qualname.rpartition(".")
+    try:
+        owner = getattr(importlib.import_module(module), owner_name)
+        function = getattr(owner, name)
+    except (ImportError, AttributeError):
+        return False
+    setattr(owner, name, wrapper(qualname, function))
+    return True
