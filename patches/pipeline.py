@@ -51,6 +51,7 @@ class AsyncPipeline:
         self.slots = slots
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
+        self.launching: Any = None  # the proxies of the microbatch whose launch has begun; see `proxies`
         self.sent_requests: list[Any] | None = None
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 

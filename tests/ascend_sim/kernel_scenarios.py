@@ -219,7 +219,7 @@ def padded() -> dict[str, Any]:
         "value": tensor.tolist(),
         "stretches": [list(stretch) for stretch in kernels.take_stretches()],
         "left": len(kernels.take_stretches()),
-        "host": [waits.count - waits_before.count, waits.nanoseconds - waits_before.nanoseconds],
+        "host": [waits.waits - waits_before.waits, waits.nanoseconds - waits_before.nanoseconds],
     }
 
 

@@ -55,8 +55,9 @@ def occupy(milliseconds: int) -> None:
 
 
 class Stretch(NamedTuple):
-    """A stretch of a stream, in nanoseconds. `begin` and `end` are of `time.monotonic_ns`, which all processes
-    share. The others are what the stream had done before: its tasks, and how much of that it only waited."""
+    """A stretch of a stream, in nanoseconds. `begin` and `end` are of `time.monotonic_ns`, which all
+    processes share. The others are what the stream had done before: its tasks, and how much of that it only
+    waited."""
 
     begin: int
     end: int
@@ -88,7 +89,7 @@ class HostWaits(NamedTuple):
     """Of one host thread: how long it stood still in calls of CANN, and how often."""
 
     nanoseconds: int
-    count: int
+    waits: int
 
 
 def host_waits() -> HostWaits:

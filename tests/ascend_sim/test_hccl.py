@@ -160,7 +160,10 @@ def test_a_link_keeps_streams_busy_and_no_host(hccl_team: Team) -> None:
     with Simulator(sender.pid) as ours, Simulator(receiver.pid) as theirs:
         for speed, least_ms in (({"us_per_message": 50_000}, 50), ({"mb_per_s": 100}, 4)):
             with links(ours, **speed), theirs.hold("HcclRecv", count=1) as gate:
-                calls = [sender.start(time_stamped, dist.isend, 1), receiver.start(time_stamped, dist.irecv, 0)]
+                calls = [
+                    sender.start(time_stamped, dist.isend, 1),
+                    receiver.start(time_stamped, dist.irecv, 0),
+                ]
                 assert [call.note() for call in calls] == ["not completed"] * 2
                 gate.release()
                 assert all(milliseconds >= least_ms for milliseconds in results(calls))
