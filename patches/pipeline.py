@@ -57,6 +57,7 @@ class AsyncPipeline:
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
+        self.launching: Any = None  # the proxies of the microbatch whose launch has begun; see `proxies`
         self.sent_requests: list[Any] | None = None
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 

@@ -4,33 +4,87 @@ Upstream receives them tensor by tensor before the launch and sends them at the 
 another microbatch's results were waited for and processed. Here the receive is posted where upstream
 receives, waited for as the last thing before the forward, and the send is posted as the first thing
 behind it. The outputs of the last stage leave at the same place.
+
+The last thing before the forward is the end of `ForwardBatch.init_new`, not the launch: a launch begins with
+upstream's preparation of the batch, which needs no proxies. So the host prepares while they are on the way,
+and on an accelerator nothing that it prepares stands behind them on the forward stream.
+
+`ModelRunner.forward` would be the natural seam, but its module must not be imported before a scheduler needs
+it: on an NPU that import replaces parts of torch, and most models cannot be imported after it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.token_return import copy_to_host
+from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import Pending
 
+from .measuring import measured
 from .microbatch import describe
 from .pipeline import AsyncPipeline, Launch, current
 
-logger = logging.getLogger("sglang_npu_pp")
-
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
+_PREPARE = "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new"
 
 
 def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
-    """A pending value in the place of the tensors; only `launch_batch` reads it."""
+    """A pending value in the place of the tensors; `launch_batch` passes it on to the forward."""
     pipeline = current()
     if pipeline is None:
         return original(scheduler)
     return None if pipeline.link.stage == 0 else pipeline.post_proxies()
+
+
+class ComingProxies:
+    """The proxies of one microbatch, on every stage. `tensors` is what the forward gets: upstream's object,
+    None on stage 0; it is empty until they `arrive`."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        pipeline: AsyncPipeline,
+        slot: int,
+        pending: Pending | None,
+        batch: str,
+        measure: AbstractContextManager[None],
+    ) -> None:
+        from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+
+        self._scheduler, self._pipeline, self._slot = scheduler, pipeline, slot
+        self._pending, self._begun, self._measure = pending, False, measure
+        self.forward = ExitStack()
+        """Open around the launch; holds what measures the forward, from the arrival on."""
+        self.tensors: Any = None
+        if pending is not None:
+            pending.batch = batch
+            self.tensors = PPProxyTensors({})
+
+    def arrive(self) -> None:
+        """Wait for them, the first time, as the last thing before the forward.
+
+        A fixed point of the program on all ranks of a stage, so slices may be gathered here.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        if self._pending is not None:
+            with self._scheduler.forward_stream_ctx:
+                self.tensors.tensors = self._pending.wait(_gather_group(self._scheduler))
+        self._pipeline.link.trace.record("launch", "", self._slot, self._pipeline.iteration)
+        self.forward.enter_context(self._measure)
+
+
+def prepare_batch(original: Any, kind: Any, *arguments: Any, **options: Any) -> Any:
+    """Upstream's preparation of a forward; what is launched next is the forward."""
+    forward_batch = original(kind, *arguments, **options)
+    pipeline = current()
+    if pipeline is not None and pipeline.launching is not None:
+        pipeline.launching.arrive()
+    return forward_batch
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
@@ -45,15 +99,17 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     prebuilt = cur_batch.forward_mode.is_prebuilt()
     skipped = prebuilt or _pp_can_skip_output_comm(cur_batch)
     batch = describe(cur_batch)
-    proxies = _wait_for_proxies(scheduler, pp_proxy_tensors, batch)
-    trace = pipeline.link.trace
-    trace.record("launch", "", mb_id, pipeline.iteration)
-    with (
-        pipeline.link.telemetry.phase("forward"),
-        pipeline.timing(scheduler.forward_stream_ctx, mb_id),
-        _measured(scheduler, pipeline, cur_batch, counted=not skipped),
-    ):
-        result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
+    measure = measured(scheduler, pipeline, mb_id, counted=not skipped)
+    proxies = ComingProxies(scheduler, pipeline, mb_id, pp_proxy_tensors, batch, measure)
+    pipeline.launching = proxies
+    telemetry, trace = pipeline.link.telemetry, pipeline.link.trace
+    trace.record("prepare", "", mb_id, pipeline.iteration)
+    with telemetry.phase("forward", apart_from=telemetry.receiving(Kind.PROXY.label)), proxies.forward:
+        result, launched = original(
+            scheduler, mb_id, *given, proxies.tensors, mb_metadata, last_rank_comm_queue
+        )
+        proxies.arrive()  # nothing, unless the batch had no forward
+    pipeline.launching = None
     trace.record("launched", "", mb_id, pipeline.iteration)
     outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
     pipeline.launched[mb_id] = Launch(pipeline.iteration, skipped, outputs)
@@ -69,44 +125,9 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     return result, launched
 
 
-@contextmanager
-def _measured(scheduler: Any, pipeline: AsyncPipeline, batch: Any, counted: bool) -> Iterator[None]:
-    """The first busy launches are timed; then stage 0 says which depth would hide the link, and that is all.
-
-    `counted` is False for a batch whose outputs nobody waits for: the link does not hold it up.
-    """
-    adviser = pipeline.adviser
-    if adviser is None:
-        yield
-        return
-    mode = batch.forward_mode
-    kind = "decode" if mode.is_decode() else "prefill" if mode.is_extend() else mode.name
-    with scheduler.forward_stream_ctx:
-        adviser.begin(kind if counted else "skipped", pipeline.iteration)
-    yield
-    with scheduler.forward_stream_ctx:
-        adviser.end()
-    if adviser.finished:
-        pipeline.adviser = None
-        if pipeline.link.stage == 0:
-            limit = scheduler.server_args.pp_max_micro_batch_size
-            logger.info("sglang-npu-pp: %s", adviser.advice(scheduler.max_running_requests, limit))
-
-
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
     """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
     return original(scheduler, *arguments, **options) if current() is None else []
-
-
-def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:
-    """Nothing is done between this wait and the forward."""
-    if not isinstance(pending, Pending):
-        return pending
-    pending.batch = batch
-    from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
-
-    with scheduler.forward_stream_ctx:
-        return PPProxyTensors(pending.wait(_gather_group(scheduler)))
 
 
 def _gather_group(scheduler: Any) -> Any:
@@ -139,7 +160,7 @@ PATCHES = (
         target=f"{_MIXIN}._pp_launch_batch",
         wrapper=launch_batch,
         why="proxies leave at the end of the iteration, outputs when their microbatch comes round",
-        how="wait for the proxies, launch, then send proxies or outputs at once",
+        how="launch with proxies that are still to come, then send proxies or outputs at once",
         upstream="sglang #19582; Ascend ring deadlocks sglang #23472, #30844",
         plan=_PLAN,
         relies_on=(
@@ -147,6 +168,16 @@ PATCHES = (
             f"{_MIXIN}._pp_wait_forward_dependencies",
             "sglang.srt.managers.scheduler_pp_mixin:_pp_can_skip_output_comm",
         ),
+    ),
+    Patch(
+        target=_PREPARE,
+        wrapper=prepare_batch,
+        why="proxies that are waited for before the launch keep the host from preparing the batch, and put "
+        "what it prepares behind them on the forward stream",
+        how="wait for them here, behind the preparation and before anything that reads them",
+        upstream="sglang #19582; vllm-ascend #7143",
+        plan=_PLAN,
+        relies_on=("sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",),
     ),
     Patch(
         target=f"{_MIXIN}._pp_send_dict_to_next_stage",

@@ -76,7 +76,7 @@ class Links(msgspec.Struct, frozen=True):
     """Of the messages that a process sends."""
 
     us_per_message: int = 0
-    ns_per_byte: int = 0
+    mb_per_s: int = 0  # 0: no limit
     eager_bytes: int = 0  # up to how many bytes a send needs no receiver
 
 
@@ -212,9 +212,9 @@ class Simulator:
         """Let every task with such a name take that much longer; 0 takes the rule of this pattern away."""
         self.ask("delay", pattern, str(microseconds))
 
-    def links(self, *, us_per_message: int = 0, ns_per_byte: int = 0, eager_bytes: int = 0) -> None:
+    def links(self, *, us_per_message: int = 0, mb_per_s: int = 0, eager_bytes: int = 0) -> None:
         """Set the `Links` of this process."""
-        self.ask("links", str(us_per_message), str(ns_per_byte), str(eager_bytes))
+        self.ask("links", str(us_per_message), str(mb_per_s), str(eager_bytes))
 
     def ask(self, *words: str) -> Any:
         """One request, and its answer as plain Python values."""

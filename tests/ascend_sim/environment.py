@@ -11,7 +11,7 @@ def environment(*, devices: int, memory_mb: int = 4096, **settings: str | int) -
     """The variables of such a process, to be set before it starts (the loader reads LD_LIBRARY_PATH once).
 
     `devices` of `memory_mb` MiB each. Further settings by their names in lower case and without the prefix:
-    `poison=1` is ASCEND_SIM_POISON=1, and so on for `eager_bytes`, `link_us`, `link_ns_per_byte`. A name that
+    `poison=1` is ASCEND_SIM_POISON=1, and so on for `eager_bytes`, `link_us`, `link_mb_per_s`. A name that
     begins with `hccl_` is CANN's own, as `hccl_exec_timeout` in seconds.
     """
     libraries = build.build()

@@ -21,6 +21,7 @@ from tests.ascend_sim.controls import Simulator
 
 DEVICE = "npu:0"
 LIMIT_S = 20.0
+STRETCH_US = 30_000
 LEFT: list[Any] = []  # what nobody frees before the process ends
 SIZES = (1, 100, 100_000)  # elements of freed blocks; the allocator rounds to 512 bytes
 
@@ -193,6 +194,33 @@ def occupation() -> dict[str, Any]:
     idle = npu().current_stream().query()
     npu().synchronize()
     return {"idle": idle, "seconds": time.monotonic() - began, "core": time.process_time() - used}
+
+
+def padded() -> dict[str, Any]:
+    """Two stretches of a stream that other streams and the host wait for: what was seen of them."""
+    npu().synchronize()
+    kernels.take_stretches()
+    waits_before = kernels.host_waits()
+    tensor = torch.zeros(3, device=DEVICE)
+    for _ in range(2):
+        kernels.begin_stretch()
+        tensor.add_(1)
+        kernels.end_stretch(STRETCH_US)
+    idle = npu().current_stream().query()
+    with npu().stream(npu().Stream()) as _:
+        other = npu().current_stream()
+        other.wait_stream(npu().default_stream())
+        kernels.begin_stretch()
+        kernels.end_stretch()
+    npu().synchronize()
+    waits = kernels.host_waits()
+    return {
+        "idle": idle,
+        "value": tensor.tolist(),
+        "stretches": [list(stretch) for stretch in kernels.take_stretches()],
+        "left": len(kernels.take_stretches()),
+        "host": [waits.waits - waits_before.waits, waits.nanoseconds - waits_before.nanoseconds],
+    }
 
 
 def threads() -> list[float]:

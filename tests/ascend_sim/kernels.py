@@ -11,6 +11,7 @@ import functools
 import os
 from typing import NamedTuple
 
+_STRETCHES_AT_A_TIME = 256
 _REPORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_long)
 
 
@@ -51,6 +52,51 @@ def synchronous_operators() -> dict[str, int]:
 def occupy(milliseconds: int) -> None:
     """Make the current stream take so long, like a kernel: through torch_npu's task queue, using no core."""
     _library().ascend_sim_occupy(milliseconds)
+
+
+class Stretch(NamedTuple):
+    """A stretch of a stream, in nanoseconds. `begin` and `end` are of `time.monotonic_ns`, which all
+    processes share. The others are what the stream had done before: its tasks, and how much of that it only
+    waited."""
+
+    begin: int
+    end: int
+    tasks_before: int
+    waited_before: int
+
+
+def begin_stretch() -> None:
+    """A stretch of the current stream begins behind what has been launched on it so far."""
+    _library().ascend_sim_begin_stretch()
+
+
+def end_stretch(at_least_us: int = 0) -> None:
+    """It ends behind what has been launched by now, and not before it has lasted so long: kernels are
+    padded to the time that a device would take, without using a core."""
+    _library().ascend_sim_end_stretch(ctypes.c_long(at_least_us))
+
+
+def take_stretches() -> list[Stretch]:
+    """The stretches of all streams that have ended since the last call, in the order of their ends."""
+    numbers = (ctypes.c_uint64 * (4 * _STRETCHES_AT_A_TIME))()
+    found: list[Stretch] = []
+    while count := _library().ascend_sim_take_stretches(numbers, ctypes.c_long(_STRETCHES_AT_A_TIME)):
+        found += [Stretch(*numbers[4 * number : 4 * number + 4]) for number in range(count)]
+    return found
+
+
+class HostWaits(NamedTuple):
+    """Of one host thread: how long it stood still in calls of CANN, and how often."""
+
+    nanoseconds: int
+    waits: int
+
+
+def host_waits() -> HostWaits:
+    """Those of the calling thread so far: blocking copies, synchronisation with streams and events."""
+    nanoseconds, count = ctypes.c_uint64(), ctypes.c_uint64()
+    _library().ascend_sim_times_waited(ctypes.byref(nanoseconds), ctypes.byref(count))
+    return HostWaits(nanoseconds.value, count.value)
 
 
 def poison_freed_blocks() -> None:

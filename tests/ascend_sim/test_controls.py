@@ -220,8 +220,8 @@ def test_several_may_look_at_once(rank: Rank, simulator: Simulator) -> None:
 
 
 def test_links_are_set(simulator: Simulator) -> None:
-    simulator.links(us_per_message=1, ns_per_byte=2, eager_bytes=3)
-    assert simulator.listing().links == Links(us_per_message=1, ns_per_byte=2, eager_bytes=3)
+    simulator.links(us_per_message=1, mb_per_s=2, eager_bytes=3)
+    assert simulator.listing().links == Links(us_per_message=1, mb_per_s=2, eager_bytes=3)
     simulator.links()
     assert simulator.listing().links == Links()
 

@@ -48,6 +48,20 @@ def timed(here: Here, function: Callable[..., Any], *arguments: Any) -> tuple[fl
     return time.monotonic() - began, time.process_time() - used
 
 
+def time_stamped(here: Here, post: Callable[..., Any], peer: int) -> float:
+    """Post 400 kB, and note whether it is out; milliseconds between events in front of it and behind it."""
+    npu = torch.get_device_module("npu")
+    before, behind = npu.Event(enable_timing=True), npu.Event(enable_timing=True)
+    message = numbered(here, 1, 100_000)
+    before.record()
+    work = post(message, peer)
+    here.note("completed" if work.is_completed() else "not completed")
+    work.wait()
+    behind.record()
+    behind.synchronize()
+    return float(before.elapsed_time(behind))
+
+
 def exchange_in_batch(here: Here, to: int, source: int, elements: int) -> list[list[int]]:
     """Two messages to one rank and two from one, sends first, all in one batch."""
     received = [room(here, elements), room(here, elements + 1)]
@@ -126,7 +140,7 @@ def test_small_messages_need_no_receive_where_that_is_allowed(hccl_team: Team) -
 def test_a_message_takes_the_time_of_its_link(hccl_team: Team) -> None:
     hccl_team.each(warm_up)
     sender, receiver = hccl_team.ranks[:2]
-    speed = {"us_per_message": 300_000, "ns_per_byte": 1000}
+    speed = {"us_per_message": 300_000, "mb_per_s": 1}
     with Simulator(sender.pid) as ours, Simulator(receiver.pid) as theirs, links(ours, **speed):
         calls: list[Call[Any]] = [
             sender.start(timed, send_numbers, 1, [50_000]),
@@ -137,6 +151,22 @@ def test_a_message_takes_the_time_of_its_link(hccl_team: Team) -> None:
         for seconds, of_a_core in results(calls):
             assert seconds >= 0.5  # 0.3 s for the message and 0.2 s for its bytes
             assert of_a_core < seconds / 2
+
+
+def test_a_link_keeps_streams_busy_and_no_host(hccl_team: Team) -> None:
+    """Time stamps of the device, so nothing but a lower bound; the host had gone on long before."""
+    hccl_team.each(warm_up)
+    sender, receiver = hccl_team.ranks[:2]
+    with Simulator(sender.pid) as ours, Simulator(receiver.pid) as theirs:
+        for speed, least_ms in (({"us_per_message": 50_000}, 50), ({"mb_per_s": 100}, 4)):
+            with links(ours, **speed), theirs.hold("HcclRecv", count=1) as gate:
+                calls = [
+                    sender.start(time_stamped, dist.isend, 1),
+                    receiver.start(time_stamped, dist.irecv, 0),
+                ]
+                assert [call.note() for call in calls] == ["not completed"] * 2
+                gate.release()
+                assert all(milliseconds >= least_ms for milliseconds in results(calls))
 
 
 def test_a_batch_goes_on_in_all_directions_at_once(hccl_team: Team) -> None:

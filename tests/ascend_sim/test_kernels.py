@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from . import kernel_scenarios, operator_cases
+from . import kernel_scenarios, kernels, operator_cases
 from .build import REPOSITORY
 from .environment import environment
 
@@ -31,6 +31,7 @@ SCENARIOS = (
     kernel_scenarios.values_are_waited_for,
     kernel_scenarios.kernels_keep_their_place,
     kernel_scenarios.occupation,
+    kernel_scenarios.padded,
     kernel_scenarios.threads,
     kernel_scenarios.reads_of_freed_memory,
     kernel_scenarios.reads_in_stream_order,
@@ -152,6 +153,28 @@ def test_occupy_takes_time_of_the_stream_and_none_of_a_core(seen: dict[str, Any]
     assert not found["idle"]
     assert found["seconds"] >= 0.3
     assert found["core"] < 0.15
+
+
+def test_a_stretch_is_padded_on_the_device_while_the_host_goes_on(seen: dict[str, Any]) -> None:
+    found = seen["padded"]
+    assert not found["idle"]
+    assert found["value"] == [2.0] * 3
+    first, second, behind = (kernels.Stretch(*numbers) for numbers in found["stretches"])
+    least = 1000 * kernel_scenarios.STRETCH_US
+    assert first.end - first.begin >= least
+    assert second.begin >= first.end
+    assert second.tasks_before - first.tasks_before >= least
+    assert second.end - second.begin >= least
+    assert found["left"] == 0
+    # A stream that waited for the others says how long.
+    assert behind.begin >= second.end
+    assert 0 < behind.waited_before <= behind.tasks_before
+
+
+def test_what_the_host_waited_for_is_counted(seen: dict[str, Any]) -> None:
+    count, nanoseconds = seen["padded"]["host"]
+    assert count > 0
+    assert nanoseconds > 0
 
 
 def test_host_threads_may_use_kernels_at_once(seen: dict[str, Any]) -> None:

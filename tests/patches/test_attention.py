@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sglang_npu_pp.patches import attention
 from sglang_npu_pp.patches.attention import WithoutWaiting
 from sglang_npu_pp.streams import DeviceStreams
 
@@ -43,6 +44,27 @@ def test_everything_else_is_untouched(batch: SimpleNamespace) -> None:
     assert made.tolist() == [1, 2]
     assert made.dtype == torch.int32
     assert batch.seq_lens.max() == -1  # the mode is over
+
+
+def test_what_is_copied_to_the_device_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ForwardBatch` copies positions; other copies are left alone."""
+    uploaded: list[torch.Tensor] = []
+
+    def upload(tensor: torch.Tensor, streams: DeviceStreams) -> torch.Tensor:
+        uploaded.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(attention, "upload", upload)
+    positions = torch.arange(6, dtype=torch.int32).reshape(3, 2)
+    with attention.PinnedUploads(DeviceStreams("cpu")):
+        copied = positions.to(dtype=torch.int64, device="cpu", non_blocking=True)
+        as_they_are = positions.to(device="cpu", non_blocking=True)
+        assert positions.to(torch.int64).dtype == torch.int64
+        assert positions.to(device="cpu").dtype == torch.int32
+    assert copied.dtype == torch.int64
+    assert copied.tolist() == positions.tolist()
+    assert as_they_are.dtype == torch.int32
+    assert len(uploaded) == 2
 
 
 def test_without_lengths_on_the_host_the_device_is_read(batch: SimpleNamespace) -> None:

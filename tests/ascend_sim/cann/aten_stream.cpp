@@ -10,7 +10,9 @@
 #include <torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.h>
 #include <torch_npu/csrc/framework/OpCommand.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace ascend_sim {
 namespace {
@@ -106,8 +109,69 @@ void poison_freed_blocks() {
 
 }  // namespace ascend_sim
 
-extern "C" void ascend_sim_occupy(int milliseconds) {
+namespace ascend_sim {
+namespace {
+
+using std::chrono::steady_clock;
+
+// A stretch of a stream, all in nanoseconds; `begin` and `end` of the monotonic clock, which all processes
+// share. The others: what the stream had done before the stretch.
+struct Stretch {
+  std::uint64_t begin, end, tasks_before, waited_before;
+};
+
+std::mutex stretches_mutex;
+std::vector<Stretch> stretches;  // that have ended and were not taken
+thread_local Stretch open_stretch{};  // of the stream whose thread this is
+
+std::uint64_t nanoseconds(steady_clock::time_point moment) { return moment.time_since_epoch().count(); }
+
+void begin_stretch() {
+  const sim::ThreadTimes& times = sim::times_of_this_thread();
+  open_stretch = {nanoseconds(steady_clock::now()), 0, times.tasks_ns, times.waited_ns};
+}
+
+void end_stretch(std::chrono::microseconds at_least) {
+  const steady_clock::time_point begin{std::chrono::nanoseconds(open_stretch.begin)};
+  std::this_thread::sleep_until(begin + at_least);
+  open_stretch.end = nanoseconds(steady_clock::now());
+  const std::lock_guard<std::mutex> lock(stretches_mutex);
+  stretches.push_back(open_stretch);
+}
+
+}  // namespace
+}  // namespace ascend_sim
+
+extern "C" {
+
+void ascend_sim_occupy(int milliseconds) {
   ascend_sim::launch("occupy", [milliseconds] {
     std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
   });
 }
+
+void ascend_sim_begin_stretch() { ascend_sim::launch("begin stretch", ascend_sim::begin_stretch); }
+
+void ascend_sim_end_stretch(long microseconds) {
+  const std::chrono::microseconds at_least(microseconds);
+  ascend_sim::launch("end stretch", [at_least] { ascend_sim::end_stretch(at_least); });
+}
+
+// Moves the oldest stretches into `taken`, four numbers each; returns how many.
+long ascend_sim_take_stretches(std::uint64_t* taken, long at_most) {
+  using ascend_sim::stretches;
+  const std::lock_guard<std::mutex> lock(ascend_sim::stretches_mutex);
+  const long count = std::min<long>(at_most, stretches.size());
+  std::memcpy(taken, stretches.data(), count * sizeof(ascend_sim::Stretch));
+  stretches.erase(stretches.begin(), stretches.begin() + count);
+  return count;
+}
+
+// Of the calling thread: nanoseconds that it stood still in the simulator, and how often.
+void ascend_sim_times_waited(std::uint64_t* nanoseconds, std::uint64_t* waits) {
+  const sim::ThreadTimes& times = sim::times_of_this_thread();
+  *nanoseconds = times.waited_ns;
+  *waits = times.waits;
+}
+
+}  // extern "C"

@@ -6,7 +6,7 @@
 //   hold PATTERN [COUNT]                           tasks (the next COUNT) stop at a gate before they run
 //   release GATE                                   they go on
 //   delay PATTERN MICROSECONDS                     tasks take that much longer; 0 takes the rule away
-//   links US_PER_MESSAGE NS_PER_BYTE EAGER_BYTES   between devices
+//   links US_PER_MESSAGE MB_PER_S EAGER_BYTES      between devices
 #include "control.h"
 
 #include <pthread.h>
@@ -71,7 +71,7 @@ std::string delay(const Words& words) {
 
 std::string set_links(const Words& words) {
   links().us_per_message = static_cast<long>(number_in(words[1]));
-  links().ns_per_byte = static_cast<long>(number_in(words[2]));
+  links().mb_per_s = static_cast<long>(number_in(words[2]));
   links().eager_bytes = static_cast<long>(number_in(words[3]));
   return done();
 }

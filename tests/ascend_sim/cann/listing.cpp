@@ -79,7 +79,7 @@ std::string json_of(const Gate& gate) {
 std::string json_of_links() {
   return json::object({
       {"us_per_message", std::to_string(links().us_per_message)},
-      {"ns_per_byte", std::to_string(links().ns_per_byte)},
+      {"mb_per_s", std::to_string(links().mb_per_s)},
       {"eager_bytes", std::to_string(links().eager_bytes)},
   });
 }

@@ -68,9 +68,10 @@ class Send : public Transfer {
 
   void depart() {
     departed_ = true;
+    const long mb_per_s = links().mb_per_s.load();
     const auto bytes = static_cast<long>(header_.bytes);
     arrival_ = Clock::now() + std::chrono::microseconds(links().us_per_message.load()) +
-               std::chrono::nanoseconds(links().ns_per_byte.load() * bytes);
+               std::chrono::nanoseconds(mb_per_s == 0 ? 0 : bytes * 1000 / mb_per_s);
   }
 
   void write() {

@@ -21,7 +21,7 @@ long setting(const char* name, long otherwise) {
 }
 
 Links& links() {
-  static auto* all = new Links{setting("ASCEND_SIM_LINK_US", 0), setting("ASCEND_SIM_LINK_NS_PER_BYTE", 0),
+  static auto* all = new Links{setting("ASCEND_SIM_LINK_US", 0), setting("ASCEND_SIM_LINK_MB_PER_S", 0),
                                setting("ASCEND_SIM_EAGER_BYTES", 0)};
   return *all;
 }

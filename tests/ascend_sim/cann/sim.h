@@ -9,6 +9,7 @@
 #include <acl/acl.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -45,7 +46,15 @@ class Waiting {
 
  private:
   const std::uint64_t number_;
+  const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
 };
+
+// What the calling thread has done since it began. A thread of a stream: how long its tasks took that have
+// ended, waits included. Any thread: how long, and how often, it stood still in the simulator.
+struct ThreadTimes {
+  std::uint64_t tasks_ns = 0, waited_ns = 0, waits = 0;
+};
+ThreadTimes& times_of_this_thread();
 
 // From inside a task: the stream runs nothing more and every synchronisation with it returns `error`.
 void fail_stream(aclError error);
@@ -59,11 +68,11 @@ int stream_id(aclrtStream stream);
 // An environment variable as a number; aborts with a sentence when it is not one.
 long setting(const char* name, long otherwise);
 
-// Speed of the links between devices and the size up to which a send needs no receiver. Set from the
-// environment (ASCEND_SIM_LINK_US, ASCEND_SIM_LINK_NS_PER_BYTE, ASCEND_SIM_EAGER_BYTES) and by the control
+// Speed of the links between devices (0 MB/s: no limit) and the size up to which a send needs no receiver. Set from the
+// environment (ASCEND_SIM_LINK_US, ASCEND_SIM_LINK_MB_PER_S, ASCEND_SIM_EAGER_BYTES) and by the control
 // socket.
 struct Links {
-  std::atomic<long> us_per_message, ns_per_byte, eager_bytes;
+  std::atomic<long> us_per_message, mb_per_s, eager_bytes;
 };
 Links& links();
 

@@ -47,9 +47,19 @@ Waiting::Waiting(std::string reason, Partners partners)
 Waiting::Waiting(std::string reason, std::uint64_t task) : number_(begin_wait(std::move(reason), {}, task)) {}
 
 Waiting::~Waiting() {
-  Waits& waits = Waits::all();
-  const std::lock_guard lock(waits.mutex);
-  waits.by_number.erase(number_);
+  {
+    Waits& waits = Waits::all();
+    const std::lock_guard lock(waits.mutex);
+    waits.by_number.erase(number_);
+  }
+  ThreadTimes& times = times_of_this_thread();
+  times.waited_ns += (std::chrono::steady_clock::now() - began_).count();
+  ++times.waits;
+}
+
+ThreadTimes& times_of_this_thread() {
+  thread_local ThreadTimes times;
+  return times;
 }
 
 std::vector<Wait> all_waits() {
