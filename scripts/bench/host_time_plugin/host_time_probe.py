@@ -122,12 +122,11 @@ class Meter:
         self._begun = None
 
     def _add(self, kind: str, spent: Clocks) -> None:
-        empty = {"iterations": 0, "cpu": 0, "process": 0, "wall": 0, "run_batch": 0, "parts": {}}
+        empty = {"iterations": 0, "cpu": 0, "process": 0, "wall": 0, "parts": {}}
         total = self._totals.setdefault(kind, empty)
         total["iterations"] += 1
         for index, name in enumerate(("cpu", "process", "wall")):
             total[name] += spent[index] - self._in_run_batch[index]
-        total["run_batch"] += self._in_run_batch[0]
         for name, nanoseconds in self._parts_ns.items():
             total["parts"][name] = total["parts"].get(name, 0) + nanoseconds
 
