@@ -24,7 +24,7 @@ _COLOURS: dict[tuple[str, str], str] = {
     (IDLE, ""): "#ffffff",
 }
 _ROW_HEIGHT = 0.72
-_LEGEND_COLUMNS = 7  # that fit below the axis
+_LEGEND_COLUMNS = 8  # that fit below the axis
 _ROOM_FOR_A_NUMBER = 0.014  # of the axis: narrower forwards are not numbered
 
 

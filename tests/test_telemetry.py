@@ -8,7 +8,8 @@ from pathlib import Path
 from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.telemetry import Telemetry, read_snapshots, render_table
-from sglang_npu_pp.trace import Trace
+from sglang_npu_pp.trace import Trace, read_trace
+from sglang_npu_pp.transport.clock import LinkClock
 
 
 def filled(stage: int, rank: int) -> Telemetry:
@@ -71,9 +72,14 @@ def test_a_snapshot_can_be_taken_while_another_thread_counts() -> None:
 def test_the_last_report_is_made_once(tmp_path: Path) -> None:
     telemetry, trace = filled(1, 2), Trace(enabled=True)
     reporter = Reporter(
-        Settings(telemetry_dir=tmp_path / "new", trace_dir=tmp_path / "new"), telemetry, trace
+        Settings(telemetry_dir=tmp_path / "new", trace_dir=tmp_path / "new"),
+        telemetry,
+        trace,
+        LinkClock({0: 1e-3}, offset_ns=77),
     )
     reporter.finish()
     (tmp_path / "new" / "stage1-rank2.json").unlink()
     reporter.finish()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["stage1-rank2.trace.json"]
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.name == "stage1-rank2.trace.json"
+    assert read_trace(path).offset_ns == 77

@@ -67,3 +67,16 @@ def test_checks_of_outputs_can_fail() -> None:
     assert not order.outputs_come_from_the_last_stage({0: [asked, received], 1: [sent]})
     assert order.outputs_come_from_the_last_stage({0: [asked, received], 1: [sent, asked]})
     assert order.outputs_come_from_the_last_stage({0: [], 1: [sent]})
+
+
+def test_checks_of_forwards_on_a_device_can_fail() -> None:
+    launches = [Event(time, "launch", "", 0, iteration) for time, iteration in ((1, 5), (2, 6))]
+    first, second = [
+        [Event(begin, "run", "", 0, iteration), Event(end, "ran", "", 0, iteration)]
+        for begin, end, iteration in ((3, 5, 5), (5, 8, 6))
+    ]
+    assert not order.forwards_ran_one_after_another([*launches, *first, *second])
+    assert not order.forwards_ran_one_after_another([*launches, *first])  # the last ones may still run
+    early = Event(0, "run", "", 0, 5)
+    for wrong in ([*second, *first], second, [early, *first[1:]], [*first, *second, *second]):
+        assert order.forwards_ran_one_after_another([*launches, *wrong])
