@@ -58,6 +58,7 @@ class ComingProxies:
         self._pending, self._begun, self._measure = pending, False, measure
         self.forward = ExitStack()
         """Open around the launch; holds what measures the forward, from the arrival on."""
+        self.read_by_forward: list[Any] = []
         self.tensors: Any = None
         if pending is not None:
             pending.batch = batch
@@ -83,6 +84,7 @@ def prepare_batch(original: Any, kind: Any, *arguments: Any, **options: Any) -> 
     forward_batch = original(kind, *arguments, **options)
     pipeline = current()
     if pipeline is not None and pipeline.launching is not None:
+        pipeline.launching.read_by_forward += _parts(forward_batch)
         pipeline.launching.arrive()
     return forward_batch
 
@@ -110,6 +112,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
         )
         proxies.arrive()  # nothing, unless the batch had no forward
     pipeline.launching = None
+    pipeline.keep_until(launched, proxies.read_by_forward)
     trace.record("launched", "", mb_id, pipeline.iteration)
     outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
     pipeline.launched[mb_id] = Launch(pipeline.iteration, skipped, outputs)
@@ -128,6 +131,12 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
     """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
     return original(scheduler, *arguments, **options) if current() is None else []
+
+
+def _parts(forward_batch: Any) -> list[Any]:
+    """What a batch consists of now; upstream puts other tensors into the same objects later."""
+    sampling = getattr(forward_batch, "sampling_info", None)
+    return [*vars(forward_batch).values(), *(vars(sampling).values() if sampling is not None else ())]
 
 
 def _gather_group(scheduler: Any) -> Any:

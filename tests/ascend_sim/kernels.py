@@ -56,13 +56,15 @@ def occupy(milliseconds: int) -> None:
 
 class Stretch(NamedTuple):
     """A stretch of a stream, in nanoseconds. `begin` and `end` are of `time.monotonic_ns`, which all
-    processes share. The others are what the stream had done before: its tasks, and how much of that it only
-    waited."""
+    processes share. The others are what the stream had done before, and by the end: its tasks, and how much
+    of that it only waited."""
 
     begin: int
     end: int
     tasks_before: int
     waited_before: int
+    tasks_by_end: int
+    waited_by_end: int
 
 
 def begin_stretch() -> None:
@@ -78,10 +80,11 @@ def end_stretch(at_least_us: int = 0) -> None:
 
 def take_stretches() -> list[Stretch]:
     """The stretches of all streams that have ended since the last call, in the order of their ends."""
-    numbers = (ctypes.c_uint64 * (4 * _STRETCHES_AT_A_TIME))()
+    size = len(Stretch._fields)
+    numbers = (ctypes.c_uint64 * (size * _STRETCHES_AT_A_TIME))()
     found: list[Stretch] = []
     while count := _library().ascend_sim_take_stretches(numbers, ctypes.c_long(_STRETCHES_AT_A_TIME)):
-        found += [Stretch(*numbers[4 * number : 4 * number + 4]) for number in range(count)]
+        found += [Stretch(*numbers[size * number : size * (number + 1)]) for number in range(count)]
     return found
 
 

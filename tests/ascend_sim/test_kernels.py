@@ -164,6 +164,8 @@ def test_a_stretch_is_padded_on_the_device_while_the_host_goes_on(seen: dict[str
     assert first.end - first.begin >= least
     assert second.begin >= first.end
     assert second.tasks_before - first.tasks_before >= least
+    assert first.tasks_before < first.tasks_by_end <= second.tasks_before
+    assert first.waited_by_end <= second.waited_before
     assert second.end - second.begin >= least
     assert found["left"] == 0
     # A stream that waited for the others says how long.

@@ -5,15 +5,17 @@ That real servers do it in this order, and that the host goes on, is shown in te
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_npu_pp.patches import proxies
-from sglang_npu_pp.patches.pipeline import AsyncPipeline, set_current
+from sglang_npu_pp.patches.pipeline import AsyncPipeline, current, set_current
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.trace import Trace
@@ -69,8 +71,9 @@ def launch(link: Link, *, forwards: int) -> list[Any]:
     pending = Pending(link, Kind.PROXY, 0, 0, SLOT, ITERATION, None)  # type: ignore[arg-type]
     got: list[Any] = []
 
-    def init_new(kind: type, batch: Any) -> None:
+    def init_new(kind: type, batch: Any) -> SimpleNamespace:
         link.trace.record("upstream prepares")
+        return SimpleNamespace(input_ids=object(), sampling_info=SimpleNamespace(temperatures=object()))
 
     def upstream(scheduler: Any, slot: int, batch: Any, pp_proxy_tensors: Any, *rest: Any) -> Any:
         for _ in range(forwards):
@@ -114,3 +117,30 @@ def test_batches_outside_of_a_launch_wait_for_nothing(link: Link) -> None:
     launch(link, forwards=1)
     assert proxies.prepare_batch(lambda kind, batch: batch, object, "batch") == "batch"
     assert [event.name for event in link.trace.events()].count("wait") == 1
+
+
+class Event:
+    passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+
+def test_what_a_forward_reads_is_kept_until_it_has_run(link: Link) -> None:
+    """Whatever upstream does with its batch meanwhile."""
+    pipeline = current()
+    assert pipeline is not None
+    pipeline.streams.asynchronous = True
+    first, second, third = Event(), Event(), Event()
+    tensors = [torch.ones(1), torch.ones(1), torch.ones(1)]
+    alive = [weakref.ref(tensor) for tensor in tensors]
+    sampling = SimpleNamespace(temperatures=tensors[1])
+    batch = SimpleNamespace(input_ids=tensors[0], sampling_info=sampling)
+    pipeline.keep_until(first, proxies._parts(batch))
+    pipeline.keep_until(second, [tensors[2]])
+    tensors.clear()
+    batch.input_ids = sampling.temperatures = None
+    assert all(reference() is not None for reference in alive)
+    first.passed = True
+    pipeline.keep_until(third, [])
+    assert [reference() is None for reference in alive] == [True, True, False]

@@ -15,7 +15,7 @@ from tests.ascend_sim.controls import Listing, Simulator, Stream
 from . import battery
 
 REQUESTS = 4  # two microbatches of two
-TOKENS = 64
+TOKENS = 160  # enough that they are still decoded when the receive is held, on a busy machine
 PROMPT = 700  # tokens: three chunks
 IN_FULL_SWING = 20  # receives
 LIMIT_S = 60.0

@@ -115,9 +115,9 @@ namespace {
 using std::chrono::steady_clock;
 
 // A stretch of a stream, all in nanoseconds; `begin` and `end` of the monotonic clock, which all processes
-// share. The others: what the stream had done before the stretch.
+// share. The others: what the stream had done before the stretch, and by its end.
 struct Stretch {
-  std::uint64_t begin, end, tasks_before, waited_before;
+  std::uint64_t begin, end, tasks_before, waited_before, tasks_by_end, waited_by_end;
 };
 
 std::mutex stretches_mutex;
@@ -128,13 +128,17 @@ std::uint64_t nanoseconds(steady_clock::time_point moment) { return moment.time_
 
 void begin_stretch() {
   const sim::ThreadTimes& times = sim::times_of_this_thread();
-  open_stretch = {nanoseconds(steady_clock::now()), 0, times.tasks_ns, times.waited_ns};
+  open_stretch = {nanoseconds(steady_clock::now()), 0, times.tasks_ns, times.waited_ns, 0, 0};
 }
 
 void end_stretch(std::chrono::microseconds at_least) {
+  const sim::ThreadTimes& times = sim::times_of_this_thread();
+  const std::uint64_t entered = nanoseconds(steady_clock::now());  // this task is not among them yet
   const steady_clock::time_point begin{std::chrono::nanoseconds(open_stretch.begin)};
   std::this_thread::sleep_until(begin + at_least);
   open_stretch.end = nanoseconds(steady_clock::now());
+  open_stretch.tasks_by_end = times.tasks_ns + (open_stretch.end - entered);
+  open_stretch.waited_by_end = times.waited_ns;
   const std::lock_guard<std::mutex> lock(stretches_mutex);
   stretches.push_back(open_stretch);
 }
@@ -157,7 +161,7 @@ void ascend_sim_end_stretch(long microseconds) {
   ascend_sim::launch("end stretch", [at_least] { ascend_sim::end_stretch(at_least); });
 }
 
-// Moves the oldest stretches into `taken`, four numbers each; returns how many.
+// Moves the oldest stretches into `taken`, six numbers each; returns how many.
 long ascend_sim_take_stretches(std::uint64_t* taken, long at_most) {
   using ascend_sim::stretches;
   const std::lock_guard<std::mutex> lock(ascend_sim::stretches_mutex);

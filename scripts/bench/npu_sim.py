@@ -1,0 +1,286 @@
+"""Upstream's pipeline parallelism, the design of SGLang pull request 19582 and ours, on the simulated Ascend.
+
+python -m scripts.bench.npu_sim --quick --json FILE     pp 2, forwards of 20 ms, links of 0.2 ms and 25 GB/s
+python -m scripts.bench.npu_sim --json FILE             all cells, more than half an hour
+
+SGLang `--device npu`, the unmodified torch_npu, real host work; a forward takes the time that a cell asks for
+on its stream, and uses no core for it; links have a latency and a rate. Nothing here says how fast an Ascend
+is: it says what the host and the links add to forwards of a given time. All servers of a pipeline size are
+resident, one awake at a time; every repetition visits every cell, odd ones visit the servers backwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Self
+
+from scripts.lib.server import Server, ServerError
+from tests.ascend_sim.controls import Simulator
+
+from . import load, npu_sim_report
+from .npu_sim_notes import Steady, read_notes
+from .npu_sim_probe import Control, control_path, notes_path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "tests/assets/random_vl"
+_PLUGIN = Path(__file__).with_name("npu_sim_plugin")
+_FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
+_START_LIMIT_S = 600.0
+_PRIORITY = -15  # of threads, as `nice` counts
+_TAIL_S = 0.3  # behind a load, until the last forwards of other microbatches have ended
+
+FLAGS = (
+    *("--dtype", "float32"),  # so that answers do not depend on which requests share a batch
+    *("--max-total-tokens", "16384"),
+    *("--chunked-prefill-size", "1024"),
+    *("--watchdog-timeout", _FROZEN_LIMIT_S),
+    *("--stream-interval", "8"),
+    "--disable-radix-cache",
+    "--skip-server-warmup",
+)
+DECODE = load.Load("decode", [load.Request(32, 33)] * 32)
+
+# A message of the tiny model has 1/16 of the bytes that one of hidden size 4096 in bfloat16 has: links carry
+# it at 1/16 of their rate.
+BYTES_SCALE = 16
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A design: its name, its environment, and `--pp-async-batch-depth`."""
+
+    design: str
+    variables: Mapping[str, str] = field(hash=False)
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.design if self.depth == 0 else f"{self.design} depth {self.depth}"
+
+
+_OURS = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": _FROZEN_LIMIT_S}
+UPSTREAM = Competitor("upstream", {"SGLANG_NPU_PP": "0"})
+PULL_REQUEST = Competitor("pr19582", {"SGLANG_NPU_PP": "0", "BENCH_DESIGN": "pr19582"})
+OURS = Competitor("sglang-npu-pp", _OURS)
+OURS_DEEPER = Competitor("sglang-npu-pp", _OURS, depth=1)
+COMPETITORS = (UPSTREAM, PULL_REQUEST, OURS, OURS_DEEPER)  # the first is what others are compared with
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a forward takes on the device, and what links do."""
+
+    forward_ms: float
+    latency_ms: float
+    gb_per_s: float
+
+
+FORWARDS_MS, LATENCIES_MS, RATES_GB_PER_S = (5.0, 20.0, 60.0), (0.02, 0.2, 1.0), (25.0, 3.0)
+FULL = [Cell(*values) for values in product(FORWARDS_MS, LATENCIES_MS, RATES_GB_PER_S)]
+QUICK = [Cell(20.0, 0.2, 25.0)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load on one server."""
+
+    answers: load.Answers
+    stages: Sequence[Steady]
+    load_average: float
+
+
+class Contestant:
+    """A competitor's server, resident while others are measured: frozen except in `run`."""
+
+    def __init__(self, competitor: Competitor, pp: int, folder: Path) -> None:
+        self.competitor, self.pp = competitor, pp
+        self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
+        self._folder.mkdir(parents=True)
+        self._control = Control.create(control_path(self._folder))
+        variables = {
+            **competitor.variables,
+            "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
+            "BENCH_FOLDER": str(self._folder),
+        }
+        self.server = Server(
+            MODEL,
+            1,
+            pp,
+            log=self._folder / "log",
+            device="npu-sim",
+            env=variables,
+            args=(*FLAGS, "--pp-async-batch-depth", str(competitor.depth)),
+        )
+        self._links: list[Simulator] = []
+
+    def start(self) -> Self:
+        """Start, warm up and freeze the server. Raises ServerError, LoadError."""
+        self.server.start()
+        self.server.wait_ready(_START_LIMIT_S)
+        self._links = [Simulator(pid) for pid in self.server.scheduler_pids()]
+        load.run(self.server.url, DECODE, seed=0)
+        self._favour()
+        self.server.freeze()
+        return self
+
+    def _favour(self) -> None:
+        """Give the server's threads the machine before other work on it, where this user may."""
+        for process in self.server._track():
+            for thread in process.threads():
+                with suppress(PermissionError, ProcessLookupError):
+                    os.setpriority(os.PRIO_PROCESS, thread.id, _PRIORITY)
+
+    def stop(self) -> None:
+        for simulator in self._links:
+            simulator.close()
+        self.server.thaw()
+        self.server.stop()
+
+    def run(self, cell: Cell, seed: int) -> Run:
+        """Wake the server, give it the load, and freeze it again."""
+        self.server.thaw()
+        try:
+            self._set(cell)
+            load.run(self.server.url, load.SETTLE, seed)
+            began = time.monotonic_ns()
+            answers = load.run(self.server.url, DECODE, seed)
+            ended = time.monotonic_ns()
+            time.sleep(_TAIL_S)
+            load.run(self.server.url, load.SETTLE, seed)  # its launches note the last forwards' ends
+        finally:
+            self.server.freeze()
+        stages = [read_notes(notes_path(self._folder, stage), began, ended) for stage in range(self.pp)]
+        return Run(answers, stages, os.getloadavg()[0])
+
+    def _set(self, cell: Cell) -> None:
+        self._control.forward_us = round(1e3 * cell.forward_ms)
+        for simulator in self._links:
+            simulator.links(
+                us_per_message=round(1e3 * cell.latency_ms),
+                mb_per_s=round(1e3 * cell.gb_per_s / BYTES_SCALE),
+            )
+
+
+@dataclass
+class Measurements:
+    """All runs of one pipeline size, in the order of the repetitions."""
+
+    pp: int
+    competitors: Sequence[Competitor]
+    runs: dict[Cell, dict[Competitor, list[Run]]] = field(default_factory=dict)
+
+
+def measure(
+    pp: int,
+    competitors: Sequence[Competitor],
+    cells: Sequence[Cell],
+    repetitions: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Measurements:
+    found = Measurements(pp, competitors)
+    with resident(pp, competitors, folder, say) as contestants:
+        for repetition in range(repetitions):
+            began = time.monotonic()
+            for cell in cells:
+                order = contestants if repetition % 2 == 0 else list(reversed(contestants))
+                for contestant in order:
+                    runs = found.runs.setdefault(cell, {}).setdefault(contestant.competitor, [])
+                    runs.append(contestant.run(cell, seed=1 + repetition))
+            seconds = time.monotonic() - began
+            say(f"pp {pp}: repetition {repetition + 1} of {repetitions} in {seconds:.0f} s")
+    return found
+
+
+@contextmanager
+def resident(
+    pp: int, competitors: Sequence[Competitor], folder: Path, say: Callable[[str], None]
+) -> Iterator[list[Contestant]]:
+    """All servers, started one after another and frozen."""
+    with ExitStack() as stack:
+        contestants = []
+        for competitor in competitors:
+            began = time.monotonic()
+            contestant = Contestant(competitor, pp, folder)
+            stack.callback(contestant.stop)
+            contestants.append(contestant.start())
+            say(f"pp {pp}: {competitor.name} is up after {time.monotonic() - began:.0f} s")
+        yield contestants
+
+
+def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="npu_sim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one cell at pp 2, about four minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions there")
+    parser.add_argument("--pp", type=int, choices=(2, 4), help="only this pipeline size")
+    parser.add_argument("--forwards", help="only these times of a forward in ms, with commas")
+    parser.add_argument("--latencies", help="only these latencies in ms, with commas")
+    parser.add_argument("--rates", help="only these rates in GB/s, with commas")
+    parser.add_argument(
+        "--competitors", help="only these, with commas: " + ",".join(c.name for c in COMPETITORS)
+    )
+    parser.add_argument("--repetitions", type=int, help="4 quick, 3 else")
+    parser.add_argument("--logs", type=Path, default=ROOT / ".run", help="where logs lie while it runs")
+    parser.add_argument(
+        "--keep-notes", action="store_true", help="leave logs and notes of all launches there"
+    )
+    return parser.parse_args(arguments)
+
+
+def chosen_cells(options: argparse.Namespace) -> list[Cell]:
+    def numbers(text: str | None, otherwise: Sequence[float]) -> Sequence[float]:
+        return [float(number) for number in text.split(",")] if text else otherwise
+
+    if options.quick:
+        return QUICK
+    axes = (
+        numbers(options.forwards, FORWARDS_MS),
+        numbers(options.latencies, LATENCIES_MS),
+        numbers(options.rates, RATES_GB_PER_S),
+    )
+    return [Cell(*values) for values in product(*axes)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: all servers gave upstream's tokens; 1: one did not; 2: not run."""
+    options = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    folder = options.logs.resolve() / f"npu-sim-{os.getpid()}"
+    folder.mkdir(parents=True)
+    competitors = [
+        c for c in COMPETITORS if not options.competitors or c.name in options.competitors.split(",")
+    ]
+    sizes = [options.pp] if options.pp else [2] if options.quick else [2, 4]
+    repetitions = options.repetitions or (4 if options.quick else 3)
+    began = time.monotonic()
+    try:
+        found = [
+            measure(pp, competitors, chosen_cells(options), repetitions, folder, say=print) for pp in sizes
+        ]
+    except (ServerError, load.LoadError) as error:
+        print(f"npu_sim: {error}\nLogs: {folder}", file=sys.stderr)
+        return 2
+    rows = [row for group in found for row in npu_sim_report.rows(group)]
+    npu_sim_report.show(rows)
+    if options.json:
+        npu_sim_report.write_json(options.json, rows, seconds=time.monotonic() - began)
+    if not all(row.tokens_equal for row in rows):
+        print(f"npu_sim: servers gave other tokens than upstream; logs: {folder}", file=sys.stderr)
+        return 1
+    if not options.keep_notes:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
