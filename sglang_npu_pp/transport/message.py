@@ -146,8 +146,8 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     if dense.dtype.is_complex:
         dense = dense.resolve_conj().resolve_neg()
     dense = dense.contiguous()
-    # One element may have any stride, and keeps it in a view.
-    flat = dense.as_strided((1,), (1,)) if dense.numel() == 1 else dense.view(-1)
+    # One element or none may have any stride, and keeps it in a view.
+    flat = dense.as_strided((dense.numel(),), (1,)) if dense.numel() < 2 else dense.view(-1)
     return flat.view(torch.uint8).numpy().data
 
 

@@ -294,6 +294,8 @@ def test_bytes_that_are_not_aligned_are_copied_to_where_they_are(sample: Sample,
 
 def test_the_bytes_of_a_tensor_are_counted_in_elements() -> None:
     assert len(byte_view(torch.zeros(3, 2, dtype=torch.complex64))) == 48
+    assert len(byte_view(torch.zeros(8, dtype=torch.complex64)[4:4:2])) == 0
+    assert len(byte_view(torch.zeros(8, dtype=torch.complex64)[4:5:2])) == 8
 
 
 # --- damage ------------------------------------------------------------------------------------
