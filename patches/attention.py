@@ -84,7 +84,43 @@ def compute_mrope_positions(original: Any, forward_batch: Any, *arguments: Any) 
         original(forward_batch, *arguments)
 
 
+def alloc_extend(
+    original: Any,
+    allocator: Any,
+    prefix_lens: Any,
+    prefix_lens_cpu: Any,
+    seq_lens: Any,
+    seq_lens_cpu: Any,
+    last_loc: Any,
+    extend_num_tokens: int,
+    num_new_pages: int | None = None,
+) -> Any:
+    if num_new_pages is None and current() is not None:
+        pages = [-(-lengths // allocator.page_size) for lengths in (prefix_lens_cpu, seq_lens_cpu)]
+        num_new_pages = int((pages[1] - pages[0]).sum())
+    return original(
+        allocator,
+        prefix_lens,
+        prefix_lens_cpu,
+        seq_lens,
+        seq_lens_cpu,
+        last_loc,
+        extend_num_tokens,
+        num_new_pages,
+    )
+
+
 PATCHES = (
+    Patch(
+        target="sglang.srt.hardware_backend.npu.allocator_npu:NPUPagedTokenToKVPoolAllocator.alloc_extend",
+        wrapper=alloc_extend,
+        device="npu",
+        why="the number of new pages is read from the device in every prefill, behind forwards where they "
+        "are on the scheduler's stream",
+        how="it is computed from the host's copies of the same lengths, and passed in",
+        upstream="other allocators of SGLang compute it on the host",
+        plan="goes when the NPU allocator does, too",
+    ),
     Patch(
         target="sglang.srt.model_executor.forward_batch_info:ForwardBatch._compute_mrope_positions",
         wrapper=compute_mrope_positions,

@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [
             measure(pp, competitors, chosen_cells(options), repetitions, folder, say=print) for pp in sizes
         ]
-    except (ServerError, load.LoadError) as error:
+    except (ServerError, load.LoadError, ValueError) as error:
         print(f"npu_sim: {error}\nLogs: {folder}", file=sys.stderr)
         return 2
     rows = [row for group in found for row in npu_sim_report.rows(group)]

@@ -97,14 +97,22 @@ def read_notes(path: Path, began: int, ended: int) -> Steady:
         if began <= launch.began <= ended and launch.forward < len(stretches):
             known = _tokens_known(launches[position + 1 :], launch)
             steps.append(Step(launch, stretches[launch.forward], known))
-    full = max((step.launch.rows for step in steps if step.launch.decode), default=0)
-    steady = [step for step in steps if step.launch.decode and 2 * step.launch.rows > full][_FIRST:-_LAST]
-    gaps = any(later.launch.forward != step.launch.forward + 1 for step, later in pairwise(steady))
-    if len(steady) < 10 or gaps:
+    steady = _longest_in_a_row([step for step in steps if step.launch.decode])[_FIRST:-_LAST]
+    if len(steady) < 10:
         raise ValueError(
             f"{path} has {len(steady)} steady decode steps in a row; the load was not what it should be"
         )
     return Steady(steady)
+
+
+def _longest_in_a_row(steps: list[Step]) -> list[Step]:
+    """Prefills of late requests stand between others."""
+    rows: list[list[Step]] = [[]]
+    for step in steps:
+        if rows[-1] and step.launch.forward != rows[-1][-1].launch.forward + 1:
+            rows.append([])
+        rows[-1].append(step)
+    return max(rows, key=len)
 
 
 def _tokens_known(later: list[Launch], launch: Launch) -> int | None:

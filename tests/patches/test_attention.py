@@ -67,6 +67,24 @@ def test_what_is_copied_to_the_device_goes_through_pinned_memory(monkeypatch: py
     assert len(uploaded) == 2
 
 
+def test_the_number_of_new_pages_is_known_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lengths on the "device" would give another number."""
+    monkeypatch.setattr(attention, "current", lambda: "a pipeline")
+    prefixes, totals = torch.tensor([0, 128, 130]), torch.tensor([1, 129, 200])
+    wrong = torch.zeros(3, dtype=torch.int64)
+    allocator = SimpleNamespace(page_size=128)
+
+    def original(allocator: object, *arguments: object) -> object:
+        return arguments
+
+    *given, pages = attention.alloc_extend(original, allocator, wrong, prefixes, wrong, totals, wrong, 72)
+    assert pages == 1 + 1 + 0
+    assert given == [wrong, prefixes, wrong, totals, wrong, 72]
+    assert attention.alloc_extend(original, allocator, wrong, prefixes, wrong, totals, wrong, 72, 9)[-1] == 9
+    monkeypatch.setattr(attention, "current", lambda: None)
+    assert attention.alloc_extend(original, allocator, wrong, prefixes, wrong, totals, wrong, 72)[-1] is None
+
+
 def test_without_lengths_on_the_host_the_device_is_read(batch: SimpleNamespace) -> None:
     batch.seq_lens_cpu = batch.extend_seq_lens_cpu = None
     with WithoutWaiting(batch, DeviceStreams("cpu")):

@@ -248,6 +248,6 @@ def test_a_held_receive_stops_the_host_of_upstream_only(on_npu: Observed, layout
 def test_a_held_prefill_is_launched_all_the_same(on_npu: Observed, layout: Layout) -> None:
     """Nothing that is prepared for a chunk of a prompt waits for its proxies. Upstream it does, because the
     positions of this multimodal model are copied from memory that is not pinned. For the next chunk either
-    waits: the page allocator reads a number back, and here that comes behind the forward."""
+    waits here: the stand-in for the kernel `write_req_to_token_pool_triton` reads the device."""
     if on_npu.held_prefill is not None:
         assert on_npu.held_prefill.launched == (1 if layout.patched else 0), on_npu.held_prefill.described
