@@ -3,6 +3,7 @@
 python -m scripts.bench --quick --json FILE     the cells that matter most, at most 12 minutes
 python -m scripts.bench                         all of them, more than an hour
 python -m scripts.bench --link none             two nodes on loopback, without root: no delays
+python -m scripts.bench --device npu-sim ...    on the simulated Ascend; has options of its own
 
 Two SGLang nodes in two network namespaces, joined by a link with a set one-way delay and rate; all servers
 resident, one awake at a time, measured in interleaved pairs. CPU, one core a stage.
@@ -19,6 +20,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
@@ -38,8 +40,11 @@ _EXIT_OTHER_TOKENS, _EXIT_NOT_RUN, _EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, end_like_ctrl_c)
+    signal.signal(signal.SIGHUP, end_like_ctrl_c)
+    if sys.argv[1:3] == ["--device", "npu-sim"]:
+        return on_simulated_ascend(sys.argv[3:])
     options = parse_command_line(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     folder = options.logs.resolve() / f"bench-{os.getpid()}"
@@ -60,6 +65,20 @@ def main() -> int:
     return 0
 
 
+def end_like_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Frozen servers end with us."""
+    raise KeyboardInterrupt
+
+
+def on_simulated_ascend(arguments: list[str]) -> int:
+    from . import npu_sim  # needs what only the tests on simulated Ascend have
+
+    try:
+        return npu_sim.main(arguments)
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+
+
 def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,6 +86,7 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the cells that matter most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and conditions there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
+    parser.add_argument("--device", choices=("cpu", "npu-sim"), default="cpu", help="npu-sim: first of all")
     parser.add_argument("--link", choices=("auto", "none"), default="auto", help="none: loopback")
     parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 8 layers, width 1024)")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="also vLLM, of that interpreter")
@@ -80,7 +100,10 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--skip-idle", action="store_true", help="do not measure servers without requests")
     parser.add_argument("--logs", type=Path, default=ROOT / ".run", help="where logs lie while it runs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device != "cpu":
+        parser.error("--device npu-sim must come first: it has options of its own")
+    return options
 
 
 def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:

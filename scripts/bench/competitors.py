@@ -23,24 +23,24 @@ from .vllm import VllmDialect, VllmServer, vllm_variables
 ROOT = Path(__file__).resolve().parents[2]
 _PLUGIN = Path(__file__).with_name("plugin")
 _NODES = 2
-_FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
+FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
 
 # Chunks of 256 tokens: several microbatches in one prompt. No prefix cache: every repetition computes.
 FLAGS = (
     *("--chunked-prefill-size", "256"),
     *("--max-total-tokens", "65536"),
-    *("--watchdog-timeout", _FROZEN_LIMIT_S),
+    *("--watchdog-timeout", FROZEN_LIMIT_S),
     *("--stream-interval", "8"),
     "--disable-radix-cache",
     "--skip-server-warmup",
 )
 
 UPSTREAM, PULL_REQUEST, OURS, VLLM = "upstream", "pr19582", "sglang-npu-pp", "vllm"
-_VARIABLES: Mapping[str, Mapping[str, str]] = {
+VARIABLES: Mapping[str, Mapping[str, str]] = {
     UPSTREAM: {"SGLANG_NPU_PP": "0"},
     PULL_REQUEST: {"SGLANG_NPU_PP": "0", "BENCH_DESIGN": "pr19582"},
-    OURS: {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": _FROZEN_LIMIT_S},
+    OURS: {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S},
 }
 
 
@@ -98,7 +98,7 @@ class Contestant:
 
     def _sglang(self, model: Path, link: Link, _python: Path | None) -> Server:
         environment = {
-            **_VARIABLES[self.competitor.design],
+            **VARIABLES[self.competitor.design],
             "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
             "BENCH_FOLDER": str(self._folder),
         }

@@ -12,12 +12,9 @@ what else the machine does; wall time contains it.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
-import random
-import signal
 import statistics
 import tempfile
 import time
@@ -27,16 +24,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
+from scripts.bench.competitors import FROZEN_LIMIT_S
 from scripts.bench.host_time_plugin.host_time_probe import SIGNAL
+from scripts.bench.load import DECODE
+from scripts.bench.load import run as run_load
 from scripts.lib.server import Server, ServerError
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests/assets/random_vl"
 PLUGIN = Path(__file__).parent / "host_time_plugin"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
-CONCURRENT, TOKENS_IN, TOKENS_OUT = 32, 32, 33
 COUNTED = range(10, 23)  # requests in a decode that counts
 CLOCKS = {"cpu": "scheduler thread", "process": "all threads", "wall": "wall, with waiting"}
 WRITE_LIMIT_S = 20
@@ -48,39 +45,13 @@ def start(name: str, folder: Path, parts: bool) -> Server:
     folder.mkdir()
     environment = {
         "SGLANG_NPU_PP": COMPETITORS[name],
-        "SGLANG_NPU_PP_PEER_TIMEOUT_S": "3600",  # a server that is stopped is not lost
+        "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S,
         "HOST_TIME_DIR": str(folder),
         "HOST_TIME_PARTS": "1" if parts else "0",
         "PYTHONPATH": str(PLUGIN),
-        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
     args = ("--max-total-tokens", "16384", "--dtype", "float32", "--skip-server-warmup")
     return Server(MODEL, 1, 2, log=folder / "log", env=environment, args=(*args, "--disable-radix-cache"))
-
-
-async def ask(server: Server, requests: int, seed: int) -> float:
-    """`requests` requests with random tokens; returns output tokens a second."""
-    dice = random.Random(seed)
-    prompts = [[dice.randrange(10, 500) for _ in range(TOKENS_IN)] for _ in range(requests)]
-    sampling = {"temperature": 0, "max_new_tokens": TOKENS_OUT, "ignore_eos": True}
-    limit = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(timeout=limit) as session:
-
-        async def client() -> None:
-            while prompts:
-                body = {"input_ids": prompts.pop(), "stream": True, "sampling_params": sampling}
-                async with session.post(f"{server.url}/generate", json=body) as response:
-                    response.raise_for_status()
-                    await response.read()
-
-        begin = time.monotonic()
-        await asyncio.gather(*(client() for _ in range(CONCURRENT)))
-    return requests * TOKENS_OUT / (time.monotonic() - begin)
-
-
-def send_all(server: Server, number: int) -> None:
-    for process in server._track():
-        os.kill(process.pid, number)
 
 
 def collect(server: Server, folder: Path) -> list[dict[str, Any]]:
@@ -97,14 +68,15 @@ def collect(server: Server, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in written]
 
 
-def measure(server: Server, folder: Path, requests: int, seed: int) -> Row:
-    send_all(server, signal.SIGCONT)
+def measure(server: Server, folder: Path, loads: int, seed: int) -> Row:
+    server.thaw()
     try:
         collect(server, folder)
-        rate = asyncio.run(ask(server, requests, seed))
+        seconds = sum(run_load(server.url, DECODE, seed + number).duration_s for number in range(loads))
         stages = [counted(stage) for stage in collect(server, folder)]
     finally:
-        send_all(server, signal.SIGSTOP)
+        server.freeze()
+    rate = loads * DECODE.answer_tokens / seconds
     return {"tokens_a_second": round(rate), "load": os.getloadavg()[0], "stages": stages}
 
 
@@ -120,18 +92,18 @@ def counted(measured: Mapping[str, Any]) -> dict[str, Any]:
     return total
 
 
-def run(rounds: int, requests: int, parts: bool, folder: Path) -> list[Row]:
+def run(rounds: int, loads: int, parts: bool, folder: Path) -> list[Row]:
     rows = []
     servers: dict[str, Server] = {}
     with ExitStack() as running:
         for name in COMPETITORS:
             server = servers[name] = running.enter_context(start(name, folder / name, parts))
-            running.callback(send_all, server, signal.SIGCONT)
-            asyncio.run(ask(server, CONCURRENT, seed=0))
-            send_all(server, signal.SIGSTOP)
+            running.callback(server.thaw)
+            run_load(server.url, DECODE, seed=0)
+            server.freeze()
         for number in range(rounds):
             for name in list(servers) if number % 2 == 0 else list(servers)[::-1]:
-                row = measure(servers[name], folder / name, requests, seed=number)
+                row = measure(servers[name], folder / name, loads, seed=1 + number * loads)
                 rows.append({"round": number, "competitor": name, **row})
                 print(f"round {number} {name}: {row['tokens_a_second']} tokens/s", flush=True)
     return rows
@@ -163,12 +135,12 @@ def print_table(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--requests", type=int, default=96, help="requests of a round")
+    parser.add_argument("--loads", type=int, default=3, help="how often a round sends the 32 requests")
     parser.add_argument("--parts", action="store_true", help="CPU time by function as well")
     parser.add_argument("--json", type=Path, help="write every round to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(arguments.rounds, arguments.requests, arguments.parts, Path(folder))
+        rows = run(arguments.rounds, arguments.loads, arguments.parts, Path(folder))
     print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

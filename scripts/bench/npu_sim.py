@@ -1,7 +1,7 @@
 """Upstream's pipeline parallelism, the design of SGLang pull request 19582 and ours, on the simulated Ascend.
 
-python -m scripts.bench.npu_sim --quick --json FILE     pp 2, forwards of 20 ms, links of 0.2 ms and 25 GB/s
-python -m scripts.bench.npu_sim --json FILE             all cells, more than half an hour
+python -m scripts.bench --device npu-sim --quick --json FILE   pp 2, forwards of 20 ms, links of 0.2 ms, 25 GB/s
+python -m scripts.bench --device npu-sim --json FILE           all cells, more than half an hour
 
 SGLang `--device npu`, the unmodified torch_npu, real host work; a forward takes the time that a cell asks for
 on its stream, and uses no core for it; links have a latency and a rate. Nothing here says how fast an Ascend
@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -27,13 +27,12 @@ from scripts.lib.server import Server, ServerError
 from tests.ascend_sim.controls import Simulator
 
 from . import load, npu_sim_report
+from .competitors import FROZEN_LIMIT_S, OURS, PULL_REQUEST, ROOT, UPSTREAM, VARIABLES, Competitor
 from .npu_sim_notes import Steady, read_notes
 from .npu_sim_probe import Control, control_path, notes_path
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests/assets/random_vl"
 _PLUGIN = Path(__file__).with_name("npu_sim_plugin")
-_FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
 _PRIORITY = -15  # of threads, as `nice` counts
 _TAIL_S = 0.3  # behind a load, until the last forwards of other microbatches have ended
@@ -42,7 +41,7 @@ FLAGS = (
     *("--dtype", "float32"),  # so that answers do not depend on which requests share a batch
     *("--max-total-tokens", "16384"),
     *("--chunked-prefill-size", "1024"),
-    *("--watchdog-timeout", _FROZEN_LIMIT_S),
+    *("--watchdog-timeout", FROZEN_LIMIT_S),
     *("--stream-interval", "8"),
     "--disable-radix-cache",
     "--skip-server-warmup",
@@ -54,25 +53,8 @@ DECODE = load.Load("decode", [load.Request(32, 33)] * 32)
 BYTES_SCALE = 16
 
 
-@dataclass(frozen=True)
-class Competitor:
-    """A design: its name, its environment, and `--pp-async-batch-depth`."""
-
-    design: str
-    variables: Mapping[str, str] = field(hash=False)
-    depth: int = 0
-
-    @property
-    def name(self) -> str:
-        return self.design if self.depth == 0 else f"{self.design} depth {self.depth}"
-
-
-_OURS = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": _FROZEN_LIMIT_S}
-UPSTREAM = Competitor("upstream", {"SGLANG_NPU_PP": "0"})
-PULL_REQUEST = Competitor("pr19582", {"SGLANG_NPU_PP": "0", "BENCH_DESIGN": "pr19582"})
-OURS = Competitor("sglang-npu-pp", _OURS)
-OURS_DEEPER = Competitor("sglang-npu-pp", _OURS, depth=1)
-COMPETITORS = (UPSTREAM, PULL_REQUEST, OURS, OURS_DEEPER)  # the first is what others are compared with
+# The first is what the others are compared with.
+COMPETITORS = (Competitor(UPSTREAM), Competitor(PULL_REQUEST), Competitor(OURS), Competitor(OURS, 1))
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,7 @@ class Contestant:
         self._folder.mkdir(parents=True)
         self._control = Control.create(control_path(self._folder))
         variables = {
-            **competitor.variables,
+            **VARIABLES[competitor.design],
             "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
             "BENCH_FOLDER": str(self._folder),
         }
@@ -219,7 +201,9 @@ def resident(
 
 def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="npu_sim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench --device npu-sim",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="one cell at pp 2, about four minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions there")
@@ -252,9 +236,9 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
     return [Cell(*values) for values in product(*axes)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """0: all servers gave upstream's tokens; 1: one did not; 2: not run."""
-    options = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    options = parse_command_line(arguments)
     folder = options.logs.resolve() / f"npu-sim-{os.getpid()}"
     folder.mkdir(parents=True)
     competitors = [
@@ -268,19 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(pp, competitors, chosen_cells(options), repetitions, folder, say=print) for pp in sizes
         ]
     except (ServerError, load.LoadError, ValueError) as error:
-        print(f"npu_sim: {error}\nLogs: {folder}", file=sys.stderr)
+        print(f"bench: {error}\nLogs: {folder}", file=sys.stderr)
         return 2
     rows = [row for group in found for row in npu_sim_report.rows(group)]
     npu_sim_report.show(rows)
     if options.json:
         npu_sim_report.write_json(options.json, rows, seconds=time.monotonic() - began)
     if not all(row.tokens_equal for row in rows):
-        print(f"npu_sim: servers gave other tokens than upstream; logs: {folder}", file=sys.stderr)
+        print(f"bench: servers gave other tokens than upstream; logs: {folder}", file=sys.stderr)
         return 1
     if not options.keep_notes:
         shutil.rmtree(folder)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

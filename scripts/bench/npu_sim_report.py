@@ -18,7 +18,8 @@ from rich.table import Table
 from .npu_sim_notes import Steady, Step
 
 if TYPE_CHECKING:
-    from .npu_sim import Cell, Competitor, Measurements, Run
+    from .competitors import Competitor
+    from .npu_sim import Cell, Measurements, Run
 
 DEVICE = "simulated Ascend: not a measurement of an Ascend"
 

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 
 from scripts.bench import npu_sim
+from scripts.bench.competitors import OURS, UPSTREAM, Competitor
 from scripts.bench.load import Answers
 from scripts.bench.npu_sim_notes import Steady, read_notes
 from scripts.bench.npu_sim_probe import Host, Launch
 from scripts.bench.npu_sim_report import rows
 
+FIRST, SECOND = Competitor(UPSTREAM), Competitor(OURS)
 MS = 1_000_000
 STEPS, SLOTS = 40, 2
 ITERATION, FORWARD, SAMPLING, WAITS, FLIGHT, HOME = 25, 20, 1, 3, 2, 0.5  # ms
@@ -77,8 +79,8 @@ def test_a_load_that_is_not_steady_is_refused(tmp_path: Path) -> None:
 
 def test_a_row_compares_with_the_first_server(tmp_path: Path) -> None:
     cell = npu_sim.Cell(20.0, 0.2, 25.0)
-    found = npu_sim.Measurements(2, (npu_sim.UPSTREAM, npu_sim.OURS))
-    for competitor, faster, tokens in ((npu_sim.UPSTREAM, 1.0, ((1,),)), (npu_sim.OURS, 1.25, ((2,),))):
+    found = npu_sim.Measurements(2, (FIRST, SECOND))
+    for competitor, faster, tokens in ((FIRST, 1.0, ((1,),)), (SECOND, 1.25, ((2,),))):
         answers = Answers(1.0, 0.1, 0.1, tokens)
         stages = [steady(tmp_path, stage, faster) for stage in range(2)]
         found.runs.setdefault(cell, {})[competitor] = [npu_sim.Run(answers, stages, 0.0)]
