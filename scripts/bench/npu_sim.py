@@ -1,7 +1,7 @@
 """Upstream's pipeline parallelism, the design of SGLang pull request 19582 and ours, on the simulated Ascend.
 
-python -m scripts.bench --device npu-sim --quick --json FILE   pp 2, forwards of 20 ms, links of 0.2 ms, 25 GB/s
-python -m scripts.bench --device npu-sim --json FILE           all cells, more than half an hour
+python -m scripts.bench --device npu-sim --quick    pp 2, forwards of 20 ms, links of 0.2 ms and 25 GB/s
+python -m scripts.bench --device npu-sim            all cells, more than half an hour
 
 SGLang `--device npu`, the unmodified torch_npu, real host work; a forward takes the time that a cell asks for
 on its stream, and uses no core for it; links have a latency and a rate. Nothing here says how fast an Ascend
