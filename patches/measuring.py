@@ -14,7 +14,7 @@ logger = logging.getLogger("sglang_npu_pp")
 
 @contextmanager
 def measured(scheduler: Any, pipeline: AsyncPipeline, slot: int, counted: bool) -> Iterator[None]:
-    """Around the launch of a forward, from the moment at which nothing is missing any more.
+    """Around the launch of a forward.
 
     The first busy launches are timed; then stage 0 says which depth would hide the link, and that is all.
     `counted` is False for a batch whose outputs nobody waits for: the link does not hold it up.

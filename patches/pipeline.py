@@ -6,7 +6,6 @@ upstream's path (one stage, or a feature that is not supported yet) and every se
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -58,20 +57,8 @@ class AsyncPipeline:
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
-        self.launching: Any = None  # the proxies of the microbatch whose launch has begun; see `proxies`
         self.sent_requests: list[Any] | None = None
-        self._in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
-
-    def keep_until(self, event: Any, things: list[Any]) -> None:
-        """Hold `things` until `event` has passed. What the scheduler's stream makes and a forward reads goes
-        back to the scheduler's stream when upstream drops it; the forward may not have run by then, since the
-        host does not wait for it."""
-        if not self.streams.asynchronous:
-            return
-        while self._in_flight and self._in_flight[0][0].query():
-            self._in_flight.popleft()
-        self._in_flight.append((event, things))
 
     @property
     def is_last(self) -> bool:

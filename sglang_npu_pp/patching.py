@@ -35,8 +35,7 @@ class Patch:
     """One replaced (or added) function.
 
     `wrapper(original, *args, **kwargs)` runs in the place of the function at `target`
-    ("module:Class.method"); `original` is what was there, None for an added method; of a class method the
-    function, so that the class is its first argument. `relies_on` lists
+    ("module:Class.method"); `original` is what was there, None for an added method. `relies_on` lists
     further targets whose behaviour the wrapper depends on.
     """
 
@@ -217,12 +216,9 @@ class AppliedPatches:
             self._restore.append(lambda: delattr(owner, name))
             return
         original = inspect.getattr_static(owner, name)
-        if isinstance(original, staticmethod):
-            raise TypeError("static methods are not supported")
-        if isinstance(original, classmethod):
-            setattr(owner, name, classmethod(_bind(patch.wrapper, original.__func__)))
-        else:
-            setattr(owner, name, _bind(patch.wrapper, original))
+        if isinstance(original, staticmethod | classmethod):
+            raise TypeError("static and class methods are not supported")
+        setattr(owner, name, _bind(patch.wrapper, original))
         self._restore.append(lambda: setattr(owner, name, original))
 
 

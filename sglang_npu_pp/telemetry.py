@@ -47,16 +47,13 @@ class Telemetry:
         return self.received.setdefault(kind, ChannelCounters())
 
     @contextmanager
-    def phase(self, name: str, apart_from: ChannelCounters | None = None) -> Iterator[None]:
-        """Add the wall time of the block to the phase `name`, in seconds, but not what it waited for
-        messages of the channel `apart_from`."""
-        waits = apart_from or ChannelCounters()
-        begin, waited = time.monotonic(), waits.wait_s
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to the phase `name`, in seconds."""
+        begin = time.monotonic()
         try:
             yield
         finally:
-            elapsed = time.monotonic() - begin - (waits.wait_s - waited)
-            self.phases_s[name] = self.phases_s.get(name, 0.0) + elapsed
+            self.phases_s[name] = self.phases_s.get(name, 0.0) + time.monotonic() - begin
 
     def snapshot(self) -> Snapshot:
         return Snapshot(

@@ -10,13 +10,12 @@ import psutil
 
 from scripts.lib.server import Server
 from tests.ascend.rest import at_rest
-from tests.ascend_sim.controls import Listing, Simulator, Stream
+from tests.ascend_sim.controls import Simulator, Stream
 
 from . import battery
 
 REQUESTS = 4  # two microbatches of two
-TOKENS = 160  # enough that they are still decoded when the receive is held, on a busy machine
-PROMPT = 700  # tokens: three chunks
+TOKENS = 64
 IN_FULL_SWING = 20  # receives
 LIMIT_S = 60.0
 SAMPLING = "aten::argmax"  # once a forward, on the last stage
@@ -44,42 +43,6 @@ def hold_a_receive(server: Server) -> Held:
         for answer in answers:
             assert answer.result(LIMIT_S) == TOKENS
     return Held(sum(map(launched_on, listing.streams)), str(listing))
-
-
-def hold_a_prefill(server: Server) -> Held:
-    """Hold the receive of the first chunk of a long prompt, and look when the host of the last stage stands
-    still; the request ends well."""
-    last = server.scheduler_pids()[-1]
-    with Simulator(last) as simulator, ThreadPoolExecutor(1) as pool:
-        with simulator.hold("HcclRecv", count=1) as gate:
-            answer = pool.submit(prefill, server)
-            gate.wait_until_held()
-            listing = when_the_host_stands_still(simulator)
-        assert answer.result(LIMIT_S) == 1
-    return Held(sum(map(launched_on, listing.streams)), str(listing))
-
-
-def prefill(server: Server) -> int:
-    answer = battery.generate(
-        server,
-        input_ids=battery.prompt(PROMPT, seed=REQUESTS),
-        sampling_params={"max_new_tokens": 1, "ignore_eos": True},
-    )
-    return len(answer["output_ids"])
-
-
-def when_the_host_stands_still(simulator: Simulator) -> Listing:
-    """The scheduler's thread, or the one that empties its task queue, waits in CANN; nothing else moves."""
-    deadline = time.monotonic() + LIMIT_S
-    before: Listing | None = None
-    while True:
-        now = simulator.listing()
-        waits = any(wait.thread == simulator.pid or wait.thread_name == "acl_thread" for wait in now.host)
-        if waits and now == before:
-            return now
-        assert time.monotonic() < deadline, f"the host goes on and on:\n{now}"
-        before = now
-        time.sleep(0.02)
 
 
 def decode(server: Server, number: int) -> int:

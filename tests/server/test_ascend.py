@@ -25,7 +25,7 @@ from tests.field_cases import field_case
 
 from . import battery, order
 from .conftest import Launcher, traces
-from .held_receive import Held, hold_a_prefill, hold_a_receive
+from .held_receive import Held, hold_a_receive
 from .regression.loads import Pool, make_pool
 from .regression.test_soak import soak
 
@@ -67,7 +67,6 @@ class Observed:
     device_reads: int = 0  # reads of device tensors by the host on the way
     traces: dict[int, list[Event]] = field(default_factory=dict)
     held: Held | None = None
-    held_prefill: Held | None = None
     soak: tuple[int, list[str]] | None = None  # requests that were ended early; wrong answers
 
 
@@ -111,7 +110,6 @@ def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU)
         observed = ask_everything(server)
         if layout.pp == 2 and layout.tp == 1:
             observed.held = hold_a_receive(server)
-            observed.held_prefill = hold_a_prefill(server)
         if layout == SOAKED:
             observed.soak = within_limit(server, lambda: soak(server, reference.pool, SOAK_REQUESTS))
         observed.log = server.log_text()
@@ -243,11 +241,3 @@ def test_a_held_receive_stops_the_host_of_upstream_only(on_npu: Observed, layout
     without a token."""
     if on_npu.held is not None:
         assert on_npu.held.launched == (2 if layout.patched else 0), on_npu.held.described
-
-
-def test_a_held_prefill_is_launched_all_the_same(on_npu: Observed, layout: Layout) -> None:
-    """Nothing that is prepared for a chunk of a prompt waits for its proxies. Upstream it does, because the
-    positions of this multimodal model are copied from memory that is not pinned. For the next chunk either
-    waits here: the stand-in for the kernel `write_req_to_token_pool_triton` reads the device."""
-    if on_npu.held_prefill is not None:
-        assert on_npu.held_prefill.launched == (1 if layout.patched else 0), on_npu.held_prefill.described
