@@ -135,8 +135,8 @@ class Contestant:
         self.server.start()
         self.server.wait_ready(_START_LIMIT_S)
         if self.competitor.is_sglang:
-            self._stages = [StageFile(stage_path(self._folder, stage)) for stage in range(self.pp)]
             self._wait_for_last_node()
+            self._stages = [StageFile(stage_path(self._folder, stage)) for stage in range(self.pp)]
         for warm_up in load.LOADS.values():
             self._load(warm_up, seed=0)
         self.server.freeze()
@@ -204,9 +204,14 @@ class Contestant:
         return total
 
     def _wait_for_last_node(self, limit_s: float = 60.0) -> None:
-        """A node that is frozen while it starts never ends its start."""
+        """Until it has finished its start, which it never does when it is frozen, and counts."""
         deadline = time.monotonic() + limit_s
-        while "ummy health check server" not in self.server.log_text(_NODES - 1):
+        paths = [stage_path(self._folder, stage) for stage in range(self.pp)]
+        while not (
+            "ummy health check server" in self.server.log_text(_NODES - 1)
+            and all(path.exists() for path in paths)
+        ):
+            self.server.check_alive("while its last node was starting")
             if time.monotonic() > deadline:
                 raise ServerError(f"node {_NODES - 1} has not finished its start in {limit_s:.0f} s")
             time.sleep(0.1)
