@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -92,43 +92,30 @@ class Contestant:
         self.competitor, self.pp = competitor, pp
         self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
         self._folder.mkdir(parents=True)
-        self.server = (self._sglang if competitor.is_sglang else self._vllm)(model, link, vllm)
-        self._dialect = load.SGLANG if competitor.is_sglang else VllmDialect(model)
+        common: dict[str, Any] = {
+            "log": self._folder / "log",
+            "nnodes": _NODES,
+            "node_prefix": {node: link.prefix(node) for node in range(_NODES)},
+            "master": link.master,
+        }
+        if competitor.is_sglang:
+            self.server = self._sglang(model, link, common)
+        else:
+            assert vllm is not None, "vLLM takes part where --vllm names its interpreter"
+            variables = {node: vllm_variables(link, node) for node in range(_NODES)}
+            self.server = VllmServer(model, 1, pp, python=vllm, node_env=variables, **common)
+        self._dialect: load.Dialect = load.SGLANG if competitor.is_sglang else VllmDialect(model)
         self._stages: list[StageFile] = []
 
-    def _sglang(self, model: Path, link: Link, _python: Path | None) -> Server:
+    def _sglang(self, model: Path, link: Link, common: dict[str, Any]) -> Server:
         environment = {
             **VARIABLES[self.competitor.design],
             "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
             "BENCH_FOLDER": str(self._folder),
         }
         arguments = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))
-        return Server(
-            model,
-            1,
-            self.pp,
-            log=self._folder / "log",
-            env=environment,
-            args=arguments,
-            nnodes=_NODES,
-            node_env={node: link.variables(node) for node in range(_NODES)},
-            node_prefix={node: link.prefix(node) for node in range(_NODES)},
-            master=link.master,
-        )
-
-    def _vllm(self, model: Path, link: Link, python: Path | None) -> Server:
-        assert python is not None, "vLLM takes part where --vllm names its interpreter"
-        return VllmServer(
-            model,
-            1,
-            self.pp,
-            log=self._folder / "log",
-            python=python,
-            nnodes=_NODES,
-            node_env={node: vllm_variables(link, node) for node in range(_NODES)},
-            node_prefix={node: link.prefix(node) for node in range(_NODES)},
-            master=link.master,
-        )
+        variables = {node: link.variables(node) for node in range(_NODES)}
+        return Server(model, 1, self.pp, env=environment, args=arguments, node_env=variables, **common)
 
     def start(self) -> Self:
         """Start, warm up and freeze the server. Raises ServerError, LoadError."""

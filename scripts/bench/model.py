@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from .competitors import ROOT
 
 # Two deepstack layers, so that each of four stages has two of the eight layers.
 _SHAPE = ("--layers", "8", "--width", "1024", "--deepstack", "0", "1")

@@ -46,7 +46,6 @@ FLAGS = (
     "--disable-radix-cache",
     "--skip-server-warmup",
 )
-DECODE = load.Load("decode", [load.Request(32, 33)] * 32)
 
 # A message of the tiny model has 1/16 of the bytes that one of hidden size 4096 in bfloat16 has: links carry
 # it at 1/16 of their rate.
@@ -109,7 +108,7 @@ class Contestant:
         self.server.start()
         self.server.wait_ready(_START_LIMIT_S)
         self._links = [Simulator(pid) for pid in self.server.scheduler_pids()]
-        load.run(self.server.url, DECODE, seed=0)
+        load.run(self.server.url, load.DECODE, seed=0)
         self._favour()
         self.server.freeze()
         return self
@@ -134,7 +133,7 @@ class Contestant:
             self._set(cell)
             load.run(self.server.url, load.SETTLE, seed)
             began = time.monotonic_ns()
-            answers = load.run(self.server.url, DECODE, seed)
+            answers = load.run(self.server.url, load.DECODE, seed)
             ended = time.monotonic_ns()
             time.sleep(_TAIL_S)
             load.run(self.server.url, load.SETTLE, seed)  # its launches note the last forwards' ends

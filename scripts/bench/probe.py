@@ -1,8 +1,8 @@
 """SGLang plugin of the benchmark: counts what each stage does, and stands in for an accelerator.
 
 It is loaded into every server that is measured, upstream's as well, and does the same in each: the forward
-(`Scheduler.run_batch`) is padded to a duration that the benchmark sets while the server runs. Time that a
-forward spends waiting for a message is no compute and is not counted as such.
+(`Scheduler.run_batch`) is padded to a duration that the benchmark sets while the server runs. All designs
+wait for their messages before it begins.
 
 BENCH_FOLDER: where the counters go. BENCH_DESIGN=pr19582: also load that design.
 """
@@ -55,9 +55,9 @@ class Stage:
     ) -> Any:
         assert self._file is not None, "the loop has not begun"
         host_cpu_s = time.thread_time() - self._cpu_s
-        began, blocked = time.perf_counter(), blocked_s()
+        began = time.perf_counter()
         result = original(scheduler, batch, *arguments, **options)
-        compute_s = time.perf_counter() - began - (blocked_s() - blocked)
+        compute_s = time.perf_counter() - began
         rest_s = self._file.pad_s - compute_s
         if rest_s > 0:
             time.sleep(rest_s)
@@ -72,11 +72,3 @@ class Stage:
         )
         self._cpu_s = time.thread_time()
         return result
-
-
-def blocked_s() -> float:
-    """How long this thread has waited for proxies so far; upstream never does inside a forward."""
-    from sglang_npu_pp.patches.pipeline import current
-
-    pipeline = current()
-    return pipeline.link.telemetry.receiving("proxy").wait_s if pipeline is not None else 0.0
