@@ -11,12 +11,12 @@ from pathlib import Path
 from .competitors import ROOT
 
 # Two deepstack layers, so that each of four stages has two of the eight layers.
-_SHAPE = ("--layers", "8", "--width", "1024", "--deepstack", "0", "1")
+_SHAPE = ("--layers", "8", "--width", "512", "--deepstack", "0", "1")
 _LIMIT_S = 300.0
 
 
 def model_directory() -> Path:
-    """Where it is; built on the first call (about 100 MB in .run, which git ignores)."""
+    """Where it is; built on the first call (about 25 MB in .run, which git ignores)."""
     directory = ROOT / ".run" / "bench_model"
     if not (directory / "config.json").is_file():
         directory.parent.mkdir(exist_ok=True)

@@ -86,8 +86,14 @@ def observe(launcher: Launcher, layout: Layout, release: Release, *, patched: bo
     return Observed(one_by_one, concurrent, after - before, log, recorded)
 
 
-def compare(launcher: Launcher, layout: Layout, release: Release = RELEASES[IN_VENV]) -> Pair:
-    upstream = observe(launcher, layout, release, patched=False)
+def compare(
+    launcher: Launcher,
+    layout: Layout,
+    release: Release = RELEASES[IN_VENV],
+    upstream: Observed | None = None,
+) -> Pair:
+    """`upstream`: what was observed of it before, when its answers are those of this layout."""
+    upstream = upstream or observe(launcher, layout, release, patched=False)
     return Pair(layout, release, upstream, observe(launcher, layout, release, patched=True))
 
 
