@@ -27,7 +27,7 @@ from rich.console import Console
 from scripts.lib.server import ServerError
 
 from . import figure, report
-from .competitors import ROOT, VLLM, Competitor
+from .competitors import ROOT, VARIABLES, VLLM, Competitor
 from .link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from .load import LOADS, LoadError
 from .measure import Measurements, measure
@@ -88,13 +88,14 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
     parser.add_argument("--device", choices=("cpu", "npu-sim"), default="cpu", help="npu-sim: first of all")
     parser.add_argument("--link", choices=("auto", "none"), default="auto", help="none: loopback")
-    parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 8 layers, width 512)")
+    parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 4 layers, width 512)")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="also vLLM, of that interpreter")
     parser.add_argument("--pp", type=int, choices=(2, 4), help="only this pipeline size")
     parser.add_argument("--loads", help=f"only these, with commas: {','.join(LOADS)}")
     parser.add_argument("--pads", help="only these paddings in ms, with commas; also others than planned")
     parser.add_argument("--delays", help="only these one-way delays in ms, with commas")
     parser.add_argument("--depths", help="only these --pp-async-batch-depth, with commas (and upstream's 0)")
+    parser.add_argument("--competitors", help=f"only these, with commas, and upstream: {','.join(VARIABLES)}")
     parser.add_argument(
         "--repetitions", type=int, help=f"{_QUICK_REPETITIONS} quick, {_FULL_REPETITIONS} else"
     )
@@ -103,6 +104,10 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device != "cpu":
         parser.error("--device npu-sim must come first: it has options of its own")
+    for name, known in (("loads", LOADS), ("competitors", VARIABLES)):
+        unknown = set((getattr(options, name) or next(iter(known))).split(",")).difference(known)
+        if unknown:
+            parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}, only {', '.join(known)}")
     return options
 
 
@@ -159,6 +164,7 @@ def chosen(options: argparse.Namespace) -> tuple[list[Group], list[LinkSetting]]
     loads = options.loads.split(",") if options.loads else None
     pads = [float(pad) for pad in options.pads.split(",")] if options.pads else None
     depths = [int(depth) for depth in options.depths.split(",")] if options.depths else None
+    designs = options.competitors.split(",") if options.competitors else list(VARIABLES)
     delays = [float(delay) for delay in options.delays.split(",")] if options.delays else None
     groups = []
     for group in QUICK if options.quick else FULL:
@@ -170,7 +176,8 @@ def chosen(options: argparse.Namespace) -> tuple[list[Group], list[LinkSetting]]
         competitors: list[Competitor] = [
             competitor
             for competitor in group.competitors
-            if depths is None or competitor == group.competitors[0] or competitor.depth in depths
+            if competitor == group.competitors[0]
+            or (competitor.design in designs and (depths is None or competitor.depth in depths))
         ]
         if options.vllm and group.pp == 2:
             competitors.append(Competitor(VLLM))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -79,8 +78,8 @@ class Run:
 class Idle:
     """A server without requests."""
 
-    cpu_cores: float  # of all its processes together
-    first_token_s: float  # of a request that comes then, median
+    cpu_cores: float  # of its schedulers together
+    first_tokens_s: tuple[float, ...]  # of requests that come then, one by one
 
 
 class Contestant:
@@ -147,7 +146,7 @@ class Contestant:
         counted = tuple(late - early for late, early in zip(after, before, strict=True))
         return Run(answers, counted, os.getloadavg()[0])
 
-    def rest(self, *, settle_s: float = 2.0, measure_s: float = 3.0, requests: int = 5) -> Idle:
+    def rest(self, *, settle_s: float = 2.0, measure_s: float = 2.0, requests: int = 3) -> Idle:
         """What the server does without requests, from `settle_s` after the last one on."""
         self.server.thaw()
         try:
@@ -164,7 +163,7 @@ class Contestant:
                 delays.append(self._load(one, seed).first_token_s)
         finally:
             self.server.freeze()
-        return Idle(cores, statistics.median(delays))
+        return Idle(cores, tuple(delays))
 
     def memory_mib(self) -> float:
         """Resident memory of its schedulers; pages that several share count in parts."""

@@ -4,8 +4,7 @@ repetition in the opposite order, so that whatever drifts on the machine drifts 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from .competitors import Competitor, Contestant, Idle, Run
 from .link import Link
 from .load import LOADS, Load, Request
 from .plan import Group, LinkSetting, Work
+from .resident import Say, resident, turns
 
-Say = Callable[[str], None]
 Cell = tuple[Work, LinkSetting]
+
+_IDLE_ROUNDS = 2
 
 # Asked one by one on every server: their answers do not depend on which requests share a batch.
 CHECK = tuple(Load("check", [Request(length, 16)]) for length in (1, 31, 257, 900))
@@ -27,9 +28,8 @@ class Measurements:
 
     group: Group
     runs: dict[Cell, dict[Competitor, list[Run]]] = field(default_factory=dict)
-    idle: dict[Competitor, Idle] = field(default_factory=dict)
+    idle: dict[Competitor, list[Idle]] = field(default_factory=dict)
     memory_mib: dict[Competitor, float] = field(default_factory=dict)
-    start_s: dict[Competitor, float] = field(default_factory=dict)
     answers: dict[Competitor, list[tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
     """Of CHECK, before and after everything else."""
 
@@ -59,8 +59,10 @@ def measure(
     """Measure a group. Stops early, after a whole repetition, when another would end behind `limit_s`."""
     found = Measurements(group)
     began = time.monotonic()
-    contest = Contest(group, link, model, folder, vllm)
-    with contest.resident(found, say) as contestants:
+    link.set(0, 0)
+    # Made one by one: each takes its ports when it is about to start.
+    made = (Contestant(c, group.pp, model, link, folder, vllm) for c in group.competitors)
+    with resident(made, say) as contestants:
         check_answers(contestants, found)
         for repetition in range(repetitions):
             started = time.monotonic()
@@ -74,39 +76,13 @@ def measure(
                 say(f"pp {group.pp}: no time for another repetition")
                 break
         link.set(0, 0)
+        for number in range(_IDLE_ROUNDS if idle else 0):
+            for contestant in turns(contestants, number):
+                found.idle.setdefault(contestant.competitor, []).append(contestant.rest())
         for competitor, contestant in contestants.items():
-            if idle:
-                found.idle[competitor] = contestant.rest()
             found.memory_mib[competitor] = contestant.memory_mib()
         check_answers(contestants, found)
     return found
-
-
-@dataclass(frozen=True)
-class Contest:
-    """What the servers of a group have in common."""
-
-    group: Group
-    link: Link
-    model: Path
-    folder: Path
-    vllm: Path | None  # the interpreter that has it
-
-    @contextmanager
-    def resident(self, found: Measurements, say: Say) -> Iterator[Mapping[Competitor, Contestant]]:
-        """All servers, started one after another and frozen."""
-        self.link.set(0, 0)
-        pp = self.group.pp
-        with ExitStack() as stack:
-            contestants = {}
-            for competitor in self.group.competitors:
-                began = time.monotonic()
-                contestant = Contestant(competitor, pp, self.model, self.link, self.folder, self.vllm)
-                stack.callback(contestant.stop)
-                contestants[competitor] = contestant.start()
-                found.start_s[competitor] = time.monotonic() - began
-                say(f"pp {pp}: {competitor.name} is up after {found.start_s[competitor]:.0f} s")
-            yield contestants
 
 
 def visit(
@@ -114,11 +90,11 @@ def visit(
 ) -> None:
     """One run of a cell on every server; odd repetitions go through them backwards."""
     work, _ = cell
-    able = [competitor for competitor in contestants if competitor.is_sglang or not work.pad_ms]
-    order = able[:: 1 if repetition % 2 == 0 else -1]
-    for competitor in order:
-        run = contestants[competitor].run(LOADS[work.load], work.pad_ms / 1e3, seed=1 + repetition)
-        found.runs.setdefault(cell, {}).setdefault(competitor, []).append(run)
+    for contestant in turns(contestants, repetition):
+        if work.pad_ms and not contestant.competitor.is_sglang:
+            continue
+        run = contestant.run(LOADS[work.load], work.pad_ms / 1e3, seed=1 + repetition)
+        found.runs.setdefault(cell, {}).setdefault(contestant.competitor, []).append(run)
 
 
 def check_answers(contestants: Mapping[Competitor, Contestant], found: Measurements) -> None:

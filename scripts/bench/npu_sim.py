@@ -16,8 +16,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -30,6 +30,7 @@ from . import load, npu_sim_report
 from .competitors import FROZEN_LIMIT_S, OURS, PULL_REQUEST, ROOT, UPSTREAM, VARIABLES, Competitor
 from .npu_sim_notes import Steady, read_notes
 from .npu_sim_probe import Control, control_path, notes_path
+from .resident import Say, resident, turns
 
 MODEL = ROOT / "tests/assets/random_vl"
 _PLUGIN = Path(__file__).with_name("npu_sim_plugin")
@@ -166,36 +167,20 @@ def measure(
     cells: Sequence[Cell],
     repetitions: int,
     folder: Path,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Measurements:
     found = Measurements(pp, competitors)
-    with resident(pp, competitors, folder, say) as contestants:
+    made = (Contestant(competitor, pp, folder) for competitor in competitors)
+    with resident(made, say) as contestants:
         for repetition in range(repetitions):
             began = time.monotonic()
             for cell in cells:
-                order = contestants if repetition % 2 == 0 else list(reversed(contestants))
-                for contestant in order:
+                for contestant in turns(contestants, repetition):
                     runs = found.runs.setdefault(cell, {}).setdefault(contestant.competitor, [])
                     runs.append(contestant.run(cell, seed=1 + repetition))
             seconds = time.monotonic() - began
             say(f"pp {pp}: repetition {repetition + 1} of {repetitions} in {seconds:.0f} s")
     return found
-
-
-@contextmanager
-def resident(
-    pp: int, competitors: Sequence[Competitor], folder: Path, say: Callable[[str], None]
-) -> Iterator[list[Contestant]]:
-    """All servers, started one after another and frozen."""
-    with ExitStack() as stack:
-        contestants = []
-        for competitor in competitors:
-            began = time.monotonic()
-            contestant = Contestant(competitor, pp, folder)
-            stack.callback(contestant.stop)
-            contestants.append(contestant.start())
-            say(f"pp {pp}: {competitor.name} is up after {time.monotonic() - began:.0f} s")
-        yield contestants
 
 
 def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -128,8 +128,7 @@ def _per_token_s(runs: Sequence[Run]) -> float:
 
 
 def _iteration_s(runs: Sequence[Run]) -> float | None:
-    found = [run.iteration_s for run in runs if run.iteration_s is not None]
-    return statistics.median(found) if found else None
+    return _median(run.iteration_s for run in runs if run.iteration_s is not None)
 
 
 def _per_launch_ms(runs: Sequence[Run], name: str) -> float | None:
@@ -148,14 +147,18 @@ def servers(found: Measurements) -> list[dict[str, Any]]:
             "pp": found.group.pp,
             "competitor": competitor.design,
             "depth": competitor.depth,
-            "start_s": found.start_s[competitor],
             "memory_mib": found.memory_mib[competitor],
-            "idle_cpu_cores": idle.cpu_cores if idle else None,
-            "idle_first_token_ms": 1e3 * idle.first_token_s if idle else None,
+            "idle_cpu_cores": _median(rest.cpu_cores for rest in rests),
+            "idle_first_token_ms": _median(1e3 * time_s for rest in rests for time_s in rest.first_tokens_s),
         }
         for competitor in found.group.competitors
-        for idle in [found.idle.get(competitor)]
+        for rests in [found.idle.get(competitor, [])]
     ]
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
 
 
 def conditions(link_kind: str, command: Sequence[str], model: str) -> dict[str, Any]:

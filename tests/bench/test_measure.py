@@ -17,10 +17,10 @@ class StandIn:
     """A contestant without a server."""
 
     def __init__(self, competitor: Competitor, asked: list[tuple[str, str, float, int]]) -> None:
-        self._competitor, self._asked = competitor, asked
+        self.competitor, self._asked = competitor, asked
 
     def run(self, work: Load, pad_s: float, seed: int) -> Run:
-        self._asked.append((self._competitor.design, work.name, pad_s, seed))
+        self._asked.append((self.competitor.design, work.name, pad_s, seed))
         return Run(Answers(1.0, 0.1, 0.1, ()), (Counted(launches=1),), 0.0)
 
 

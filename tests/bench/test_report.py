@@ -38,9 +38,8 @@ def found() -> Measurements:
     }
     for competitor in (FIRST, SECOND):
         made.answers[competitor] = [((4, 5),), ((4, 5),)]
-        made.idle[competitor] = Idle(cpu_cores=0.01, first_token_s=0.02)
+        made.idle[competitor] = [Idle(0.01, (0.02, 0.03)), Idle(0.01, (0.01,))]
         made.memory_mib[competitor] = 100.0
-        made.start_s[competitor] = 30.0
     return made
 
 
@@ -118,3 +117,4 @@ def test_the_file_holds_a_row_a_cell_and_the_conditions(found: Measurements, tmp
     )
     assert set(wanted.split()) <= set(written["rows"][0])
     assert written["servers"][1]["idle_cpu_cores"] == 0.01
+    assert written["servers"][1]["idle_first_token_ms"] == 20
