@@ -21,6 +21,10 @@ class LoadError(RuntimeError):
     """A request failed or its answer has another length; the message is one sentence."""
 
 
+class NoAnswerError(LoadError):
+    """An answer did not come in time."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt of `length` random tokens, answered with `answer` tokens."""
@@ -95,18 +99,20 @@ class _Answer:
     tokens: tuple[int, ...]
 
 
-def run(url: str, load: Load, seed: int, dialect: Dialect = SGLANG) -> Answers:
+def run(url: str, load: Load, seed: int, dialect: Dialect = SGLANG, limit_s: float = LIMIT_S) -> Answers:
     """Send all requests of `load` at once. Equal seeds give equal prompts. Raises LoadError."""
     try:
-        return asyncio.run(_run(url, load, seed, dialect))
-    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
+        return asyncio.run(_run(url, load, seed, dialect, limit_s))
+    except TimeoutError as error:
+        raise NoAnswerError(f"the load {load.name} was not answered within {limit_s:g} s") from error
+    except (aiohttp.ClientError, ValueError, LookupError) as error:
         raise LoadError(f"the load {load.name} failed: {type(error).__name__}: {error}") from error
 
 
-async def _run(url: str, load: Load, seed: int, dialect: Dialect) -> Answers:
+async def _run(url: str, load: Load, seed: int, dialect: Dialect, limit_s: float) -> Answers:
     generator = random.Random(seed)
     prompts = [[generator.choice(_TOKENS) for _ in range(request.length)] for request in load.requests]
-    limit = aiohttp.ClientTimeout(total=LIMIT_S)
+    limit = aiohttp.ClientTimeout(total=limit_s)
     connections = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, timeout=limit, connector=connections) as session:
         began = time.perf_counter()

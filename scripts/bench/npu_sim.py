@@ -7,6 +7,8 @@ SGLang `--device npu`, the unmodified torch_npu, real host work; a forward takes
 on its stream, and uses no core for it; links have a latency and a rate. Nothing here says how fast an Ascend
 is: it says what the host and the links add to forwards of a given time. All servers of a pipeline size are
 resident, one awake at a time; every repetition visits every cell, odd ones visit the servers backwards.
+A server that hangs is named and left out. The design of the pull request does: its proxies leave before the
+outputs are received, and on HCCL, where a send is a rendezvous, its two stages then wait for each other.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Self
 
 from scripts.lib.server import Server, ServerError
 from tests.ascend_sim.controls import Simulator
@@ -35,6 +36,7 @@ from .resident import Say, resident, turns
 MODEL = ROOT / "tests/assets/random_vl"
 _PLUGIN = Path(__file__).with_name("npu_sim_plugin")
 _START_LIMIT_S = 600.0
+_WARM_UP_LIMIT_S = 90.0  # some seconds are usual; who has not answered by then hangs
 _PRIORITY = -15  # of threads, as `nice` counts
 _TAIL_S = 0.3  # behind a load, until the last forwards of other microbatches have ended
 
@@ -103,16 +105,21 @@ class Contestant:
             args=(*FLAGS, "--pp-async-batch-depth", str(competitor.depth)),
         )
         self._links: list[Simulator] = []
+        self.hangs = False
 
-    def start(self) -> Self:
-        """Start, warm up and freeze the server. Raises ServerError, LoadError."""
+    def start(self) -> None:
+        """Start, warm up and freeze the server; if it `hangs`, end it. Raises ServerError, LoadError."""
         self.server.start()
         self.server.wait_ready(_START_LIMIT_S)
         self._links = [Simulator(pid) for pid in self.server.scheduler_pids()]
-        load.run(self.server.url, load.DECODE, seed=0)
+        try:
+            load.run(self.server.url, load.DECODE, seed=0, limit_s=_WARM_UP_LIMIT_S)
+        except load.NoAnswerError:
+            self.hangs = True
+            self.stop()
+            return
         self._favour()
         self.server.freeze()
-        return self
 
     def _favour(self) -> None:
         """Give the server's threads the machine before other work on it, where this user may."""
@@ -159,6 +166,7 @@ class Measurements:
     pp: int
     competitors: Sequence[Competitor]
     runs: dict[Cell, dict[Competitor, list[Run]]] = field(default_factory=dict)
+    hung: list[Competitor] = field(default_factory=list)
 
 
 def measure(
@@ -171,7 +179,11 @@ def measure(
 ) -> Measurements:
     found = Measurements(pp, competitors)
     made = (Contestant(competitor, pp, folder) for competitor in competitors)
-    with resident(made, say) as contestants:
+    with resident(made, say) as up:
+        found.hung = [competitor for competitor, contestant in up.items() if contestant.hangs]
+        for competitor in found.hung:
+            say(f"pp {pp}: {competitor.name} hangs: no answer within {_WARM_UP_LIMIT_S:g} s; it is left out")
+        contestants = {c: contestant for c, contestant in up.items() if not contestant.hangs}
         for repetition in range(repetitions):
             began = time.monotonic()
             for cell in cells:
@@ -239,9 +251,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"bench: {error}\nLogs: {folder}", file=sys.stderr)
         return 2
     rows = [row for group in found for row in npu_sim_report.rows(group)]
-    npu_sim_report.show(rows)
+    hung = [f"{competitor.name}, pp {group.pp}" for group in found for competitor in group.hung]
+    npu_sim_report.show(rows, hung)
     if options.json:
-        npu_sim_report.write_json(options.json, rows, seconds=time.monotonic() - began)
+        npu_sim_report.write_json(options.json, rows, hung, seconds=time.monotonic() - began)
     if not all(row.tokens_equal for row in rows):
         print(f"bench: servers gave other tokens than upstream; logs: {folder}", file=sys.stderr)
         return 1

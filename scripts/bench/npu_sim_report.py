@@ -169,10 +169,12 @@ def _median_ms(nanoseconds: object) -> float:
     return statistics.median(values) / 1e6 if values else float("nan")
 
 
-def show(made: Sequence[Row]) -> None:
+def show(made: Sequence[Row], hung: Sequence[str]) -> None:
     console = Console(width=None if os.isatty(1) else 150)
     for pp in dict.fromkeys(row.pp for row in made):
         console.print(_table(pp, [row for row in made if row.pp == pp]))
+    for name in hung:
+        console.print(f"Hangs in the warm-up, and is left out: {name}.")
     if any(row.pp > 2 for row in made):
         console.print(f"pp 4: the hosts of four stages share {os.cpu_count()} cores here.")
 
@@ -202,9 +204,10 @@ def _table(pp: int, made: Sequence[Row]) -> Table:
     return table
 
 
-def write_json(path: Path, made: Sequence[Row], seconds: float) -> None:
+def write_json(path: Path, made: Sequence[Row], hung: Sequence[str], seconds: float) -> None:
     conditions = {
         "device": DEVICE,
+        "hung": hung,
         "seconds": round(seconds),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("sglang", "torch")},
