@@ -31,7 +31,7 @@ from .competitors import ROOT, VARIABLES, VLLM, Competitor
 from .link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from .load import LOADS, LoadError
 from .measure import Measurements, measure
-from .model import model_directory
+from .model import for_cpu
 from .plan import FULL, LINKS, NO_DELAY, QUICK, Group, LinkSetting, Work
 
 _QUICK_S, _FULL_S = 570.0, 3 * 3600.0  # until the last repetition ends
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
     began = time.monotonic()
     groups, links = chosen(options)
     limit_s = _QUICK_S if options.quick else _FULL_S
-    model = options.model_path or model_directory()
+    model = options.model_path or for_cpu()
     found: list[Measurements] = []
     with link_of(options, folder, console) as link:
         if isinstance(link, Loopback):

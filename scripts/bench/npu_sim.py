@@ -29,11 +29,11 @@ from tests.ascend_sim.controls import Simulator
 
 from . import load, npu_sim_report
 from .competitors import FROZEN_LIMIT_S, OURS, PULL_REQUEST, ROOT, UPSTREAM, VARIABLES, Competitor
+from .model import for_simulated_ascend
 from .npu_sim_notes import Steady, read_notes
 from .npu_sim_probe import Control, control_path, notes_path
 from .resident import Say, resident, turns
 
-MODEL = ROOT / "tests/assets/random_vl"
 _PLUGIN = Path(__file__).with_name("npu_sim_plugin")
 _START_LIMIT_S = 600.0
 _WARM_UP_LIMIT_S = 90.0  # some seconds are usual; who has not answered by then hangs
@@ -96,7 +96,7 @@ class Contestant:
             "BENCH_FOLDER": str(self._folder),
         }
         self.server = Server(
-            MODEL,
+            for_simulated_ascend(pp),
             1,
             pp,
             log=self._folder / "log",

@@ -66,8 +66,8 @@ class Row:
 
 
 def rows(found: Measurements) -> list[Row]:
-    """A row for every cell and server. Ratios are against the first server."""
-    reference = found.competitors[0]
+    """A row for every cell and server. Ratios are against the first server that does not hang."""
+    reference = next(competitor for competitor in found.competitors if competitor not in found.hung)
     return [
         _row(found.pp, cell, competitor, own, runs[reference])
         for cell, runs in found.runs.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -9,7 +11,7 @@ import pytest
 
 from scripts.bench import npu_sim
 from scripts.bench.competitors import OURS, UPSTREAM, Competitor
-from scripts.bench.load import Answers
+from scripts.bench.load import DECODE, Answers, NoAnswerError, run
 from scripts.bench.npu_sim_notes import Steady, read_notes
 from scripts.bench.npu_sim_probe import Host, Launch
 from scripts.bench.npu_sim_report import rows
@@ -96,3 +98,39 @@ def test_a_row_compares_with_the_first_server(tmp_path: Path) -> None:
     # From the tokens of one microbatch to its next forward, two iterations behind the first.
     assert upstream.host_turn_ms == pytest.approx(SLOTS * ITERATION - (2 * FORWARD + FLIGHT + HOME))
     assert upstream.in_receives_ms == pytest.approx(2)
+
+
+def test_a_server_that_does_not_answer_ends_the_load_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(NoAnswerError, match=r"within 0\.2 s"):
+            run(url, DECODE, seed=0, limit_s=0.2)
+
+
+@dataclass
+class StandIn:
+    """A contestant without a server; the first one hangs."""
+
+    competitor: Competitor
+    pp: int
+    folder: Path
+
+    @property
+    def hangs(self) -> bool:
+        return self.competitor == FIRST
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def run(self, cell: npu_sim.Cell, seed: int) -> npu_sim.Run:
+        return npu_sim.Run(Answers(1.0, 0.1, 0.1, ()), [], 0.0)
+
+
+def test_a_server_that_hangs_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npu_sim, "Contestant", StandIn)
+    said: list[str] = []
+    found = npu_sim.measure(2, (FIRST, SECOND), npu_sim.QUICK, 1, tmp_path, said.append)
+    assert found.hung == [FIRST]
+    assert any(line.startswith("pp 2: upstream hangs") for line in said)
+    assert [list(runs) for runs in found.runs.values()] == [[SECOND]]
