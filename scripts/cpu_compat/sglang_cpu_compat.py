@@ -1,9 +1,10 @@
-"""Import hook that lets a CUDA build of torchvision be imported next to a CPU torch.
+"""Import hook that lets a CUDA build of torchvision be imported next to a CPU torch, and faster starts.
 
 Loaded by a .pth file at the start of every Python process of the environment. So it imports nothing
 but what the interpreter has loaded already, and does its work when torchvision is first imported.
 """
 
+import gc
 import sys
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without the cost of importing typing
@@ -79,3 +80,7 @@ class TorchvisionFinder:
 
 
 sys.meta_path.insert(0, TorchvisionFinder())
+
+# Importing SGLang makes millions of objects that stay, which the collector looks through again and again: with
+# Python's 700 it takes a fifth of the 7 seconds, in each of a server's four or more processes.
+gc.set_threshold(20_000, 10, 10)
