@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from scripts.lib.releases import RELEASES
-from scripts.lib.server import HOST, Server, ServerError
+from scripts.lib.server import Server, ServerError
 
 from . import battery
 from .conftest import Launcher
@@ -97,18 +96,8 @@ def test_ranks_with_different_settings_are_named(launcher: Launcher) -> None:
     assert "SGLANG_NPU_PP_WINDOW is '16' on rank 0 but '32' on rank 1" in log
 
 
-def test_a_port_in_use_is_named(launcher: Launcher) -> None:
-    with socket.socket() as taken:
-        taken.bind((HOST, 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        env = {"SGLANG_NPU_PP_HOST_TRANSPORT": "tcp", "SGLANG_NPU_PP_PORT": str(port)}
-        log = log_of_failed_start(launcher.configure(1, 2, patched=True, env=env))
-    assert f"the host lane cannot listen on 127.0.0.1:{port}" in log
-    assert "set SGLANG_NPU_PP_PORT to a free range" in log
-
-
 def test_an_unusable_ipc_directory_is_named(launcher: Launcher, tmp_path: Path) -> None:
+    """As for everything that keeps the host lane from opening; tests/transport has the other reasons."""
     missing = tmp_path / "missing"
     env: dict[str, Any] = {"SGLANG_NPU_PP_IPC_DIR": str(missing)}
     log = log_of_failed_start(launcher.configure(1, 2, patched=True, env=env))
