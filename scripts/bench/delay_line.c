@@ -3,8 +3,9 @@
 //     delay_line NETNS_A DEVICE_A NETNS_B DEVICE_B
 //
 // Makes a TUN device in each namespace (/run/netns/NAME) and carries packets from one to the other. Commands
-// come on standard input, a line each: "DELAY_US RATE_MBIT" (rate 0: unlimited), answered by "ok" once in
-// force. Ends when standard input ends, so it never outlives who started it.
+// come on standard input, a line each: "DELAY_US RATE_MBIT LOSE_A LOSE_B" (rate 0: unlimited; 1 loses what comes
+// from that side), answered by "ok" once in force. Ends when standard input ends, so it never outlives who
+// started it.
 //
 // A packet leaves the queue of its direction when it has been sent at the rate (behind those before it) and
 // then travelled for the delay: what netem does with `delay` and `rate`.
@@ -34,6 +35,7 @@ struct packet {
 
 struct direction {
     int from, to;
+    int loses;               // every packet
     uint64_t busy_until_ns;  // the sender's side of the link is taken until then
     unsigned head, tail;     // of the ring, both counting up
     struct packet *ring;
@@ -41,6 +43,7 @@ struct direction {
 
 static uint64_t delay_ns;
 static double rate_mbit;
+static struct direction ways[2];
 
 static void fail(const char *what) {
     perror(what);
@@ -72,6 +75,7 @@ static void take_in(struct direction *way) {
     for (int taken = 0; taken < BURST; taken++) {
         ssize_t size = read(way->from, bytes, sizeof bytes);
         if (size <= 0 || way->tail - way->head == QUEUE) return;  // a full queue drops, as a router's does
+        if (way->loses) continue;
         uint64_t arrived = now_ns();
         uint64_t start = way->busy_until_ns > arrived ? way->busy_until_ns : arrived;
         way->busy_until_ns = start + (rate_mbit > 0 ? (uint64_t)((double)size * 8e3 / rate_mbit) : 0);
@@ -99,14 +103,17 @@ static uint64_t deliver(struct direction *way) {
 static int obey(void) {
     char line[128];
     double delay_us, rate;
+    int lose_a, lose_b;
     ssize_t size = read(STDIN_FILENO, line, sizeof line - 1);
     if (size <= 0) return 0;
     line[size] = 0;
-    if (sscanf(line, "%lf %lf", &delay_us, &rate) != 2) {
-        puts("expected: DELAY_US RATE_MBIT");
+    if (sscanf(line, "%lf %lf %d %d", &delay_us, &rate, &lose_a, &lose_b) != 4) {
+        puts("expected: DELAY_US RATE_MBIT LOSE_A LOSE_B");
     } else {
         delay_ns = (uint64_t)(delay_us * 1e3);
         rate_mbit = rate;
+        ways[0].loses = lose_a;
+        ways[1].loses = lose_b;
         puts("ok");
     }
     fflush(stdout);
@@ -119,7 +126,8 @@ int main(int count, char **arguments) {
         return 2;
     }
     int a = open_device(arguments[1], arguments[2]), b = open_device(arguments[3], arguments[4]);
-    struct direction ways[2] = {{.from = a, .to = b}, {.from = b, .to = a}};
+    ways[0] = (struct direction){.from = a, .to = b};
+    ways[1] = (struct direction){.from = b, .to = a};
     for (int i = 0; i < 2; i++)
         if (!(ways[i].ring = calloc(QUEUE, sizeof(struct packet)))) fail("calloc");
     struct sched_param priority = {.sched_priority = REAL_TIME_PRIORITY};

@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, Self
@@ -112,14 +113,17 @@ class EmulatedLink:
     def __exit__(self, *_error: object) -> None:
         self._undo.close()
 
-    def set(self, delay_ms: float, rate_mbit: float) -> None:
+    def set(self, delay_ms: float, rate_mbit: float, lost_from: Collection[int] = ()) -> None:
+        """One-way delay and rate of the link; what the nodes `lost_from` send is lost."""
         if self._line is not None:
-            self._tell_delay_line(f"{delay_ms * 1e3:.0f} {rate_mbit:g}")
+            lost = " ".join(str(int(node in lost_from)) for node in range(len(self._names)))
+            self._tell_delay_line(f"{delay_ms * 1e3:.0f} {rate_mbit:g} {lost}")
             return
         shape = ["delay", f"{delay_ms}ms", "limit", "100000"]
         shape += ["rate", f"{rate_mbit}mbit"] if rate_mbit else []
-        for name in self._names:
-            _run("tc", "-n", name, "qdisc", "replace", "dev", self._device, "root", "netem", *shape)
+        for node, name in enumerate(self._names):
+            loss = ["loss", "100%"] if node in lost_from else []
+            _run("tc", "-n", name, "qdisc", "replace", "dev", self._device, "root", "netem", *shape, *loss)
 
     def prefix(self, node: int) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{self._names[node]}"]

@@ -81,6 +81,6 @@ class TorchvisionFinder:
 
 sys.meta_path.insert(0, TorchvisionFinder())
 
-# Importing SGLang makes millions of objects that stay, which the collector looks through again and again: with
-# Python's 700 it takes a fifth of the 7 seconds, in each of a server's four or more processes.
+# Importing SGLang makes millions of objects that stay, which the collector looks through again and again:
+# with Python's 700 it takes a fifth of the 7 seconds, in each of a server's four or more processes.
 gc.set_threshold(20_000, 10, 10)

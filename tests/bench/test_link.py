@@ -97,6 +97,24 @@ def test_bytes_take_the_time_of_the_rate(tmp_path: Path) -> None:
 
 
 @needs_root
+@pytest.mark.parametrize("lost_from", [{0}, {1}, {0, 1}], ids=str)
+def test_what_a_node_sends_can_be_lost(tmp_path: Path, lost_from: set[int]) -> None:
+    def measure() -> float:
+        with EmulatedLink(tmp_path) as link, connected(link) as connection:
+            round_trip_s(connection)
+            link.set(0, 0, lost_from=lost_from)
+            connection.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                round_trip_s(connection)
+            link.set(0, 0)
+            connection.settimeout(LIMIT_S)
+            assert connection.recv(1) == b"!"  # TCP sends again what was lost
+            return round_trip_s(connection)
+
+    assert alone(measure) < LIMIT_S
+
+
+@needs_root
 def test_nothing_is_left_behind_not_even_by_an_error(tmp_path: Path) -> None:
     before = namespaces()
 

@@ -1,0 +1,1 @@
+"""What happens to a server when one of its stages, or the link between them, is lost."""

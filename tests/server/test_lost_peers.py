@@ -1,0 +1,66 @@
+"""A server on two nodes whose stages, and the link between them, are struck.
+
+A part of what `python -m scripts.lost_peers` does. The peer time-out is short, so that a test is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from scripts.bench.link import EmulatedLink, reason_for_loopback
+from scripts.lost_peers.episode import Episode, on_two_nodes
+from scripts.lost_peers.faults import CUT, KILL, PAUSE, SLOW, Fault
+
+from .conftest import RANDOM_MODEL
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback()),
+]
+
+TIMEOUT_S = 4.0
+END_LIMIT_S = 30.0  # a slow machine takes some seconds more than the time-out
+
+
+@pytest.fixture(scope="module")
+def episode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Episode]:
+    folder = tmp_path_factory.mktemp("lost-peers")
+    env = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": f"{TIMEOUT_S:g}"}
+    with ExitStack() as stack:
+        link = stack.enter_context(EmulatedLink(folder))
+        server = stack.enter_context(on_two_nodes(RANDOM_MODEL, 2, folder, link, env))
+        yield Episode(server, link)
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [(PAUSE, 0), (PAUSE, 1), (SLOW, 0)],
+    ids=["stage 0 paused", "stage 1 paused", "slow link"],
+)
+def test_what_is_over_before_the_time_out_changes_no_token(
+    episode: Episode, fault: Fault, stage: int
+) -> None:
+    outcome = episode.survive(fault, stage, seconds=TIMEOUT_S / 2)
+    assert set(outcome.clients) == {"answer"}
+    assert not outcome.left
+
+
+@pytest.mark.parametrize(
+    ("fault", "busy"),
+    [(CUT, True), (KILL, False)],
+    ids=["link cut, busy", "killed, idle"],
+)
+def test_a_lost_peer_ends_the_server_with_a_sentence_and_leaves_nothing(
+    episode: Episode, fault: Fault, busy: bool
+) -> None:
+    """And behind it the server starts again at once, on the same ports."""
+    if not episode.server.scheduler_pids():
+        assert episode.restart()
+    outcome = episode.lose(fault, 1, busy=busy, limit_s=END_LIMIT_S)
+    assert outcome.ended, outcome.left
+    assert not outcome.left
+    assert outcome.sentences
+    assert set(outcome.clients) <= {"answer", "error"}
