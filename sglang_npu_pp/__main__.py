@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import timeline_command
+from . import ledger, timeline_command
 
-COMMANDS = (timeline_command.add,)
+COMMANDS = (ledger.add, timeline_command.add)
 """Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
 
 
