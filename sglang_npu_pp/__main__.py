@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from . import ledger, timeline_command
+from .doctor import command as doctor_command
 
-COMMANDS = (ledger.add, timeline_command.add)
+COMMANDS = (doctor_command.add, ledger.add, timeline_command.add)
 """Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
 
 
