@@ -30,7 +30,7 @@ RUN_BY = {
     "10.0.0.1:5000": "tests/doctor/test_command.py::test_the_options_of_a_server_on_two_nodes",
     "python -m sglang_npu_pp doctor --listen 10.0.0.1:5001": "tests/doctor/test_command.py::"
     "test_the_listener_prints_the_command_for_the_other_node",
-    "python -m sglang_npu_pp doctor --peer 10.0.0.1:5001 --key 'KEY'": "tests/doctor/test_peer.py::"
+    "python -m sglang_npu_pp doctor --peer 10.0.0.1:5001 --key KEY": "tests/doctor/test_peer.py::"
     "test_both_sides_see_the_same_link",
     "python -m sglang_npu_pp ledger --markdown > docs/patches.md": "tests/test_ledger.py::"
     "test_the_document_is_what_the_command_prints",

@@ -114,7 +114,7 @@ def _peer_test(options: argparse.Namespace) -> PeerTest | None:
     rendezvous.key_pair(test.key)
     if listens and key is None:
         where = f"{host or 'HOST'}:{port}"
-        command = f"python -m sglang_npu_pp doctor --peer {where} --key '{test.key}'"
+        command = f"python -m sglang_npu_pp doctor --peer {where} --key {test.key}"
         print(f"On the other node, within {options.limit:g} s:\n  {command}\n", file=sys.stderr, flush=True)
     return test
 

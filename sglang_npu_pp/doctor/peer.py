@@ -7,7 +7,7 @@ server would (TCP, CURVE, on the address and port of the settings), and measure 
 from __future__ import annotations
 
 import socket
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from ..agreement import Statement, differences
 from ..errors import ContractError, PipelineError
 from ..patches import installed
 from ..patches.startup import address_towards_master
-from ..settings import Settings
+from ..settings import Settings, load_settings
 from ..telemetry import Telemetry
 from ..trace import Trace
 from ..transport.host_lane import HostLane
@@ -28,6 +28,7 @@ from .link_test import FORWARDS_MS, LinkReport, measure
 from .rendezvous import ANSWER_LIMIT_S, Rendezvous
 from .versions import version_of
 
+_PROTOCOL = "protocol"
 _DIALLED = "dialled"  # of a statement: the address at which the other side was found
 
 
@@ -50,14 +51,22 @@ class PeerTest:
 
 def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
     """Findings and the measurement. Both sides get the same."""
+    findings: list[Finding] = []
+    limit_s = test.limit_s if test.listens else ANSWER_LIMIT_S
+    host = test.host or "*"
     try:
-        unlike, report = run(test, settings)
+        with Rendezvous(host, test.port, test.key, listens=test.listens, limit_s=limit_s) as rendezvous:
+            statements = _exchange_statements(rendezvous, test, settings)
+            dialled = statements[1].pop(_DIALLED)
+            findings += [
+                Finding(Level.WRONG, "versions and settings", f"{each}; make them equal on all nodes.")
+                for each in differences(statements)
+            ]
+            if statements[0].get(_PROTOCOL) != statements[1].get(_PROTOCOL):
+                return findings, {}
+            report = _measure(rendezvous, test, _agreed(settings, statements[0]), dialled)
     except PipelineError as error:
-        return [Finding(Level.WRONG, "link", str(error))], {}
-    findings = [
-        Finding(Level.WRONG, "versions and settings", f"{each}; make them equal on all nodes.")
-        for each in unlike
-    ]
+        return [*findings, Finding(Level.WRONG, "link", str(error))], {}
     forwards = (test.forward_ms,) if test.forward_ms else FORWARDS_MS
     depths = {forward: report.depth(forward, test.stages) for forward in forwards}
     findings += [
@@ -77,34 +86,34 @@ def _suggestion(depths: dict[float, int], stages: int) -> str:
     )
 
 
-def run(test: PeerTest, settings: Settings) -> tuple[list[str], LinkReport]:
-    """What the two nodes do not have in common, and the link. Raises PipelineError."""
-    limit_s = test.limit_s if test.listens else ANSWER_LIMIT_S
-    host = test.host or "*"
-    with Rendezvous(host, test.port, test.key, listens=test.listens, limit_s=limit_s) as rendezvous:
-        statements = _exchange_statements(rendezvous, test, settings)
-        dialled = statements[1].pop(_DIALLED)
-        address = settings.host or (test.host or dialled if test.listens else _towards(test))
-        lane = HostLane(
-            stage=test.stage,
-            stages=2,
-            rank=0,
-            settings=replace(
-                settings,
-                host_transport="tcp",
-                start_limit_s=ANSWER_LIMIT_S,
-                wait_limit_s=ANSWER_LIMIT_S,
-            ),
-            telemetry=Telemetry(test.stage, 0),
-            trace=Trace(),
-            host=address,
-            port=settings.port + test.stage if settings.port else 0,
-        )
-        try:
-            lane.open(rendezvous.exchange)
-            return differences(statements), measure(lane, ANSWER_LIMIT_S)
-        finally:
-            lane.close()
+def _agreed(settings: Settings, listener: Statement) -> Settings:
+    """Our settings, with the listener's in the place of those that must be equal: the link is measured even
+    if they are not."""
+    theirs = load_settings(
+        {name: listener.get(name, value) for name, value in settings.shared_values().items()}
+    )
+    shared = {each.name: getattr(theirs, each.name) for each in fields(Settings) if each.metadata["shared"]}
+    limits = {"start_limit_s": ANSWER_LIMIT_S, "wait_limit_s": ANSWER_LIMIT_S}
+    return replace(settings, **{**shared, **limits, "host_transport": "tcp"})
+
+
+def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str) -> LinkReport:
+    """Open a host lane as a server would, and measure it. Raises PipelineError."""
+    lane = HostLane(
+        stage=test.stage,
+        stages=2,
+        rank=0,
+        settings=settings,
+        telemetry=Telemetry(test.stage, 0),
+        trace=Trace(),
+        host=settings.host or (test.host or dialled if test.listens else _towards(test)),
+        port=settings.port + test.stage if settings.port else 0,
+    )
+    try:
+        lane.open(rendezvous.exchange)
+        return measure(lane, ANSWER_LIMIT_S)
+    finally:
+        lane.close()
 
 
 def _exchange_statements(rendezvous: Rendezvous, test: PeerTest, settings: Settings) -> list[Statement]:
@@ -115,7 +124,7 @@ def _exchange_statements(rendezvous: Rendezvous, test: PeerTest, settings: Setti
     mine = {
         "SGLang": release,
         "sglang-npu-pp": sglang_npu_pp.__version__,
-        "protocol": str(PROTOCOL),
+        _PROTOCOL: str(PROTOCOL),
         "torch": str(version_of("torch")),
         "torch_npu": str(version_of("torch_npu")),
         **settings.shared_values(),

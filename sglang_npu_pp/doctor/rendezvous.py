@@ -8,12 +8,14 @@ anything. The host lane that is opened then has keys of its own, as always.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from types import TracebackType
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
 
 from ..errors import TransportError
 from ..transport.endpoints import KeyPair, KnownKeys
@@ -21,24 +23,22 @@ from ..transport.endpoints import KeyPair, KnownKeys
 ANSWER_LIMIT_S = 30.0
 """Longest wait for anything once the two sides have met."""
 
-KEY_CHARACTERS = 40  # 32 bytes in Z85
+KEY_CHARACTERS = 64  # 32 bytes, in a form that needs no quotes in a shell
 _MESSAGE_LIMIT = 64 << 10  # bytes; what is exchanged here is far smaller
 _REACH_S = 5.0  # to open a TCP connection
 
 
 def new_key() -> str:
     """A secret for one test."""
-    return KeyPair.generate().secret.decode()
+    return z85.decode(KeyPair.generate().secret).hex()
 
 
 def key_pair(key: str) -> KeyPair:
     """The pair of keys that both sides use. Raises ValueError for text that is no secret of `new_key`."""
-    try:
-        return KeyPair(zmq.curve_public(key.encode("ascii")), key.encode("ascii"))
-    except (ValueError, zmq.ZMQError, UnicodeEncodeError):
-        raise ValueError(
-            f"the key must be the {KEY_CHARACTERS} characters that `doctor --listen` printed."
-        ) from None
+    if not re.fullmatch(f"[0-9a-f]{{{KEY_CHARACTERS}}}", key):
+        raise ValueError(f"the key must be the {KEY_CHARACTERS} characters that `doctor --listen` printed.")
+    secret = z85.encode(bytes.fromhex(key))
+    return KeyPair(zmq.curve_public(secret), secret)
 
 
 class Rendezvous:
@@ -49,6 +49,7 @@ class Rendezvous:
         longest wait for the other side, in seconds; it then answers within ANSWER_LIMIT_S. Raises
         TransportError if the port is taken or cannot be reached."""
         self._name, self._listens, self._limit_s = f"{host}:{port}", listens, limit_s
+        self._met = False
         keys = key_pair(key)
         if not listens:
             _reach(host, port)
@@ -91,8 +92,12 @@ class Rendezvous:
 
     def _receive(self) -> bytes:
         if self._socket.poll(int(self._limit_s * 1000)):
-            self._limit_s = ANSWER_LIMIT_S
+            self._met, self._limit_s = True, ANSWER_LIMIT_S
             return self._socket.recv()
+        if self._met:
+            raise TransportError(
+                f"the other node stopped answering for {self._limit_s:g} s; look at what its doctor says."
+            )
         if self._listens:
             raise TransportError(
                 f"no node with the key came to {self._name} within {self._limit_s:g} s; run the printed "

@@ -120,7 +120,7 @@ def test_the_options_of_a_server_on_two_nodes(capsys: pytest.CaptureFixture[str]
         (["--peer", "10.0.0.2:5000"], "--peer needs the --key"),
         (["--peer", "5000", "--key", "KEY"], "'5000' must be HOST:PORT."),
         (["--peer", "10.0.0.2:port", "--key", "KEY"], "'10.0.0.2:port' must be HOST:PORT."),
-        (["--peer", "10.0.0.2:5000", "--key", "wrong"], "the key must be the 40 characters"),
+        (["--peer", "10.0.0.2:5000", "--key", "wrong"], "the key must be the 64 characters"),
         (["--listen", "70000"], "'70000' must be [HOST:]PORT."),
         (["--listen", "5000", "--limit", "0"], "--limit and --forward-ms are above 0."),
         (["--key", "KEY"], "--key goes with --peer"),
@@ -165,7 +165,7 @@ def test_the_listener_prints_the_command_for_the_other_node(
     test = parsed("--listen", "10.0.0.1:5000", "--limit", "60")
     assert (test.host, test.port, test.listens, test.limit_s) == ("10.0.0.1", 5000, True, 60)
     printed = capsys.readouterr().err
-    assert f"doctor --peer 10.0.0.1:5000 --key '{test.key}'" in printed
+    assert f"doctor --peer 10.0.0.1:5000 --key {test.key}" in printed
     other = parsed("--peer", "10.0.0.1:5000", "--key", test.key, "--pp-size", "4", "--forward-ms", "12.5")
     assert (other.host, other.key, other.listens) == ("10.0.0.1", test.key, False)
     assert (other.stages, other.forward_ms) == (4, 12.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,11 +93,35 @@ def test_the_host_lane_listens_where_the_settings_say(
     assert f"the host lane cannot listen on 127.0.0.1:{settings.port}" in findings[0].text
 
 
-def test_what_the_nodes_do_not_have_in_common_is_named(listener: PeerTest) -> None:
-    for findings, data in check_both(listener, Settings(), Settings(window=32)):
-        assert findings[0].level is Level.WRONG
-        assert findings[0].text.startswith("SGLANG_NPU_PP_WINDOW is '16' on rank 0 but '32' on rank 1;")
-        assert data["shortest_round_trip_s"] > 0, "the link is measured all the same"
+def test_what_the_nodes_do_not_have_in_common_is_named(
+    listener: PeerTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is measured all the same. With windows of their own the wider one would overrun the other."""
+    monkeypatch.setattr(link_test, "AIM_S", 0.2)
+    for findings, data in check_both(listener, Settings(window=4), Settings(window=1000)):
+        assert [finding.level for finding in findings] == [Level.WRONG, Level.OK, Level.OK]
+        assert findings[0].text.startswith("SGLANG_NPU_PP_WINDOW is '4' on rank 0 but '1000' on rank 1;")
+        assert data["shortest_round_trip_s"] > 0
+
+
+def test_nodes_that_would_not_understand_each_other_do_not_try(
+    listener: PeerTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "PROTOCOL", EachTimeAnother())
+    for findings, data in check_both(listener):
+        assert [finding.level for finding in findings] == [Level.WRONG]
+        assert findings[0].text.startswith("protocol is '")
+        assert data == {}
+
+
+class EachTimeAnother:
+    """A version of the protocol that the two sides, which share a process here, see differently."""
+
+    def __init__(self) -> None:
+        self._versions = itertools.count()
+
+    def __str__(self) -> str:
+        return str(next(self._versions))
 
 
 # --- strangers, and nobody ---------------------------------------------------------------------------
@@ -165,16 +190,16 @@ def test_the_other_side_goes_away_before_the_lane_is_open(
 
     def leave() -> None:
         with Rendezvous(listener.host, listener.port, listener.key, listens=False, limit_s=LIMIT_S) as there:
-            there.exchange(b'{"dialled": "127.0.0.1"}')
+            there.exchange(f'{{"dialled": "127.0.0.1", "protocol": "{peer.PROTOCOL}"}}'.encode())
 
     (findings, _), _ = at_once(lambda: peer.check(listener, Settings()), leave)
-    assert findings[0].level is Level.WRONG
-    assert "within 0.5 s" in findings[0].text
+    assert findings[-1].level is Level.WRONG
+    assert findings[-1].text == "the other node stopped answering for 0.5 s; look at what its doctor says."
 
 
-@pytest.mark.parametrize("key", ["", "short", "ä" * 40, "x" * 39])
+@pytest.mark.parametrize("key", ["", "short", "ä" * 64, "a" * 63, "A" * 64])
 def test_a_key_that_is_none_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match="^the key must be the 40 characters"):
+    with pytest.raises(ValueError, match="^the key must be the 64 characters"):
         key_pair(key)
 
 

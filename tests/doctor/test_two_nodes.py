@@ -68,7 +68,7 @@ def answer_after(
     listener: subprocess.Popen[str], link: EmulatedLink, printed: str
 ) -> tuple[dict[str, Any], str]:
     """What the listener found, and what the command that it printed says on the other node."""
-    assert printed.startswith(f"python -m sglang_npu_pp doctor --peer {link.master}:{PORT} --key '")
+    assert printed.startswith(f"python -m sglang_npu_pp doctor --peer {link.master}:{PORT} --key ")
     done = subprocess.run(
         [*link.prefix(1), "sh", "-c", f"{sys.executable} {printed.removeprefix('python ')}"],
         env={**os.environ, **link.variables(1)},
