@@ -154,7 +154,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         settings=settings,
         telemetry=telemetry,
         trace=trace,
-        host=settings.host or _address_towards_master(scheduler.server_args.dist_init_addr),
+        host=settings.host or address_towards_master(scheduler.server_args.dist_init_addr),
         port=settings.port + dist.get_rank() if settings.port else 0,
     )
     host_lane.open(process_group_exchange(group.cpu_group))
@@ -217,7 +217,7 @@ def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn |
     return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None
 
 
-def _address_towards_master(master: str | None) -> str:
+def address_towards_master(master: str | None) -> str:
     """The address of this node on the interface that SGLang's distributed set-up uses.
 
     `master`: host and port that the nodes were given; None on a single node.

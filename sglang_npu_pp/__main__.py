@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from . import timeline_command
+from . import ledger, timeline_command
+from .doctor import command as doctor_command
 
-COMMANDS = (timeline_command.add,)
+COMMANDS = (doctor_command.add, ledger.add, timeline_command.add)
 """Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
 
 
@@ -23,4 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

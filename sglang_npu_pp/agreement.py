@@ -51,15 +51,16 @@ def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statem
         ) from None
     decoder = msgspec.json.Decoder(Statement)
     statements = [decoder.decode(store.get(key)) for key in keys]
-    differences = _differences(statements)
-    if differences:
+    found = differences(statements)
+    if found:
         raise AgreementError(
-            f"rank {rank}: the ranks do not run the same pipeline ({'; '.join(differences)}); "
+            f"rank {rank}: the ranks do not run the same pipeline ({'; '.join(found)}); "
             "make versions and settings equal on all nodes."
         )
 
 
-def _differences(statements: list[Statement]) -> list[str]:
+def differences(statements: list[Statement]) -> list[str]:
+    """What not all ranks say alike, in words; `statements` by rank."""
     found = []
     for name in sorted(set().union(*statements)):
         by_value: defaultdict[str, list[int]] = defaultdict(list)

@@ -127,7 +127,7 @@ def fingerprint_in_file(source: str, qualname: str) -> str | None:
 
 def source_in_file(source: str, qualname: str) -> str | None:
     """The text of `Class.method` or `function` in that of a module, None if it is not there."""
-    node: ast.AST = ast.parse(source)
+    node: ast.AST = _parsed(source)
     for part in qualname.split("."):
         found = None
         for child in ast.iter_child_nodes(node):
@@ -142,9 +142,25 @@ def source_in_file(source: str, qualname: str) -> str | None:
     return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
 
 
+@functools.lru_cache(maxsize=16)
+def _parsed(source: str) -> ast.Module:
+    """Many targets are in few modules, and parsing one takes a tenth of a second."""
+    return ast.parse(source)
+
+
 def contract_targets(patches: Iterable[Patch]) -> list[str]:
     """Every target that a contract must know, sorted."""
     return sorted({target for patch in patches for target in patch.contract_targets})
+
+
+def known_contract(release: str, contracts: Contracts) -> Contract:
+    """What is known of a release. Raises ContractError if it is none of `contracts`."""
+    contract = contracts.get(release)
+    if contract is None:
+        raise ContractError(
+            f"SGLang {release} is not a release that sglang-npu-pp knows ({', '.join(contracts)})."
+        )
+    return contract
 
 
 def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts) -> tuple[Patch, ...]:
@@ -152,11 +168,7 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
 
     Raises ContractError unless every function that matters is the one that we know in this release.
     """
-    contract = contracts.get(release)
-    if contract is None:
-        raise ContractError(
-            f"SGLang {release} is not a release that sglang-npu-pp knows ({', '.join(contracts)})."
-        )
+    contract = known_contract(release, contracts)
     different = [
         target
         for target in sorted({target for patch in patches for target in patch.checked_targets(contract)})

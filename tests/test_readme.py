@@ -1,4 +1,4 @@
-"""The README says what the code says."""
+"""The README and the table of metrics say what the code says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sglang_npu_pp.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+OPERATING = (ROOT / "docs/operating.md").read_text()
 
 
 @pytest.mark.parametrize("setting", fields(Settings), ids=lambda setting: setting.metadata["variable"])
@@ -32,7 +33,7 @@ def test_the_table_has_no_setting_that_does_not_exist() -> None:
 
 
 def test_the_table_of_metrics_is_what_is_exported() -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in OPERATING.splitlines()]
     listed = [row for row in rows if row[0].startswith(f"`{PREFIX}")]
     assert listed == [
         [f"`{metric.name}`", ", ".join(f"`{label}`" for label in metric.labels), metric.meaning]

@@ -19,7 +19,7 @@ from ..errors import TransportError
 from ..settings import Settings
 from ..telemetry import Telemetry
 from ..trace import Trace
-from .endpoints import Card, KeyPair, SocketDirectory, bind_ipc, bind_tcp, node_identity
+from .endpoints import Card, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
 from .inbox import Inbox
 from .message import Kind, Message
 from .outbox import Outbox, set_heartbeat
@@ -28,16 +28,6 @@ Exchange = Callable[[bytes], list[bytes]]
 """Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
 
 MAIN_PORT = "main"
-
-
-class _KnownKeys:
-    """ZAP callback: only keys that came over the process group may connect."""
-
-    def __init__(self) -> None:
-        self.keys: set[bytes] = set()
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key in self.keys
 
 
 class HostLane:
@@ -64,7 +54,7 @@ class HostLane:
         self._check_all = settings.checksum == "full"
         self._context = zmq.Context()
         self._keys = KeyPair.generate()
-        self._known = _KnownKeys()
+        self._known = KnownKeys()
         self._authenticator: ThreadAuthenticator | None = None
         self._directory: SocketDirectory | None = None
         self._sockets: list[zmq.Socket] = []

@@ -1,0 +1,47 @@
+"""The SGLang that is installed, read from its files: nothing of it is imported or run.
+
+For tools that must answer where SGLang itself does not start.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+
+from sglang_npu_pp.errors import ContractError
+from sglang_npu_pp.patching import fingerprint_in_file
+
+PLUGIN_GROUP = "sglang.srt.plugins"
+"""Entry-point group whose plugins SGLang loads."""
+
+ONLY_PLUGINS = "SGLANG_PLUGINS"
+"""Environment variable: if it is set, SGLang loads only the plugins it names, separated by commas."""
+
+
+def folder() -> Path:
+    """Where the package is. Raises ContractError if it is not installed."""
+    found = importlib.util.find_spec("sglang")
+    if found is None or not found.submodule_search_locations:
+        raise ContractError(
+            "SGLang is not installed for this Python; install it, or use the Python that has it."
+        )
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def release() -> str:
+    """What `sglang.version.__version__` would be. Raises ContractError if SGLang is not installed."""
+    written = folder() / "_version.py"
+    match = re.search(r"^__version__.* = '(.+)'$", written.read_text(), re.M) if written.exists() else None
+    return match[1] if match else importlib.metadata.version("sglang")
+
+
+def fingerprint(target: str) -> str | None:
+    """Of the function at "module:Class.method", None if it is not there.
+
+    Raises ContractError if SGLang is not installed.
+    """
+    module, _, qualname = target.partition(":")
+    path = folder().parent / (module.replace(".", "/") + ".py")
+    return fingerprint_in_file(path.read_text(), qualname) if path.is_file() else None

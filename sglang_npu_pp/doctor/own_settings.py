@@ -1,0 +1,42 @@
+"""The environment variables of this package, with the sentences that the server would say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import SettingsError
+from ..settings import PREFIX, Settings, load_settings
+from .findings import Finding, Level
+
+
+def check(environ: Mapping[str, str]) -> tuple[Settings, list[Finding]]:
+    """The settings in force (defaults in the place of wrong ones), and a finding for each variable."""
+    good: dict[str, str] = {}
+    findings: list[Finding] = []
+    for variable, text in sorted(environ.items()):
+        if variable != PREFIX and not variable.startswith(f"{PREFIX}_"):
+            continue
+        try:
+            load_settings({variable: text})
+        except SettingsError as error:
+            findings.append(Finding(Level.WRONG, variable, str(error)))
+        else:
+            good[variable] = text
+            findings.append(Finding(Level.OK, variable, text))
+    settings = load_settings(good)
+    return settings, [_mode(settings), *findings]
+
+
+def _mode(settings: Settings) -> Finding:
+    if settings.mode == "0":
+        return Finding(
+            Level.WARNING, "mode", f"{PREFIX}=0: the plugin is off, SGLang serves as upstream does"
+        )
+    if settings.mode == "auto":
+        return Finding(
+            Level.NOTE,
+            "mode",
+            "auto: an SGLang that is not known is served as it is, with a line in the log; in production "
+            f"set {PREFIX}=require, which refuses to start instead",
+        )
+    return Finding(Level.OK, "mode", "require: the server does not start on upstream's path")

@@ -1,0 +1,53 @@
+"""What the doctor says of torch_npu: the real wheel, on the simulated CANN and without one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sglang_npu_pp.doctor import contracts, versions
+from sglang_npu_pp.doctor.findings import Finding, Level
+from tests.ascend_sim import build
+from tests.ascend_sim.environment import environment
+
+
+@pytest.fixture
+def with_torch_npu(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process sees that torch_npu is installed; those that it starts can import it."""
+    package = build.torch_npu()
+    assert package is not None
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    return package.parent
+
+
+def named(findings: list[Finding], subject: str) -> Finding:
+    (finding,) = (finding for finding in findings if finding.subject == subject)
+    return finding
+
+
+def test_torch_npu_is_loaded_and_its_devices_are_counted(
+    with_torch_npu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(devices=3).items():
+        monkeypatch.setenv(name, value)
+    findings = versions.check(dict(os.environ))
+    finding = named(findings, "torch_npu")
+    assert (finding.level, finding.text) == (Level.OK, "2.13.0, 3 devices")
+    assert named(findings, "CANN").level is Level.NOTE  # the simulated one does not say a version
+
+
+def test_torch_npu_without_cann_is_wrong(with_torch_npu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    finding = versions._torch_npu()
+    assert finding.level is Level.WRONG
+    assert finding.text.startswith("2.13.0 cannot be loaded (")
+    assert ".so: cannot open shared object file" in finding.text
+    assert "source CANN's set_env.sh" in finding.text
+
+
+def test_patches_of_the_npu_count_where_torch_npu_is(with_torch_npu: Path) -> None:
+    findings = contracts.check()
+    assert named(findings, "AscendAttnBackend.init_forward_metadata").level is Level.OK

@@ -1,0 +1,36 @@
+"""Our own variables, with the sentences of the server."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_npu_pp.doctor import own_settings
+from sglang_npu_pp.doctor.findings import Level
+from sglang_npu_pp.errors import SettingsError
+from sglang_npu_pp.settings import Settings, load_settings
+
+WRONG = {
+    "SGLANG_NPU_PP_WINDOW": "many",
+    "SGLANG_NPU_PP_SLOT": "4",
+    "SGLANG_NPU_PP_PORT": "70000",
+}
+
+
+def test_every_wrong_one_is_named_as_the_server_names_it() -> None:
+    good = {"SGLANG_NPU_PP_SLOTS": "8", "UNRELATED": "x"}
+    settings, findings = own_settings.check({**WRONG, **good})
+    wrong = {finding.subject: finding.text for finding in findings if finding.level is Level.WRONG}
+    assert set(wrong) == set(WRONG)
+    for variable, text in WRONG.items():
+        with pytest.raises(SettingsError) as caught:
+            load_settings({variable: text})
+        assert wrong[variable] == str(caught.value)
+    assert settings == Settings(slots=8), "what is right is in force for the other examinations"
+
+
+@pytest.mark.parametrize(
+    ("mode", "level"), [(None, Level.NOTE), ("auto", Level.NOTE), ("require", Level.OK), ("0", Level.WARNING)]
+)
+def test_the_mode_is_said(mode: str | None, level: Level) -> None:
+    _, findings = own_settings.check({} if mode is None else {"SGLANG_NPU_PP": mode})
+    assert (findings[0].subject, findings[0].level) == ("mode", level)

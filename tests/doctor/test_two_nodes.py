@@ -1,0 +1,83 @@
+"""The link test as two operators run it: two commands, in two network namespaces, over an emulated link."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.bench.link import EmulatedLink, reason_for_loopback
+from sglang_npu_pp.doctor.link_test import LinkReport
+
+pytestmark = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())
+
+LIMIT_S = 120
+DELAY_MS = 5
+PORT = 5001
+
+
+def alone(work: Callable[[], Any]) -> Any:
+    """In a thread of its own, which ends: a link moves the thread that makes it into a namespace."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result(LIMIT_S)
+
+
+def doctor(link: EmulatedLink, node: int, *options: str) -> subprocess.Popen[str]:
+    command = [*link.prefix(node), sys.executable, "-m", "sglang_npu_pp", "doctor", "--json", *options]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **link.variables(node)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_both_nodes_measure_the_delay_of_the_link(tmp_path: Path) -> None:
+    """The command of the second node is read from the first one's output and run letter by letter."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        with EmulatedLink(tmp_path) as link:
+            link.set(DELAY_MS, 0)
+            options = ("--forward-ms", "5", "--limit", "60")
+            listener = doctor(link, 0, "--listen", f"{link.master}:{PORT}", *options)
+            try:
+                assert listener.stderr is not None
+                listener.stderr.readline()
+                return answer_after(listener, link, listener.stderr.readline().strip())
+            finally:
+                listener.kill()
+
+    section, table = alone(run)
+    data = section["data"]
+    assert data["one_way_s"] >= DELAY_MS / 1e3
+    assert data["depth_by_forward_ms"] == {"5": LinkReport(2 * data["one_way_s"], 0, 0, 0).depth(5, 2)}
+    assert data["depth_by_forward_ms"]["5"] >= 2  # depth * 5 ms / 2 stages >= 5 ms
+    assert f"one way {1e3 * data['one_way_s']:.3f} ms" in table, "the other side saw the same"
+    assert "Nothing is wrong" in table
+
+
+def answer_after(
+    listener: subprocess.Popen[str], link: EmulatedLink, printed: str
+) -> tuple[dict[str, Any], str]:
+    """What the listener found, and what the command that it printed says on the other node."""
+    assert printed.startswith(f"python -m sglang_npu_pp doctor --peer {link.master}:{PORT} --key ")
+    done = subprocess.run(
+        [*link.prefix(1), "sh", "-c", f"{sys.executable} {printed.removeprefix('python ')}"],
+        env={**os.environ, **link.variables(1)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    output, error = listener.communicate(timeout=LIMIT_S)
+    assert listener.returncode == 0, output + error
+    return json.loads(output)["sections"][-1], done.stdout
