@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_npu_pp.forward_timer import ForwardTimer
 from sglang_npu_pp.stage_times import DepthAdviser
@@ -17,6 +17,9 @@ from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
+
+if TYPE_CHECKING:
+    from .dp_metadata import DPMetadata
 
 _current: AsyncPipeline | None = None
 
@@ -57,6 +60,7 @@ class AsyncPipeline:
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
+        self.metadata: DPMetadata | None = None  # where attention is data-parallel
         self.sent_requests: list[Any] | None = None
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 

@@ -42,6 +42,8 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     skipped = prebuilt or _pp_can_skip_output_comm(cur_batch)
     batch = describe(cur_batch)
     proxies = _wait_for_proxies(scheduler, pp_proxy_tensors, batch)
+    if pipeline.metadata is not None:
+        pipeline.metadata.finish()
     trace = pipeline.link.trace
     trace.record("launch", "", mb_id, pipeline.iteration)
     with (

@@ -37,6 +37,7 @@ from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
 
+from .dp_metadata import open_metadata
 from .groups import attach_link
 from .pipeline import AsyncPipeline, current, set_current
 
@@ -87,7 +88,7 @@ def _start(scheduler: Any) -> None:
     pipeline = _start_pipeline(scheduler, parallel, settings)
     set_current(pipeline)
     atexit.register(pipeline.close)  # the other stages then know that this one left on purpose
-    if settings.idle_sleep == "1":
+    if settings.idle_sleep == "1" and pipeline.metadata is None:
         _sleep_when_idle(scheduler, parallel)
     lane = "host" if pipeline.link.device_lane is None else "device"
     logger.info(
@@ -179,6 +180,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         }
         Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
     pipeline = AsyncPipeline(link, token_return, streams, slots)
+    pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
     if rank == 0:
         pipeline.adviser = DepthAdviser(link, streams, depth)
     return pipeline
@@ -236,7 +238,8 @@ def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:
     """As upstream's --sleep-on-idle, which is off by default because its ranks spin on gloo anyway.
 
     Only the leader of the first stage listens to clients; everyone else waits for it without spinning.
-    Disaggregated servers also poll transfers and are left alone.
+    Disaggregated servers also poll transfers and are left alone. So are data-parallel attention ranks, which
+    all listen: one that slept would hold up the metadata of the others.
     """
     from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 

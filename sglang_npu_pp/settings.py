@@ -72,6 +72,14 @@ class Settings:
         "lane of the proxy tensors; auto: device lane for device tensors, host lane for host tensors",
         shared=True,
     )
+    dp_metadata: str = _setting(
+        "_DP_METADATA",
+        "device",
+        _choice("device", "host"),
+        "how data-parallel attention ranks gather their metadata; device: on the device SGLang serves on; "
+        "host: over gloo",
+        shared=True,
+    )
     host_transport: str = _setting(
         "_HOST_TRANSPORT",
         "auto",

@@ -1,4 +1,5 @@
-"""Import hook that lets a CUDA build of torchvision be imported next to a CPU torch, and faster starts.
+"""Import hook that lets a CUDA build of torchvision be imported next to a CPU torch and completes SGLang's
+attention for the CPU; and faster starts.
 
 Loaded by a .pth file at the start of every Python process of the environment. So it imports nothing
 but what the interpreter has loaded already, and does its work when torchvision is first imported.
@@ -49,8 +50,20 @@ def declare_missing_operators(torchvision_folders: "Sequence[str]") -> None:
 _keep_alive: "list[object]" = []  # schemas disappear with the Library object that declared them
 
 
-class TorchvisionFinder:
-    """Finds torchvision as usual, and runs `declare_missing_operators` before its first line."""
+def complete_attention(module: "ModuleType") -> None:
+    """Add the length of the padding that fills up a batch where attention is data-parallel: that of
+    upstream's other backend for the CPU, intel_amx."""
+    backend = module.TorchNativeAttnBackend
+    if not hasattr(backend, "get_cpu_graph_seq_len_fill_value"):
+        backend.get_cpu_graph_seq_len_fill_value = lambda self: 1
+
+
+ATTENTION = "sglang.srt.layers.attention.torch_native_backend"
+
+
+class Finder:
+    """Finds two modules as usual: torchvision, and runs `declare_missing_operators` before its first line;
+    SGLang's attention for the CPU, and runs `complete_attention` behind its last."""
 
     def find_spec(
         self,
@@ -58,7 +71,7 @@ class TorchvisionFinder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if name != "torchvision":
+        if name not in ("torchvision", ATTENTION):
             return None
         from importlib.machinery import PathFinder
 
@@ -70,8 +83,11 @@ class TorchvisionFinder:
         run_module = loader.exec_module
 
         def exec_module(module: "ModuleType") -> None:
-            declare_missing_operators(folders)
+            if name == "torchvision":
+                declare_missing_operators(folders)
             run_module(module)
+            if name == ATTENTION:
+                complete_attention(module)
 
         # Only looking torchvision up (importlib.util.find_spec) must not import torch: the work
         # hangs on the loader of this one spec.
@@ -79,7 +95,7 @@ class TorchvisionFinder:
         return spec
 
 
-sys.meta_path.insert(0, TorchvisionFinder())
+sys.meta_path.insert(0, Finder())
 
 # Importing SGLang makes millions of objects that stay, which the collector looks through again and again:
 # with Python's 700 it takes a fifth of the 7 seconds, in each of a server's four or more processes.

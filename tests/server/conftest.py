@@ -17,6 +17,7 @@ from sglang_npu_pp.trace import Event, read_traces
 
 ROOT = Path(__file__).parents[2]
 RANDOM_MODEL = ROOT / "tests/assets/random_vl"  # random weights: the sensitive twin
+MOE_MODEL = ROOT / "tests/assets/random_moe"  # random weights, experts
 DIGITS_MODEL = ROOT / "scripts/assets/digits_vl"  # trained
 PROBE = Path(__file__).parent / "probe"
 

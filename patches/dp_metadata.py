@@ -1,0 +1,246 @@
+"""Seam: what data-parallel attention ranks tell each other before every microbatch.
+
+With `--enable-dp-attention` each rank has requests of its own and all meet in the MLP, so every microbatch
+begins with one row a rank: tokens, kind of batch, votes for graphs. Upstream makes tensors of lists, gathers
+on the tensor-parallel device group, behind the collectives of the forwards that are still running, and copies
+the result with a blocking `.cpu()`. Here the rows go through a `RowGather`: buffers made once, a communicator
+of their own.
+
+What is decided from the rows stays upstream's. A rank without a batch has to know at once whether the others
+run one. A rank with a batch goes on where it has something else to wait for, the proxies of the stage before;
+the rows are read behind them. For that upstream's function is left where it would wait (`_Posted`; it has
+decided nothing until then) and called again in the launch, with the same row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from sglang_npu_pp.errors import PipelineError
+from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.row_gather import RowGather, create_row_group
+from sglang_npu_pp.settings import Settings
+
+from .pipeline import AsyncPipeline, current
+
+_MODULE = "sglang.srt.managers.scheduler_components.dp_attn"
+_KIND = "metadata"  # in counters and traces
+_MODE = 5  # column of the forward mode
+
+
+class Column(NamedTuple):
+    """A number of the row: upstream's attribute it is read from, and what is made of the ranks' values."""
+
+    name: str
+    result: str | None = None
+    combine: Callable[[Any], Any] = list
+
+
+# In upstream's order, on which it relies itself for the first six. A release has those of its dataclass.
+COLUMNS = (
+    Column("num_tokens", "global_num_tokens"),
+    Column("num_tokens_for_logprob", "global_num_tokens_for_logprob"),
+    Column("can_cuda_graph", "can_cuda_graph", all),  # 0.5.15
+    Column("can_run_decode_cuda_graph", "can_run_decode_cuda_graph", all),
+    Column("is_extend_in_batch", "is_extend_in_batch", any),
+    Column("local_can_run_tbo"),
+    Column("local_forward_mode"),
+    Column("can_run_breakable_cuda_graph", "can_run_breakable_cuda_graph", all),  # 0.5.15
+    Column("can_run_prefill_cuda_graph", "can_run_prefill_cuda_graph", all),
+    Column("prefill_cuda_graph_max_prefix_len", "prefill_cuda_graph_max_prefix_len", max),
+    Column("can_run_draft_cuda_graph", "can_run_draft_cuda_graph", all),
+    Column("is_health_check", "any_health_check", any),
+    Column("attention_pairs", "global_attention_pairs"),
+)
+
+
+class _Posted(Exception):  # noqa: N818
+    """No error: leaves upstream's function, since the row is on its way and the decisions come later."""
+
+
+class DPMetadata:
+    """The rows of one stage's data-parallel ranks, of one microbatch at a time."""
+
+    def __init__(self, rows: RowGather, scheduler: Any, pipeline: AsyncPipeline) -> None:
+        self._rows, self._scheduler, self._pipeline = rows, scheduler, pipeline
+        self._may_leave = False  # whether the caller of upstream's function goes on without its decisions
+        self._unfinished: Callable[[], Any] | None = None
+        self._columns = columns_of_this_release()
+
+    def prepare(self, original: Callable[..., Any], batch: Any, *arguments: Any, **options: Any) -> Any:
+        """What upstream's function returns. Of a batch whose decisions are not needed yet the row has been
+        posted; `finish` makes it complete."""
+
+        def decide() -> Any:
+            return original(batch, *arguments, **options)
+
+        self.finish()  # of a batch that was not launched
+        self._may_leave = self._can_be_decided_later(batch)
+        try:
+            return decide()
+        except _Posted:
+            self._unfinished = decide
+            return batch
+        finally:
+            self._may_leave = False
+
+    def gather(self, info: Any) -> None:
+        """Post the row of `info` unless that has been done, and fill in what all rows together say."""
+        row = [int(getattr(info, column.name)) for column in self._columns]
+        if self._rows.posted is None:
+            self._rows.post(row)
+            self._record("post")
+            if self._may_leave and not _could_be_converted(info):
+                raise _Posted
+        elif self._rows.posted != tuple(row):
+            raise PipelineError(
+                f"{self._rows.where}: the batch of this microbatch changed from {self._rows.posted} to "
+                f"{tuple(row)} after the other ranks were told of it; report this."
+            )
+        self._record("wait")
+        rows = self._rows.wait()
+        self._record("ready")
+        self._fill(info, rows)
+
+    def finish(self) -> None:
+        """The last thing before a launch: decide what was not decided yet."""
+        if self._unfinished is not None:
+            decide, self._unfinished = self._unfinished, None
+            decide()
+
+    def carries(self, info: Any, device: Any) -> bool:
+        """Whether these rows are among our ranks. Not while weights are offloaded: upstream then keeps off
+        the device, on all ranks alike."""
+        replicas = info.num_dp_ranks if hasattr(info, "num_dp_ranks") else info.dp_size
+        ranks = replicas * info.tp_size * info.cp_size
+        return ranks == self._rows.ranks and not (self._rows.on_device and device == "cpu")
+
+    def _can_be_decided_later(self, batch: Any) -> bool:
+        """Before the launch only `_arm_prefill_decode_interval` looks at them, where there is an interval,
+        and the conversion of a decode (`_could_be_converted`). The first stage has no work until then."""
+        if batch is None or batch.forward_mode.is_idle() or batch.forward_mode.is_prebuilt():
+            return False
+        interval = getattr(self._scheduler, "prefill_decode_interval", 0)
+        return self._pipeline.link.stage > 0 and interval == 0
+
+    def _record(self, name: str) -> None:
+        self._pipeline.link.trace.record(name, _KIND, self._pipeline.slot, self._pipeline.iteration)
+
+    def _fill(self, info: Any, rows: torch.Tensor) -> None:
+        """As the end of upstream's `all_gather`: the first rank of every replica speaks for it."""
+        table = rows.view(-1, info.tp_size * info.cp_size, len(self._columns))[:, 0, :]
+        setattr(info, "tp0_info_cpu" if hasattr(info, "tp0_info_cpu") else "tp0_info", table)
+        by_column = list(zip(*table.tolist(), strict=True))
+        for column, values in zip(self._columns, by_column, strict=True):
+            if column.result is not None:
+                setattr(info, column.result, column.combine(values))
+        if hasattr(info, "sync_wait_seconds"):
+            info.sync_wait_seconds = self._rows.last_wait_s
+        from sglang.srt.managers.scheduler_components import dp_attn
+
+        if dp_attn._ENABLE_METRICS_DP_ATTENTION:
+            info.dp_cooperation_info = dp_attn.DPCooperationInfo.create(by_column[_MODE])
+
+
+def columns_of_this_release() -> tuple[Column, ...]:
+    from sglang.srt.managers.scheduler_components.dp_attn import MLPSyncBatchInfo
+
+    has = {field.name for field in dataclasses.fields(MLPSyncBatchInfo)}
+    return tuple(column for column in COLUMNS if column.name in has)
+
+
+def open_metadata(
+    scheduler: Any, parallel: Any, settings: Settings, pipeline: AsyncPipeline
+) -> DPMetadata | None:
+    """None without data-parallel attention, and where ranks come and go (elastic expert parallelism).
+
+    Makes and warms up a communicator: the same on every rank of the stage, before memory is measured.
+    """
+    arguments = scheduler.server_args
+    enabled = arguments.enable_dp_attention or getattr(parallel, "enable_dp_attention", False)
+    if not enabled or getattr(arguments, "elastic_ep_backend", None) is not None:
+        return None
+    group = parallel.tp_group
+    link = pipeline.link
+    device = torch.device("cpu") if settings.dp_metadata == "host" else torch.device(group.device)
+    rows = RowGather(
+        create_row_group(group.ranks, device),
+        len(columns_of_this_release()),
+        device,
+        link.telemetry.receiving(_KIND),
+        where=f"stage {link.stage} rank {link.rank}",
+    )
+    rows.warm_up()
+    return DPMetadata(rows, scheduler, pipeline)
+
+
+def _could_be_converted(info: Any) -> bool:
+    """A decode becomes a prefill when another rank has one and all vote for the graph of a prefill (0.5.20
+    and later), which is looked at before the launch. Without this rank's vote it stays a decode."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    decodes = ForwardMode(info.local_forward_mode).is_decode()
+    return decodes and bool(getattr(info, "can_run_prefill_cuda_graph", False))
+
+
+def _metadata() -> DPMetadata | None:
+    pipeline = current()
+    return None if pipeline is None else pipeline.metadata
+
+
+def all_gather(original: Any, info: Any, device: Any, group: Any, use_all_reduce: bool = False) -> None:
+    """`use_all_reduce`: of elastic expert parallelism, from 0.5.18 on."""
+    metadata = _metadata()
+    if metadata is None or use_all_reduce or not metadata.carries(info, device):
+        more = {"use_all_reduce": True} if use_all_reduce else {}
+        original(info, device=device, group=group, **more)
+    else:
+        metadata.gather(info)
+
+
+def prepare_batch(original: Any, local_batch: Any, *arguments: Any, **options: Any) -> Any:
+    metadata = _metadata()
+    if metadata is None:
+        return original(local_batch, *arguments, **options)
+    return metadata.prepare(original, local_batch, *arguments, **options)
+
+
+_PLAN = "goes when upstream gathers on a group of its own and copies the rows without blocking"
+_UPSTREAM = "vllm-ascend #2582 (with_prefill was wrong there in eager mode; here upstream decides), #10046"
+
+PATCHES = (
+    Patch(
+        target=f"{_MODULE}:MLPSyncBatchInfo.all_gather",
+        wrapper=all_gather,
+        why="tensors are made of lists at every step, the gather queues behind the collectives of forwards, "
+        "and `.cpu()` makes the host wait for it",
+        how="one gather on buffers and a communicator of its own; a pinned copy and an event",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(
+            f"{_MODULE}:MLPSyncBatchInfo._get_local_tensor",
+            f"{_MODULE}:MLPSyncBatchInfo._get_fallback_tensor",
+            "sglang.srt.observability.metrics_collector:DPCooperationInfo.create",
+        ),
+    ),
+    Patch(
+        target=f"{_MODULE}:prepare_mlp_sync_batch_raw",
+        wrapper=prepare_batch,
+        why="it reads the rows right behind the gather, also where nothing depends on them before the launch",
+        how="with a batch and proxies to wait for, it is left at the gather and called again in the launch",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(
+            f"{_MODULE}:_update_gather_batch",
+            f"{_MODULE}:SchedulerDPAttnAdapter.prepare_mlp_sync_batch",
+            f"{_MODULE}:SchedulerDPAttnAdapter.maybe_prepare_mlp_sync_batch",
+            f"{_MODULE}:SchedulerDPAttnAdapter.maybe_convert_decode_to_extend",
+            "sglang.srt.managers.scheduler:Scheduler.get_next_batch_to_run",
+            "sglang.srt.managers.scheduler:Scheduler._arm_prefill_decode_interval",
+        ),
+    ),
+)

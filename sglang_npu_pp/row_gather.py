@@ -1,0 +1,149 @@
+"""One row of numbers from every rank of a group, gathered while the ranks go on working.
+
+Before a forward, data-parallel ranks must know of each other how many tokens they run, and in what kind of
+batch. Each posts its row; the rows of all are waited for where the first of them is read. One collective a
+step, on buffers that are made once: the row is written into (pinned) memory in place, and on an accelerator
+goes there and comes back on a stream and a communicator of its own, so that it is not queued behind the
+collectives of the forwards that were launched before. An event of its own marks every copy to the host.
+
+Ideas from vllm-ascend #2582 (one packed collective on the device, preallocated; there on the group of the
+model) and vllm #39115 (a reused event races).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import PeerLostError, PipelineError
+from .streams import DeviceStreams
+from .telemetry import ChannelCounters
+
+# HCCL takes twice so much memory of the device for a communicator, 200 MB unless it is told otherwise, and
+# these rows have a few bytes. vllm-ascend gives 50 to the group of its own metadata.
+_HCCL_BUFFER_MB = 50
+
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def create_row_group(ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
+    """A process group of its own for the rows of `ranks`, which are the ones that call this.
+
+    gloo where `device` is the CPU, else what the default group uses. As in `create_neighbour_groups`, all of
+    them must have made equally many groups before.
+    """
+    return dist.new_group(
+        list(ranks),
+        backend="gloo" if device.type == "cpu" else None,
+        use_local_synchronization=True,
+        pg_options=_hccl_options() if device.type == "npu" else None,
+    )
+
+
+def _hccl_options() -> Any:
+    import torch_npu
+
+    options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+    options.hccl_config = {"hccl_buffer_size": _HCCL_BUFFER_MB}
+    return options
+
+
+class RowGather:
+    """Gathers rows of `width` int64, one of every rank of `group`; one gather at a time.
+
+    All ranks post equally often, whatever they have to say, in the order of the program. `device` is where
+    the collective runs: an accelerator, or the CPU (over gloo, whose threads move the rows meanwhile).
+    `where` names the stage and rank in errors. Owned by the scheduler thread.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        width: int,
+        device: torch.device,
+        counters: ChannelCounters,
+        where: str,
+    ) -> None:
+        self._group, self._counters, self.where = group, counters, where
+        self._streams = DeviceStreams(device)
+        self._stream = self._streams.new_stream()
+        shape = (group.size(), width)
+        pinned = self._streams.asynchronous
+        self._row = torch.zeros(width, dtype=torch.int64, pin_memory=pinned)
+        self._rows = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+        self._cells = self._row.numpy()  # the same memory
+        if pinned:
+            with self._streams.use(self._stream):
+                self._row_there = torch.empty(width, dtype=torch.int64, device=device)
+                self._rows_there = torch.empty(shape, dtype=torch.int64, device=device)
+        self._arrival: Callable[[], Any] | None = None
+        self.posted: tuple[int, ...] | None = None  # the row, until the rows of all ranks have been read
+
+        self.last_wait_s = 0.0  # how long the last `wait` blocked
+
+    @property
+    def ranks(self) -> int:
+        return self._rows.shape[0]
+
+    @property
+    def on_device(self) -> bool:
+        return self._streams.asynchronous
+
+    def warm_up(self) -> None:
+        """Make the communicator, and see that every rank can be heard. Blocks until all ranks do the same."""
+        self.post([self._group.rank()] * self._rows.shape[1])
+        heard = self.wait()[:, 0].tolist()
+        if heard != list(range(self.ranks)):
+            raise PipelineError(
+                f"{self.where}: the first gather among {self.ranks} ranks brought the rows of {heard}; "
+                "report this, and set SGLANG_NPU_PP_DP_METADATA=host."
+            )
+
+    def post(self, row: Sequence[int]) -> None:
+        """Begin to gather; `row` is this rank's. Nothing is waited for."""
+        if self._arrival is not None:
+            raise PipelineError(
+                f"{self.where}: a row is posted before the rows of the last step were read; report this."
+            )
+        self._cells[:] = row  # its last copy has passed, since its gather has
+        self.posted = tuple(row)
+        self._counters.messages += 1
+        self._counters.bytes += self._rows.nbytes
+        self._arrival = self._post_on_device() if self._streams.asynchronous else self._post_on_host()
+
+    def wait(self) -> torch.Tensor:
+        """The rows of all ranks in their order: int64, (ranks, width), on the host, until the next post.
+
+        Raises PeerLostError when a rank cannot be heard.
+        """
+        if self._arrival is None:
+            raise PipelineError(f"{self.where}: rows are read that were not posted; report this.")
+        arrival, self._arrival = self._arrival, None
+        began = time.monotonic()
+        try:
+            arrival()
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"{self.where}: another rank of this stage is gone, so the metadata of this step cannot be "
+                f"gathered ({error}); its log says why."
+            ) from error
+        self.posted = None
+        self.last_wait_s = time.monotonic() - began
+        self._counters.waits += 1
+        self._counters.wait_s += self.last_wait_s
+        return self._rows
+
+    def _post_on_host(self) -> Callable[[], Any]:
+        work = _all_gather(self._rows.view(-1), self._row, group=self._group, async_op=True)
+        return lambda: work.wait()
+
+    def _post_on_device(self) -> Callable[[], Any]:
+        with self._streams.use(self._stream):
+            self._row_there.copy_(self._row, non_blocking=True)
+            _all_gather(self._rows_there.view(-1), self._row_there, group=self._group)
+            self._rows.copy_(self._rows_there, non_blocking=True)
+            return self._streams.record().synchronize

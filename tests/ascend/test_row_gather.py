@@ -1,0 +1,99 @@
+"""Rows of three ranks on simulated NPUs: over HCCL, beside the forwards, and read behind their event."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from sglang_npu_pp.row_gather import RowGather, create_row_group
+from sglang_npu_pp.telemetry import ChannelCounters
+from tests.ascend_sim.kernels import occupy
+from tests.transport.harness import Here, Team, results
+
+from . import ranks
+from .mutation import Rule, broken
+from .rest import at_rest, holding
+
+_FUNCTION = "RowGather._post_on_device"
+OWN_STREAM = Rule(
+    "rows have a stream of their own",
+    "sglang_npu_pp.row_gather",
+    _FUNCTION,
+    "self._streams.use(self._stream)",
+    "self._streams.use(None)",
+)
+EVENT = Rule(
+    "rows are read behind the event of their copy",
+    "sglang_npu_pp.row_gather",
+    _FUNCTION,
+    "return self._streams.record().synchronize",
+    "return lambda: None",
+)
+
+
+def open_rows(here: Here) -> None:
+    group = create_row_group(range(3), here.device)
+    rows = here.kept["rows"] = RowGather(group, 2, here.device, ChannelCounters(), f"rank {here.index}")
+    rows.warm_up()
+
+
+def post(here: Here, number: int, rule: Rule | None = None) -> None:
+    with broken(rule):
+        here.kept["rows"].post([number, here.index])
+    ranks.flush(here)
+
+
+def read(here: Here) -> list[list[int]]:
+    rows: list[list[int]] = here.kept["rows"].wait().tolist()
+    return rows
+
+
+def gather_behind_a_forward(here: Here, number: int, rule: Rule | None = None) -> list[list[int]]:
+    """A forward with a collective has been launched and does not end."""
+    with ranks.on_forward_stream(here):
+        occupy(1)
+        dist.all_reduce(torch.ones(8, device=here.device))
+        post(here, number, rule)
+        return read(here)
+
+
+def expected(number: int) -> list[list[int]]:
+    return [[number, index] for index in range(3)]
+
+
+def test_rows_do_not_wait_for_the_forwards_that_were_launched(npu_team: Team) -> None:
+    """Neither on their stream nor on their communicator."""
+    npu_team.each(open_rows)
+    for number, rule in ((1, None), (2, OWN_STREAM)):
+        with ExitStack() as held:
+            for rank in npu_team.ranks:
+                held.enter_context(holding(rank, "occupy"))
+            calls = [rank.start(gather_behind_a_forward, number, rule) for rank in npu_team.ranks]
+            if rule is None:
+                assert results(calls) == [expected(number)] * 3
+            else:
+                at_rest(*npu_team.ranks)
+                assert not any(call.has_answer for call in calls)
+        if rule is not None:
+            assert results(calls) == [expected(number)] * 3
+
+
+def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> None:
+    npu_team.each(open_rows)
+    first, *others = npu_team.ranks
+    for number, rule in ((1, None), (2, EVENT)):
+        with holding(first, "memcpy D2H"):
+            first.call(post, number, rule)
+            for rank in others:
+                rank.call(post, number)
+            reading = first.start(read)
+            if rule is None:
+                at_rest(*npu_team.ranks)
+                assert not reading.has_answer
+            else:
+                assert reading.result() == expected(1)  # of the step before
+        if rule is None:
+            assert reading.result() == expected(number)
+        assert results([rank.start(read) for rank in others]) == [expected(number)] * 2
