@@ -214,11 +214,11 @@ def prepare(state: State) -> Batch | None:
 
 def decide(rank: Rank, setting: Setting, steps: Sequence[Sequence[State]], patched: bool) -> list[Any]:
     """For every step what became of this rank's batch, and whether that was decided only in the launch. Ranks
-    of one replica have states of their own as well: the first speaks for it."""
+    of one replica run the same batch, as they do in a server."""
     rank.enter(setting, patched)
     found = []
     for states in steps:
-        batch = prepare(states[rank.index])
+        batch = prepare(states[rank.index // setting.per_replica])
         late = False
         if HERE.metadata is not None:
             late = HERE.metadata._unfinished is not None
@@ -315,7 +315,7 @@ def test_decisions_are_upstreams(ranks: Ranks, setting: Setting, steps: list[tup
     for index in range(RANKS):
         assert [batch for batch, _ in found[index]] == [batch for batch, _ in expected[index]]
         for (_, late), states in zip(found[index], steps, strict=True):
-            kind = states[index].kind
+            kind = states[index // setting.per_replica].kind
             assert not (late and (kind in ("none", "idle", "prebuilt") or setting.stage == 0))
 
 
