@@ -44,10 +44,10 @@ RUN_BY = {
     "SGLANG_NPU_PP=require python -m sglang.launch_server --model-path Qwen/Qwen3-VL-8B-Instruct "
     "--tp-size 2 --pp-size 2": "tests/server/test_demo.py::test_demo_answers_and_shows_where_the_time_went",
     "python -m sglang.launch_server --model-path Qwen/Qwen3-VL-8B-Instruct --tp-size 2 --pp-size 2 "
-    "--nnodes 2 --node-rank 0 --dist-init-addr 10.0.0.1:5000": "tests/bench/test_command_line.py::"
-    "test_the_pull_requests_design_gives_upstreams_tokens_over_a_link",
+    "--nnodes 2 --node-rank 0 --dist-init-addr 10.0.0.1:5000": "tests/server/test_lost_peers.py::"
+    "test_what_is_over_before_the_time_out_changes_no_token",
     "export SGLANG_NPU_PP=require GLOO_SOCKET_IFNAME=eth0 HCCL_SOCKET_IFNAME=eth0": ""
-    "tests/bench/test_command_line.py::test_the_pull_requests_design_gives_upstreams_tokens_over_a_link",
+    "tests/server/test_lost_peers.py::test_what_is_over_before_the_time_out_changes_no_token",
     "curl -s http://127.0.0.1:30000/metrics | grep sglang_npu_pp": "tests/server/test_metrics.py::"
     "test_metrics_of_an_idle_server_are_what_its_ranks_counted",
     "kill -USR2 PID": "tests/server/test_serving.py::test_counters_of_both_ends_agree",
