@@ -7,7 +7,7 @@ from importlib import resources
 
 from sglang_npu_pp.patching import Contracts, Patch
 
-from . import attention, groups, outputs, proxies, requests, startup
+from . import attention, bootstrap, groups, outputs, proxies, requests, startup
 
 ABSENT = "absent"  # in contracts.json, in the place of a fingerprint: the release does not have the function
 
@@ -18,6 +18,7 @@ PATCHES: tuple[Patch, ...] = (
     *proxies.PATCHES,
     *outputs.PATCHES,
     *attention.PATCHES,
+    *bootstrap.PATCHES,
 )
 
 
