@@ -7,7 +7,7 @@ from importlib import resources
 
 from sglang_npu_pp.patching import Contracts, Patch
 
-from . import attention, bootstrap, groups, outputs, proxies, requests, startup
+from . import attention, bootstrap, disaggregation, groups, outputs, proxies, requests, startup
 
 ABSENT = "absent"  # in contracts.json, in the place of a fingerprint: the release does not have the function
 
@@ -19,6 +19,7 @@ PATCHES: tuple[Patch, ...] = (
     *outputs.PATCHES,
     *attention.PATCHES,
     *bootstrap.PATCHES,
+    *disaggregation.PATCHES,
 )
 
 
