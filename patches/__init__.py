@@ -7,7 +7,17 @@ from importlib import resources
 
 from sglang_npu_pp.patching import Contracts, Patch
 
-from . import attention, dp_metadata, groups, outputs, proxies, requests, startup
+from . import (
+    attention,
+    bootstrap,
+    disaggregation,
+    dp_metadata,
+    groups,
+    outputs,
+    proxies,
+    requests,
+    startup,
+)
 
 ABSENT = "absent"  # in contracts.json, in the place of a fingerprint: the release does not have the function
 
@@ -19,6 +29,8 @@ PATCHES: tuple[Patch, ...] = (
     *outputs.PATCHES,
     *attention.PATCHES,
     *dp_metadata.PATCHES,
+    *bootstrap.PATCHES,
+    *disaggregation.PATCHES,
 )
 
 

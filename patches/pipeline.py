@@ -15,6 +15,7 @@ from sglang_npu_pp.forward_timer import ForwardTimer
 from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
+from sglang_npu_pp.transfer_gate import TransferGate
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
 
@@ -61,6 +62,8 @@ class AsyncPipeline:
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
         self.metadata: DPMetadata | None = None  # where attention is data-parallel
+        self.transfers = TransferGate(streams, link.trace)
+        self.last_launched: Any = None  # prefill server: the event behind the last launch
         self.sent_requests: list[Any] | None = None
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 

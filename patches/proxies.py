@@ -3,7 +3,7 @@
 Upstream receives them tensor by tensor before the launch and sends them at the end of the iteration, after
 another microbatch's results were waited for and processed. Here the receive is posted where upstream
 receives, waited for as the last thing before the forward, and the send is posted as the first thing
-behind it. The outputs of the last stage leave at the same place.
+behind it. The outputs of the last stage leave at the same place, and the KV chunks of a prefill server.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.token_return import copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
+from .disaggregation import send_launched_chunks
 from .measuring import measured
 from .microbatch import describe
 from .pipeline import AsyncPipeline, Launch, current
@@ -63,6 +64,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
         with scheduler.forward_stream_ctx:
             proxies_out = result.pp_hidden_states_proxy_tensors.tensors
             pipeline.send_proxies(proxies_out, batch, _gather_group(scheduler))
+    send_launched_chunks(scheduler, pipeline, cur_batch, launched)
     return result, launched
 
 

@@ -47,6 +47,8 @@ set_up() {
   step "SGLang, torchvision, compressed-tensors" pip_install --no-deps -r requirements/nodeps.txt
   optional_step "torch_npu, beside it" install_torch_npu \
     "The tests on the simulated Ascend will be skipped (rm $STAMP to try again)."
+  optional_step "Mooncake's transfer engine, beside it" install_mooncake \
+    "The tests that move a KV cache between servers will be skipped (rm $STAMP to try again)."
   step "this package, editable" pip_install --no-deps --no-build-isolation -e .
   step "CPU compatibility layer" activate_cpu_compat
   step "check" check_result
@@ -74,7 +76,7 @@ check_inputs() {
   for file in "${@/#/requirements/releases/}"; do
     [[ -e $file.txt ]] || fail "$ROOT/$file.txt is missing: it says what to install for that release"
   done
-  for file in pyproject.toml README.md requirements/{cpu,nodeps,dev,ascend_sim}.txt scripts/cpu_compat; do
+  for file in pyproject.toml README.md requirements/{cpu,nodeps,dev,ascend_sim,mooncake}.txt scripts/cpu_compat; do
     [[ -e $file ]] || fail "$ROOT/$file is missing, this clone is not complete"
   done
 }
@@ -215,6 +217,29 @@ install_torch_npu() {
     pip_install --no-deps --target "$target.part" -r requirements/ascend_sim.txt &&
     cp requirements/ascend_sim.txt "$target.part/requirements.txt" &&
     mv -- "$target.part" "$target"
+}
+
+# Not in site-packages: SGLang looks for it there for features that no other test uses.
+install_mooncake() {
+  local target=$VENV/mooncake
+  cmp --quiet requirements/mooncake.txt "$target/requirements.txt" && return
+  rm -rf -- "$target" "$target.part"
+  pip_install --no-deps --target "$target.part/site" -r requirements/mooncake.txt &&
+    fetch_missing_libraries "$target.part" &&
+    cp requirements/mooncake.txt "$target.part/requirements.txt" &&
+    mv -- "$target.part" "$target"
+}
+
+# Mooncake's library needs these even where it uses TCP. Unpacked from Debian's packages, so that root is not needed.
+fetch_missing_libraries() {
+  local folder=$1/debian
+  mkdir -p "$1/lib" "$folder"
+  if ! ldconfig -p | grep -q libibverbs.so.1; then
+    (cd "$folder" && apt-get download libibverbs1 libnl-3-200 libnl-route-3-200 &&
+      for package in ./*.deb; do dpkg-deb --extract "$package" . || exit; done) || return
+    find "$folder" -name '*.so.*' -exec cp --no-dereference {} "$1/lib/" \;
+  fi
+  rm -rf -- "$folder"
 }
 
 site_packages() {

@@ -19,6 +19,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from .errors import ContractError
@@ -232,6 +233,20 @@ class AppliedPatches:
             raise TypeError("static and class methods are not supported")
         setattr(owner, name, _bind(patch.wrapper, original))
         self._restore.append(lambda: setattr(owner, name, original))
+
+
+def with_names(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """A copy of an upstream function in which these global names mean something else."""
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _bind(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -151,6 +151,13 @@ class Settings:
         _number(float, 1, 3600, "seconds"),
         "longest wait at start for the other ranks to agree and to connect",
     )
+    bootstrap_limit_s: float = _setting(
+        "_BOOTSTRAP_LIMIT_S",
+        "60",
+        _number(float, 1, 3600, "seconds"),
+        "longest time in which a disaggregated server tries to get one answer from a bootstrap server; "
+        "then the requests that need it fail",
+    )
     idle_sleep: str = _setting(
         "_IDLE_SLEEP",
         "1",

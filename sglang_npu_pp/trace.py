@@ -14,6 +14,7 @@ events stand in it as they were recorded, too; that is what `read_trace` reads.
 | push, full | a message has left on the host lane; its window or its slots are full, and the sender waits |
 | post_send, post_receive | tensors have been handed to the device lane; their receive has been posted |
 | launch, launched | a forward is about to be launched, and has been; on CPU it has then been computed |
+| chunk_queued, chunk_taken | a KV chunk was handed to the transfer engine; it may be read now |
 | run, ran | a device began and ended the forward; recorded later, with the time at which it was |
 """
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from sglang_npu_pp.trace import Event
 
-# Recorded when a message happens to come in, a window to be full, or a device to have finished: these may
-# stand between any two others.
-_INCIDENTAL = ("arrive", "post_receive", "full", "run", "ran")
+# Recorded when a message happens to come in, a window to be full, or a device or another thread to have
+# finished: these may stand between any two others.
+_INCIDENTAL = ("arrive", "post_receive", "full", "run", "ran", "chunk_taken")
 
 
 def program_order(events: Sequence[Event]) -> list[Event]:

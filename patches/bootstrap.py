@@ -1,0 +1,322 @@
+"""Seam: what a disaggregated server asks a bootstrap server, and where it waits for the answer.
+
+Upstream asks over HTTP in the event loop: a decode server for the layout of the prefill server, for the
+rank that has a request, and for the address of every rank that will send; a prefill server to say which
+rank has the request. Each call blocks all requests of the scheduler for up to five seconds, and a request
+whose rank nobody registers is asked for without end. Here `Lookups` asks, from its own thread, as soon as a
+request has come. The request joins upstream's handshake when everything that this will ask is known:
+upstream's own functions then run in the event loop as before, and find their answers in hand. So all state
+is still changed by one thread.
+
+Patched on every disaggregated server, with one stage or more.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections.abc import Callable
+from typing import Any
+
+from sglang_npu_pp.lookups import LookupFailedError, Lookups, Patience, Question
+from sglang_npu_pp.patching import Patch, with_names
+from sglang_npu_pp.settings import load_settings
+
+_QUEUE = "sglang.srt.disaggregation.decode:DecodePreallocQueue"
+_MANAGER = "sglang.srt.disaggregation.common.conn:CommonKVManager"
+_RECEIVER = "sglang.srt.disaggregation.common.conn:CommonKVReceiver"
+_SENDER = "sglang.srt.disaggregation.common.conn:CommonKVSender"
+
+_lookups: Lookups | None = None
+_failures: dict[int, str] = {}  # bootstrap room -> why its request has to fail
+_used: list[Question] = []  # whose answers the connections of this server now hold
+
+
+def lookups() -> Lookups:
+    """The lookups of this process, made when they are first needed and closed at its end."""
+    global _lookups
+    if _lookups is None:
+        _lookups = Lookups(Patience(total_s=load_settings().bootstrap_limit_s))
+        atexit.register(_lookups.close)
+    return _lookups
+
+
+def set_lookups(replacement: Lookups | None) -> None:
+    """For tests. Closes what was there."""
+    global _lookups
+    if _lookups is not None:
+        atexit.unregister(_lookups.close)
+        _lookups.close()
+    _lookups = replacement
+
+
+def resolve_prefill_dp_rank(original: Any, queue: Any, req: Any) -> int | None:
+    """The rank that has the request, as soon as nothing is left to be asked for; until then None.
+
+    Upstream calls this when a request comes: that starts the lookups.
+    """
+    try:
+        return _find_rank(original, queue, req)
+    except LookupFailedError as error:
+        _failures[req.bootstrap_room] = str(error)
+        return None
+
+
+def resolve_pending_reqs(original: Any, queue: Any) -> None:
+    """Upstream's step, for those requests whose answers are all in hand."""
+    if not queue.pending_reqs:
+        original(queue)
+        return
+    failed = lookups().failed()
+    ready: list[Any] = []
+    waiting: list[Any] = []
+    for decode_req in queue.pending_reqs:
+        receiver, req = decode_req.kv_receiver, decode_req.req
+        if receiver is None or receiver.conclude_state is not None:
+            _forget(req)  # aborted while it waited
+            continue
+        rank = queue._resolve_prefill_dp_rank(req)
+        failure = _failures.pop(req.bootstrap_room, None)
+        if failure is not None:
+            _fail(queue.kv_manager, receiver, failure)
+            _forget(req)
+        else:
+            (waiting if rank is None else ready).append(decode_req)
+    # Every request that waits for them has just been told; a later one may be luckier.
+    for question in failed:
+        lookups().forget(question)
+    queue.pending_reqs = ready
+    original(queue)
+    for decode_req in ready:
+        _forget(decode_req.req)
+    while _used:  # a connection that turns out to be dead is asked for again
+        lookups().forget(_used.pop())
+    queue.pending_reqs = [*waiting, *queue.pending_reqs]
+
+
+def prefetch_prefill_dp_rank_queries(original: Any, queue: Any) -> None:
+    """Nothing: the query is under way since the request came."""
+
+
+def try_ensure_parallel_info(original: Any, manager: Any, address: str) -> bool:
+    """Upstream checks the layout of the prefill server and keeps it, once its answer is there.
+
+    Raises LookupFailedError where there will be none, and where upstream finds that the servers do not fit.
+    """
+    if address in manager.prefill_info_table:
+        return True
+    question = _layout_question(address)
+    answer = lookups().ask(question)
+    if answer is None:
+        return False
+    lookups().forget(question)
+    try:
+        usable = with_names(original, requests=_InHand(answer))(manager, address)
+    except RuntimeError as error:
+        raise LookupFailedError(f"the prefill server of {address} does not fit this one: {error}") from error
+    if not usable:
+        raise LookupFailedError(f"the bootstrap server {address} described a prefill server as {answer}")
+    return True
+
+
+def get_bootstrap_info_from_server(
+    original: Any, receiver: Any, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int
+) -> Any:
+    """Upstream's answer where the lookup has one; else, as upstream for a server that is gone, None."""
+    question = _rank_question(receiver.bootstrap_addr, dp_rank, cp_rank, tp_rank, pp_rank)
+    _used.append(question)
+    try:
+        answer = _InHand(lookups().ask(question))
+    except LookupFailedError:
+        answer = _InHand(None)
+    asked = with_names(original, requests=answer, _get_bootstrap_session=lambda _: answer)
+    return asked(receiver, dp_rank, cp_rank, tp_rank, pp_rank)
+
+
+def register_prefill_dp_rank(original: Any, sender: Any) -> None:
+    """Tell the bootstrap server which rank has the request. Nobody waits; if it cannot be told, that request
+    fails, since the decode server would look for it in vain."""
+    manager, room = sender.kv_mgr, sender.bootstrap_room
+
+    def fail(reason: str) -> None:
+        if room in manager.request_status:  # else it has ended in the meantime
+            manager.record_failure(room, reason)
+            manager.update_status(room, _failed_state())
+
+    with_names(original, requests=_Teller(fail))(sender)
+
+
+def _find_rank(original: Any, queue: Any, req: Any) -> int | None:
+    manager, address = queue.kv_manager, _address(req)
+    if not manager.try_ensure_parallel_info(address):
+        return None
+    rank: int | None = original(queue, req)
+    if rank is None:
+        answer = lookups().ask(_room_question(req))
+        if answer is None:
+            return None
+        rank = int(answer[str(req.bootstrap_room)])
+    answers = [lookups().ask(question) for question in _rank_questions(manager, address, rank)]
+    return None if None in answers else rank
+
+
+def _fail(manager: Any, receiver: Any, reason: str) -> None:
+    """As `CommonKVReceiver.init` does it: the handshake then ends this request, and only this one."""
+    manager.record_failure(receiver.bootstrap_room, reason)
+    receiver.conclude_state = _failed_state()
+    manager.update_status(receiver.bootstrap_room, _failed_state())
+
+
+def _forget(req: Any) -> None:
+    """Drop what was asked for this request alone."""
+    lookups().forget(_room_question(req))
+    _failures.pop(req.bootstrap_room, None)
+
+
+def _failed_state() -> Any:
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    return KVPoll.Failed
+
+
+def _address(req: Any) -> str:
+    from sglang.srt.disaggregation.decode import _bootstrap_addr
+
+    return _bootstrap_addr(req)
+
+
+def _layout_question(address: str) -> Question:
+    return Question(_route(address, -1, -1, -1, -1), expects="pp_size")
+
+
+def _rank_question(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int) -> Question:
+    return Question(_route(address, dp_rank, cp_rank, tp_rank, pp_rank), expects="rank_port")
+
+
+def _room_question(req: Any) -> Question:
+    """A room is registered when the prefill server has seen the request, which may be later than here."""
+    body = json.dumps({"bootstrap_rooms": [req.bootstrap_room]})
+    return Question(f"http://{_address(req)}/query_dp_ranks", body, expects=str(req.bootstrap_room))
+
+
+def _rank_questions(manager: Any, address: str, dp_rank: int) -> list[Question]:
+    """What `CommonKVReceiver.init` asks, as far as no earlier request has."""
+    info = manager.prefill_info_table.get(address)
+    if info is None:  # its heartbeat has just failed: `init` says so
+        return []
+    return [
+        _rank_question(address, dp_rank, cp_rank, tp_rank, pp_rank)
+        for cp_rank in info.target_cp_ranks
+        if f"{address}_{dp_rank}_{cp_rank}_{info.target_tp_rank}" not in manager.connection_pool
+        for tp_rank in info.target_tp_ranks
+        for pp_rank in info.target_pp_ranks
+    ]
+
+
+def _route(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int) -> str:
+    return (
+        f"http://{address}/route?prefill_dp_rank={dp_rank}&prefill_cp_rank={cp_rank}"
+        f"&target_tp_rank={tp_rank}&target_pp_rank={pp_rank}"
+    )
+
+
+class _InHand:
+    """Stands for `requests`, a session of it, and the response: its answer was fetched before."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+        self.status_code = 503 if answer is None else 200
+        self.text = "the lookup has no answer" if answer is None else json.dumps(answer)
+
+    def get(self, url: str, **_: Any) -> _InHand:
+        return self
+
+    def json(self) -> Any:
+        return dict(self._answer)
+
+
+class _Teller:
+    """Stands for `requests`, and the response: what is posted is sent by the lookups."""
+
+    status_code = 200
+
+    def __init__(self, on_failure: Callable[[str], None]) -> None:
+        self._on_failure = on_failure
+
+    def post(self, url: str, json: Any, **_: Any) -> _Teller:
+        lookups().tell(Question(url, _as_text(json)), self._on_failure)
+        return self
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value)
+
+
+_WHY = "is an HTTP request in the event loop, which blocks every request for up to five seconds"
+_UPSTREAM = "vllm-ascend #5303 (asks when scheduling); 0.5.20 and later ask for ranks on a worker, in part"
+_PLAN = "goes when upstream asks on a worker"
+
+PATCHES = (
+    Patch(
+        target=f"{_QUEUE}._resolve_prefill_dp_rank",
+        wrapper=resolve_prefill_dp_rank,
+        why="with a rank, the handshake begins, and asks for addresses in the event loop",
+        how="starts the lookups; gives the rank when all that the handshake asks is known",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(f"{_QUEUE}.add", "sglang.srt.disaggregation.decode:_bootstrap_addr"),
+    ),
+    Patch(
+        target=f"{_QUEUE}._resolve_pending_reqs",
+        wrapper=resolve_pending_reqs,
+        why="each of its steps may ask; it retries by counting iterations, and not at all for some errors",
+        how="runs for the requests whose lookups have all answers; those whose lookups failed, fail",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(
+            f"{_QUEUE}._ensure_prefill_info",
+            f"{_QUEUE}._update_handshake_waiters",
+            f"{_RECEIVER}.query_prefill_dp_ranks",
+        ),
+    ),
+    Patch(
+        target=f"{_QUEUE}.prefetch_prefill_dp_rank_queries",
+        wrapper=prefetch_prefill_dp_rank_queries,
+        why="would ask a second time",
+        how="does nothing",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        optional=True,
+    ),
+    Patch(
+        target=f"{_MANAGER}.try_ensure_parallel_info",
+        wrapper=try_ensure_parallel_info,
+        why=f"the layout of the prefill server {_WHY}; a server that does not fit ends this one",
+        how="checks the answer of the lookup; a server that does not fit fails the request",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+    ),
+    Patch(
+        target=f"{_RECEIVER}._get_bootstrap_info_from_server",
+        wrapper=get_bootstrap_info_from_server,
+        why=f"the address of each rank {_WHY}",
+        how="takes the answer of the lookup",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(
+            f"{_RECEIVER}.init",
+            f"{_RECEIVER}._setup_bootstrap_infos",
+            f"{_MANAGER}.record_failure",
+            f"{_MANAGER}.update_status",
+        ),
+    ),
+    Patch(
+        target=f"{_SENDER}._register_prefill_dp_rank",
+        wrapper=register_prefill_dp_rank,
+        why=f"the registration {_WHY}; when it fails, the request waits until it times out",
+        how="the lookups send it; when they cannot, the request fails",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(f"{_SENDER}.__init__",),
+    ),
+)

@@ -1,0 +1,73 @@
+"""A prefill server and a decode server on one machine, with Mooncake's transfer engine between them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from scripts.lib.devices import ROOT
+from scripts.lib.server import HOST, Server
+
+ENGINE = ROOT / ".venv" / "mooncake"  # made by scripts/setup.sh
+PLUGIN = Path(__file__).parent / "kv_plugin"
+MODES = ("prefill", "decode")
+
+_rooms = itertools.count(1)
+
+
+def engine_missing() -> str | None:
+    """Why Mooncake cannot be used here, None if it can."""
+    if (ENGINE / "site" / "mooncake").is_dir():
+        return None
+    return f"{ENGINE} does not exist: scripts/setup.sh could not install Mooncake's transfer engine"
+
+
+def engine_environment(*more_paths: Path | str) -> dict[str, str]:
+    """For both servers: where the engine is, that it uses TCP, and a plugin for what CPU lacks."""
+    libraries = [str(ENGINE / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        "PYTHONPATH": os.pathsep.join(map(str, [PLUGIN, ENGINE / "site", *more_paths])),
+        "MC_FORCE_TCP": "1",
+        "MOONCAKE_PROTOCOL": "tcp",
+        "SGLANG_HOST_IP": HOST,
+    }
+
+
+def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
+    """Of a server that is one half of the pair; `mode` is one of `MODES`."""
+    return (
+        *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "mooncake"),
+        *("--disaggregation-bootstrap-port", str(bootstrap_port)),
+    )
+
+
+class Pair:
+    """Asks two servers that run already, as a load balancer does: both get the request, decode answers."""
+
+    def __init__(self, prefill: Server, decode: Server, bootstrap_port: int) -> None:
+        self.prefill, self.decode, self.bootstrap_port = prefill, decode, bootstrap_port
+
+    def generate(self, body: dict[str, Any], timeout_s: float = 60.0) -> tuple[Any, Any]:
+        """The answers of /generate: the prefill server's, whose text is one token, and the decode server's.
+
+        An answer that is an HTTP error is given as the exception.
+        """
+        room = {"bootstrap_host": HOST, "bootstrap_port": self.bootstrap_port, "bootstrap_room": next(_rooms)}
+
+        def ask(server: Server) -> Any:
+            response = server.post("/generate", {**body, **room}, timeout_s=timeout_s)
+            return response.json() if response.ok else RuntimeError(f"{response.status_code} {response.text}")
+
+        with ThreadPoolExecutor(2) as pool:
+            prefill, decode = pool.map(ask, (self.prefill, self.decode))
+        return prefill, decode
+
+    def generate_all(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Any]:
+        """The decode server's answers, in the order of `bodies`."""
+        with ThreadPoolExecutor(concurrency) as pool:
+            return [decode for _, decode in pool.map(self.generate, bodies)]

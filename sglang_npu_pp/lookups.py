@@ -1,0 +1,230 @@
+"""Questions to HTTP servers, asked by a thread of their own, so that whoever needs the answer never waits.
+
+A disaggregated server asks a bootstrap server where the peers of a request are. `Lookups.ask` starts the
+question and says at once what is known of it: nothing yet, the answer, or why there will be none. Every
+attempt has a time limit and its HTTP status is checked; attempts that may succeed later are repeated with
+growing pauses, jittered so that many requests do not come back together; and there is a limit for them all.
+
+Ideas from vllm-ascend #5303, which asks when a request is scheduled. What its review found missing (status
+codes, time limits, pauses that grow, clients that are closed) is what this module is about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import msgspec
+
+CONNECTIONS_PER_HOST = 8
+LONGEST_REASON = 200  # characters of an answer that are worth repeating
+TOO_EARLY = (408, 425, 429)  # of the 4xx only these say that the same question may be answered later
+CLOSE_LIMIT_S = 5.0
+
+
+class LookupFailedError(Exception):
+    """There is no answer and there will be none; the text says why, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A GET, or a POST of `body` (JSON) if there is one. `expects`: a key that the answer must have."""
+
+    url: str
+    body: str | None = None
+    expects: str | None = None
+
+    @property
+    def method(self) -> str:
+        return "GET" if self.body is None else "POST"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Limits of one question, in seconds."""
+
+    total_s: float = 60.0  # all attempts and the pauses between them
+    attempt_s: float = 5.0  # one attempt, from connecting to the last byte
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 2.0
+
+    def pause_s(self, attempt: int, draw: float) -> float:
+        """The pause behind the attempt of that number, from 0; `draw` is random, from 0 to 1."""
+        longest = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(attempt, 30))
+        return longest * (0.5 + 0.5 * draw)
+
+
+@dataclass
+class _State:
+    """What is known of a question. Written by the asking thread, in one assignment, when it is known."""
+
+    outcome: _Outcome | None = None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: Any
+    failure: str | None
+    known_since: float = field(default_factory=time.monotonic)
+
+
+class _RepeatableError(Exception):
+    """An attempt failed in a way that may pass."""
+
+
+class Lookups:
+    """Asks questions on a thread of its own. All methods may be called from any thread and none waits.
+
+    `counters`: "questions", "attempts", "answers" and "failures".
+    """
+
+    def __init__(self, patience: Patience | None = None) -> None:
+        self._patience = patience or Patience()
+        self._states: dict[Question, _State] = {}
+        self.counters: Counter[str] = Counter()
+        self._client: aiohttp.ClientSession | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lookups", daemon=True)
+        self._thread.start()
+
+    def ask(self, question: Question) -> Any | None:
+        """The answer (decoded JSON), None while there is none. Asks when nobody has asked yet.
+
+        Whoever needs several answers, and asks for all at once, finds them all fresh in the end: an answer
+        gets old after the time that any other may take, and is then asked for again. Raises
+        LookupFailedError until `forget`.
+        """
+        state = self._states.get(question)
+        if state is None or self._is_old(state):
+            self._start(question)
+            return None
+        outcome = state.outcome
+        if outcome is None:
+            return None
+        if outcome.failure is not None:
+            raise LookupFailedError(outcome.failure)
+        return outcome.value
+
+    def tell(self, question: Question, on_failure: Callable[[str], None]) -> None:
+        """Ask without wanting the answer. `on_failure` gets the reason, on the asking thread."""
+
+        async def run() -> None:
+            outcome = await self._find_out(question)
+            if outcome.failure is not None:
+                on_failure(outcome.failure)
+
+        self._submit(run())
+
+    def failed(self) -> list[Question]:
+        """The questions that will have no answer."""
+        known = [(question, state.outcome) for question, state in self._states.items()]
+        return [question for question, outcome in known if outcome is not None and outcome.failure]
+
+    def forget(self, question: Question) -> None:
+        """Drop what is known; one that is under way goes on, for nobody."""
+        self._states.pop(question, None)
+
+    def close(self) -> None:
+        """Give up what is under way, close connections, end the thread. Calling it again changes nothing."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(CLOSE_LIMIT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_LIMIT_S)
+        self._loop.close()
+
+    def _is_old(self, state: _State) -> bool:
+        outcome = state.outcome
+        return outcome is not None and time.monotonic() - outcome.known_since > self._patience.total_s
+
+    def _start(self, question: Question) -> None:
+        state = self._states[question] = _State()
+
+        async def run() -> None:
+            state.outcome = await self._find_out(question)
+
+        self._submit(run())
+
+    def _submit(self, work: Any) -> None:
+        self.counters["questions"] += 1
+        asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _find_out(self, question: Question) -> _Outcome:
+        begin, attempt, elapsed = time.monotonic(), 0, 0.0
+        while True:
+            self.counters["attempts"] += 1
+            limit_s = min(self._patience.attempt_s, self._patience.total_s - elapsed)
+            try:
+                value = await self._attempt(question, limit_s)
+            except _RepeatableError as error:
+                problem, final = str(error), False
+            except Exception as error:
+                problem, final = str(error) or type(error).__name__, True
+            else:
+                self.counters["answers"] += 1
+                return _Outcome(value, None)
+            pause = self._patience.pause_s(attempt, random.random())
+            attempt += 1
+            elapsed = time.monotonic() - begin
+            if final or elapsed + pause > self._patience.total_s:
+                self.counters["failures"] += 1
+                times = "one attempt" if attempt == 1 else f"{attempt} attempts"
+                where = f"{question.method} {question.url}"
+                return _Outcome(None, f"{where} had no answer in {times} and {elapsed:.1f} s: {problem}")
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, question: Question, limit_s: float) -> Any:
+        client = self._connected_client()
+        headers = {"Content-Type": "application/json"} if question.body is not None else None
+        limit = aiohttp.ClientTimeout(total=limit_s)
+        try:
+            async with client.request(
+                question.method, question.url, data=question.body, headers=headers, timeout=limit
+            ) as response:
+                text = await response.text()
+        except TimeoutError:
+            raise _RepeatableError(f"it took longer than {limit_s:.1f} s") from None
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
+            raise _RepeatableError(str(error) or type(error).__name__) from None
+        if response.status != 200:
+            problem = f"HTTP status {response.status} ({text[:LONGEST_REASON].strip()})"
+            if response.status >= 500 or response.status in TOO_EARLY:
+                raise _RepeatableError(problem)
+            raise LookupFailedError(problem)
+        return _decode(text, question.expects)
+
+    def _connected_client(self) -> aiohttp.ClientSession:
+        """Made on the asking thread, to whose loop it belongs. No proxy of the environment is used."""
+        if self._client is None:
+            connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS_PER_HOST)
+            self._client = aiohttp.ClientSession(connector=connector)
+        return self._client
+
+    async def _shut_down(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+        await self._loop.shutdown_default_executor()  # it looks host names up
+
+
+def _decode(text: str, expects: str | None) -> Any:
+    """A server that is starting answers nonsense at times; and one may not know yet what is asked for."""
+    if expects is None:
+        return text
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise _RepeatableError(f"the answer is not JSON ({error}): {text[:LONGEST_REASON]}") from None
+    if not isinstance(value, dict) or expects not in value:
+        raise _RepeatableError(f"the answer has no {expects!r}: {text[:LONGEST_REASON]}")
+    return value

@@ -1,0 +1,128 @@
+"""A bootstrap server that can be well, slow, wrong or dead, on a real socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+HOST = "127.0.0.1"
+LIMIT_S = 30.0
+
+
+class BootstrapServer:
+    """Answers as SGLang's own does for a prefill server of `stages` x 1 ranks, until told otherwise.
+
+    `behaviour`: "well"; "slow": no answer until `release`; "error": HTTP 500; "refuse": HTTP 404; "garbage":
+    200 and no JSON; "starting": 503. `seen` are the paths that were asked for, `registered` the rooms.
+    """
+
+    def __init__(self, stages: int = 2, page_size: int = 1, port: int = 0) -> None:
+        self.stages, self.page_size = stages, page_size
+        self.behaviour = "well"
+        self.seen: list[str] = []
+        self.registered: dict[int, int] = {}
+        self.more: dict[str, Any] = {}  # what else stands in the description of the prefill server
+        self._released = threading.Event()
+        self._arrived = threading.Condition()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server._handle(self, None)
+
+            def do_POST(self) -> None:
+                length = int(self.headers["Content-Length"])
+                server._handle(self, json.loads(self.rfile.read(length)))
+
+            def log_message(self, format: str, *args: Any) -> None:
+                return
+
+        self._http = ThreadingHTTPServer((HOST, port), Handler)
+        self._http.daemon_threads = True
+        self.port: int = self._http.server_address[1]
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def release(self) -> None:
+        """Slow answers come now."""
+        self._released.set()
+
+    def wait_seen(self, count: int) -> None:
+        """Until so many requests have arrived."""
+        with self._arrived:
+            arrived = self._arrived.wait_for(lambda: len(self.seen) >= count, LIMIT_S)
+        assert arrived, f"{len(self.seen)} of {count} requests arrived in {LIMIT_S:.0f} s"
+
+    def kill(self) -> None:
+        self.release()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join(LIMIT_S)
+
+    def _handle(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
+        with self._arrived:
+            self.seen.append(handler.path)
+            self._arrived.notify_all()
+        behaviour = self.behaviour
+        if behaviour == "slow":
+            self._released.wait(LIMIT_S)
+        status = {"error": 500, "refuse": 404, "starting": 503}.get(behaviour, 200)
+        text = "{" if behaviour == "garbage" else json.dumps(self._answer(handler.path, body))
+        data = text.encode() if status == 200 else behaviour.encode()
+        try:
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data)
+        except OSError:
+            return  # who asked is gone
+
+    def _answer(self, path: str, body: Any) -> Any:
+        parts = urlsplit(path)
+        if parts.path == "/query_dp_ranks":
+            rooms = [room for room in body["bootstrap_rooms"] if room in self.registered]
+            return {str(room): self.registered[room] for room in rooms}
+        if parts.path == "/register_dp_rank":
+            self.registered[body["bootstrap_room"]] = body["dp_rank"]
+            return "OK"
+        stage = int(parse_qs(parts.query)["target_pp_rank"][0])
+        if stage >= 0:
+            return {"rank_ip": HOST, "rank_port": 1000 + stage}
+        return {
+            "attn_tp_size": 1,
+            "attn_cp_size": 1,
+            "dp_size": 1,
+            "pp_size": self.stages,
+            "page_size": self.page_size,
+            "kv_cache_dtype": None,
+            "follow_bootstrap_room": True,
+            **self.more,
+        }
+
+
+@contextmanager
+def bootstrap_server(**options: Any) -> Iterator[BootstrapServer]:
+    server = BootstrapServer(**options)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def dead_address() -> str:
+    """An address of this machine at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return f"{HOST}:{probe.getsockname()[1]}"

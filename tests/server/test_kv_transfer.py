@@ -1,0 +1,143 @@
+"""A prefill server of two stages and a decode server, with Mooncake's transfer engine between them over TCP.
+
+On CPU, where a forward has ended when its launch returns, and a page is one token (SGLang's allocator of
+larger ones needs Triton): what is shown is that the answers are right, and the order of things. Who waits
+for a device is shown by `tests/ascend/test_transfer_gate.py`, larger pages by
+`tests/patches/test_disaggregation.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from scripts.lib import disaggregated
+from scripts.lib.server import HOST, Server, free_ports
+from tests.bootstrap_server import bootstrap_server, dead_address
+
+from . import battery
+from .conftest import PROBE, Launcher
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(
+        disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing())
+    ),
+]
+
+LENGTHS = (1, 5, 15, 16, 17, 250, 256, 257, 511, 777, 1500)  # tokens; chunks are 256
+LIMIT_S = 3.0  # for answers of a bootstrap server
+
+
+@pytest.fixture(scope="module")
+def pair(make_launcher: Callable[[str], Launcher]) -> Iterator[disaggregated.Pair]:
+    launcher = make_launcher("disaggregated")
+    (bootstrap_port,) = free_ports(1)
+    servers = []
+    for mode, stages in (("prefill", 2), ("decode", 1)):
+        environment = disaggregated.engine_environment(PROBE)
+        server = launcher.configure(
+            1,
+            stages,
+            patched=True,
+            args=disaggregated.arguments(mode, bootstrap_port),
+            env={**environment, "SGLANG_NPU_PP_TRACE": "", "SGLANG_NPU_PP_BOOTSTRAP_LIMIT_S": str(LIMIT_S)},
+        )
+        server.env["KV_PROBE_DIR"] = str(server.log.parent)
+        servers.append(server)
+    with ThreadPoolExecutor(2) as pool:  # they start beside each other
+        prefill, decode = pool.map(launcher.servers.enter_context, servers)
+    yield disaggregated.Pair(prefill, decode, bootstrap_port)
+    launcher.stop_all()
+
+
+def body(length: int, seed: int = 0) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    return {"input_ids": battery.prompt(length, seed), "sampling_params": sampling}
+
+
+def ids(answer: Any) -> list[int]:
+    assert not isinstance(answer, Exception), answer
+    found: list[int] = answer["output_ids"]
+    return found
+
+
+def noted(server: Server, what: str) -> list[dict[str, Any]]:
+    """What the probe of every process of this server saw."""
+    lines = [line for path in server.log.parent.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return [found for line in lines if what in (found := json.loads(line))]
+
+
+def test_answers_are_those_of_a_server_that_does_both(pair: disaggregated.Pair, patched: Server) -> None:
+    """One by one and together, when the last prompt of a batch is cut; with prefixes that others share."""
+    shared = battery.prompt(300, seed=7)
+    bodies = [body(length) for length in LENGTHS]
+    bodies += [{**body(5), "input_ids": shared + battery.prompt(9, seed=number)} for number in range(4)]
+    bodies += bodies[-2:]
+    expected = [ids(battery.generate(patched, **each)) for each in bodies]
+    assert [ids(answer) for answer in pair.generate_all(bodies, concurrency=1)] == expected
+    assert [ids(answer) for answer in pair.generate_all(bodies, concurrency=6)] == expected
+    assert noted(pair.prefill, "chunk")
+
+
+def test_a_chunk_is_queued_behind_its_launch(pair: disaggregated.Pair) -> None:
+    """On every stage, and before its event loop goes on to messages of the others."""
+    before = launches(pair.prefill)
+    ids(pair.generate(body(1500, seed=11))[1])
+    stages = 2
+    assert launches(pair.prefill) - before == Counter({(256, 1): 5 * stages, (220, 1): stages})
+
+
+def launches(server: Server) -> Counter[tuple[int, int]]:
+    """How often a forward of so many tokens was followed by so many chunks."""
+    return Counter((each["launch"], each["queued"]) for each in noted(server, "launch"))
+
+
+def test_a_request_that_is_aborted_between_chunks_leaves_nothing(pair: disaggregated.Pair) -> None:
+    other = body(600, seed=21)
+    expected = ids(pair.generate(other)[1])
+    for number in range(3):
+        before = launches(pair.prefill).total()
+        doomed = {**body(1500, seed=30 + number), "rid": f"doomed{number}"}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(pair.generate, doomed)
+            deadline = time.monotonic() + 60
+            while launches(pair.prefill).total() == before:
+                assert time.monotonic() < deadline, "no chunk was launched in 60 s"
+                time.sleep(0.005)
+            for server in (pair.decode, pair.prefill):
+                server.post("/abort_request", {"rid": doomed["rid"]})
+            asked.result(timeout=60)  # an error, or an answer where the abort came late
+        assert ids(pair.generate(other)[1]) == expected
+    for server in (pair.prefill, pair.decode):
+        server.check_alive("behind aborts")
+
+
+def test_the_event_loop_asks_no_http_server(pair: disaggregated.Pair) -> None:
+    """At start it may; from the first request on it does not."""
+    before = len(noted(pair.decode, "http"))
+    ids(pair.generate(body(5, seed=40))[1])
+    assert len(noted(pair.decode, "http")) == before
+
+
+@pytest.mark.parametrize("trouble", ["dead", "slow", "error", "garbage"])
+def test_a_bootstrap_server_in_trouble_fails_its_request_alone(
+    pair: disaggregated.Pair, trouble: str
+) -> None:
+    with bootstrap_server() as server, ThreadPoolExecutor(1) as pool:
+        server.behaviour = trouble
+        address = dead_address() if trouble == "dead" else server.address
+        port = int(address.split(":")[1])
+        lost = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": 900_000 + port}
+        asked = pool.submit(pair.decode.post, "/generate", {**body(5), **lost}, timeout_s=60)
+        ids(pair.generate(body(40, seed=50))[1])
+        response = asked.result(timeout=60)
+    assert not response.ok
+    assert f"http://{address}/route" in response.text
+    assert "had no answer in" in response.text
