@@ -25,7 +25,7 @@ from .faults import Fault, Target
 
 ANSWER_LIMIT_S = 120.0
 _REQUESTS = 8
-_SAMPLING = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 300}
+_SAMPLING = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 150}
 # One error names who is gone, what was last sent to it, and what to do.
 SENTENCE = re.compile(
     r"stage \d+ rank \d+: stage \d+ is gone: its connection .*\(last sent to it: .*\); "
@@ -96,7 +96,6 @@ class Episode:
         """
         target = self.target(stage)
         processes = [process for process in self.server._track() if process.pid != target.pid]
-        files = self._files()
         with ThreadPoolExecutor(_REQUESTS) as threads:
             asked = self._ask_all(threads) if busy else []
             began = time.monotonic()
@@ -105,7 +104,7 @@ class Episode:
             ended_s = time.monotonic() - began
             left = [f"process {process.pid}: {_title(process)}" for process in alive]
             if not alive:
-                left += self._ports() + [f"file {path}" for path in sorted(self._files() - files)]
+                left += self._ports() + [f"file {path}" for path in self._files()]
             wait(asked, timeout=1.0 if alive else limit_s)
             clients = self._outcomes(asked)
             fault.undo(target)
@@ -176,11 +175,11 @@ class Episode:
                     found.append(f"port {port} answers")
         return found
 
-    def _files(self) -> set[Path]:
-        """Shared memory, and ipc sockets of ours, wherever they are."""
+    def _files(self) -> list[Path]:
+        """Shared memory that its processes had, and ipc sockets of ours."""
         scratch = self.server._scratch
         sockets = scratch.glob("sglang-npu-pp-*") if scratch is not None else ()
-        return {*Path("/dev/shm").iterdir(), *sockets}
+        return sorted([*(path for path in self.server._shared_memory if path.exists()), *sockets])
 
 
 def _title(process: psutil.Process) -> str:
