@@ -3,7 +3,7 @@
     .venv/bin/python -m scripts.bench.kv --json result.json
 
 Two things are measured. "transfer": how long a page of KV waits from the end of the forward that wrote it
-to the beginning of its transfer, over all pages of a load of long prompts, on both stages. "blocked": how
+to the beginning of its transfer, over the chunks of a load of long prompts, on both stages. "blocked": how
 long the steps of the decode server's event loop take that may ask a bootstrap server, while requests come
 that name one which is dead, slow, or answers with errors, among others that name the right one; and what
 became of every request.
@@ -78,12 +78,14 @@ def measure_transfers(pair: Pair, folder: Path) -> dict[str, Any]:
     before = len(seen(folder, "chunk"))
     answers = pair.generate_all([body(LENGTH, seed) for seed in range(PROMPTS)], CONCURRENCY)
     chunks = seen(folder, "chunk")[before:]
-    pages = sum(chunk["chunk"] for chunk in chunks)
+    ages = sorted(chunk["age_ms"] for chunk in chunks)
     return {
         "answers": [getattr(answer, "args", None) or answer["output_ids"] for answer in answers],
         "chunks": len(chunks),
-        "mean_ms": sum(chunk["chunk"] * chunk["age_ms"] for chunk in chunks) / pages,
-        "median_oldest_ms": statistics.median(chunk["oldest_ms"] for chunk in chunks),
+        "mean_ms": statistics.mean(ages),
+        "median_ms": statistics.median(ages),
+        "p90_ms": ages[int(0.9 * len(ages))],
+        "longest_ms": ages[-1],
     }
 
 
