@@ -26,7 +26,9 @@ FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
 
 # Chunks of 256 tokens: several microbatches in one prompt. No prefix cache: every repetition computes.
+# float32: in bfloat16 an answer depends on who shares its batch, and who does so depends on the link.
 FLAGS = (
+    *("--dtype", "float32"),
     *("--chunked-prefill-size", "256"),
     *("--max-total-tokens", "65536"),
     *("--watchdog-timeout", FROZEN_LIMIT_S),

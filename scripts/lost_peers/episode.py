@@ -41,7 +41,8 @@ class Outcome:
     ended_s: float = 0.0  # from the fault until then, or the limit
     sentences: list[str] = field(default_factory=list)  # of all nodes' logs, each once
     clients: Counter[str] = field(default_factory=Counter)  # "answer", "other answer", "error", "silence"
-    left: list[str] = field(default_factory=list)  # processes, ports and files, in words
+    left: list[str] = field(default_factory=list)  # processes, ports and sockets of ours, in words
+    shared_memory: list[str] = field(default_factory=list)  # of SGLang, which ends its processes by SIGKILL
     restarted: bool | None = None  # on the same ports, where it was tried
 
 
@@ -104,12 +105,13 @@ class Episode:
             ended_s = time.monotonic() - began
             left = [f"process {process.pid}: {_title(process)}" for process in alive]
             if not alive:
-                left += self._ports() + [f"file {path}" for path in self._files()]
+                left += self._ports() + self._sockets()
+            segments = [path.name for path in self.server._shared_memory if path.exists()]
             wait(asked, timeout=1.0 if alive else limit_s)
             clients = self._outcomes(asked)
             fault.undo(target)
             self.server.stop()  # what is left; clients that still wait are let go by it
-        return Outcome(not alive, ended_s, self._sentences(), clients, left)
+        return Outcome(not alive, ended_s, self._sentences(), clients, left, sorted(segments))
 
     def restart(self) -> bool:
         """Start the server again on its ports at once, and ask."""
@@ -175,11 +177,9 @@ class Episode:
                     found.append(f"port {port} answers")
         return found
 
-    def _files(self) -> list[Path]:
-        """Shared memory that its processes had, and ipc sockets of ours."""
+    def _sockets(self) -> list[str]:
         scratch = self.server._scratch
-        sockets = scratch.glob("sglang-npu-pp-*") if scratch is not None else ()
-        return sorted([*(path for path in self.server._shared_memory if path.exists()), *sockets])
+        return [f"socket {path}" for path in scratch.glob("sglang-npu-pp-*")] if scratch is not None else []
 
 
 def _title(process: psutil.Process) -> str:
