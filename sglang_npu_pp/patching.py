@@ -15,10 +15,14 @@ import ast
 import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -82,8 +86,13 @@ def fingerprint_source(source: str) -> str:
 def fingerprint(target: str) -> str:
     """Fingerprint of the function that is at `target` in this process.
 
-    Raises ContractError when there is none or its source cannot be read.
+    A module that nobody has imported yet is read, and stays so: some of SGLang's import what must not be
+    imported before it has set it up (prometheus_client before its directory, for one). Raises
+    ContractError when there is no such function or its source cannot be read.
     """
+    unloaded = _fingerprint_of_unloaded(target)
+    if unloaded is not None:
+        return unloaded
     owner, name = _resolve(target)
     function = inspect.getattr_static(owner, name, None)
     if isinstance(function, staticmethod | classmethod):
@@ -101,6 +110,19 @@ def fingerprint(target: str) -> str:
             f"{code.co_firstlineno}; another plugin?)."
         )
     return fingerprint_source(source)
+
+
+def _fingerprint_of_unloaded(target: str) -> str | None:
+    """From the module's file; None if it is imported already, or not to be found there."""
+    module, _, qualname = target.partition(":")
+    if module in sys.modules:
+        return None
+    top = importlib.util.find_spec(module.partition(".")[0])
+    for folder in (top.submodule_search_locations or ()) if top is not None else ():
+        path = Path(folder).parent / (module.replace(".", "/") + ".py")
+        if path.is_file():
+            return fingerprint_in_file(path.read_text(), qualname)
+    return None
 
 
 def _layers(function: Any) -> int:
@@ -170,6 +192,7 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
     Raises ContractError unless every function that matters is the one that we know in this release.
     """
     contract = known_contract(release, contracts)
+    _import_what_is_replaced(patch for patch in patches if patch.is_needed(contract))
     different = [
         target
         for target in sorted({target for patch in patches for target in patch.checked_targets(contract)})
@@ -188,6 +211,13 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
         if not patch.adds and contract[patch.target] is None:
             raise ContractError(f"SGLang {release} has no {patch.target}, which we would replace.")
     return needed
+
+
+def _import_what_is_replaced(patches: Iterable[Patch]) -> None:
+    """It is about to be imported anyway, and a function that is loaded is looked at faster than a file."""
+    for patch in patches:
+        with suppress(ImportError):  # what is missing the check says
+            importlib.import_module(patch.target.partition(":")[0])
 
 
 def _is_as_known(target: str, contract: Contract) -> bool:

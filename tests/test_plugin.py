@@ -108,3 +108,16 @@ def test_a_bad_setting_ends_the_process_through_sglangs_own_loader() -> None:
     assert result.returncode == 1
     assert "went on" not in result.stdout
     assert "sglang-npu-pp: SGLANG_NPU_PP='sometimes' must be one of auto, require, 0." in result.stderr
+
+
+def test_activation_leaves_what_is_imported_late_to_sglang() -> None:
+    """prometheus_client decides when it is imported where numbers are kept, and SGLang says that later."""
+    result = run(
+        """
+import sys
+assert "prometheus_client" not in sys.modules
+assert sglang_npu_pp.activate() is True
+assert "prometheus_client" not in sys.modules
+"""
+    )
+    assert result.returncode == 0, result.stderr
