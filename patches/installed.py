@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from sglang_npu_pp.errors import ContractError
-from sglang_npu_pp.patching import fingerprint_in_file
+from sglang_npu_pp.patching import fingerprint_on_disk
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 """Entry-point group whose plugins SGLang loads."""
@@ -42,6 +42,4 @@ def fingerprint(target: str) -> str | None:
 
     Raises ContractError if SGLang is not installed.
     """
-    module, _, qualname = target.partition(":")
-    path = folder().parent / (module.replace(".", "/") + ".py")
-    return fingerprint_in_file(path.read_text(), qualname) if path.is_file() else None
+    return fingerprint_on_disk(target, folder())

@@ -113,16 +113,22 @@ def fingerprint(target: str) -> str:
 
 
 def _fingerprint_of_unloaded(target: str) -> str | None:
-    """From the module's file; None if it is imported already, or not to be found there."""
-    module, _, qualname = target.partition(":")
-    if module in sys.modules:
+    """None if the module is imported already, or does not come from a file of its package."""
+    module, _, _ = target.partition(":")
+    package = None if module in sys.modules else importlib.util.find_spec(module.partition(".")[0])
+    if package is None or not package.submodule_search_locations:
         return None
-    top = importlib.util.find_spec(module.partition(".")[0])
-    for folder in (top.submodule_search_locations or ()) if top is not None else ():
-        path = Path(folder).parent / (module.replace(".", "/") + ".py")
-        if path.is_file():
-            return fingerprint_in_file(path.read_text(), qualname)
-    return None
+    return fingerprint_on_disk(target, Path(package.submodule_search_locations[0]))
+
+
+def fingerprint_on_disk(target: str, package: Path) -> str | None:
+    """Fingerprint of the function at `target` in the folder of its top package, None if it is not there.
+
+    Nothing is imported.
+    """
+    module, _, qualname = target.partition(":")
+    path = package.parent / (module.replace(".", "/") + ".py")
+    return fingerprint_in_file(path.read_text(), qualname) if path.is_file() else None
 
 
 def _layers(function: Any) -> int:

@@ -18,17 +18,18 @@ def for_cpu() -> Path:
 
     Few layers: on one core SGLang attends request by request, which takes longest. One is a deepstack layer.
     """
-    return _model("bench_model", layers=4, width=512)
+    return _model(layers=4, width=512)
 
 
 def for_simulated_ascend(pp: int) -> Path:
     """One layer a stage. The simulator takes several times as long to launch a layer as a host of an Ascend
     does, where most forwards are one launch of a graph; forwards get their time from the benchmark."""
-    return _model(f"bench_model_npu_sim_pp{pp}", layers=pp, width=128)
+    return _model(layers=pp, width=128)
 
 
-def _model(name: str, layers: int, width: int) -> Path:
-    """Where it is: in .run, which git ignores."""
+def _model(layers: int, width: int) -> Path:
+    """Where it is: in .run, which git ignores. The shape is in the name: another one is another model."""
+    name = f"bench_model_{layers}x{width}"
     directory = ROOT / ".run" / name
     if not (directory / "config.json").is_file():
         directory.parent.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ class Episode:
         self._stages = server.scheduler_pids()
 
     def target(self, stage: int) -> Target:
-        return Target(self.server, self.link, stage, self._stages[stage])
+        return Target(self.link, self._stages[stage])
 
     def survive(self, fault: Fault, stage: int, *, seconds: float) -> Outcome:
         """Strike while requests are under way, and undo it after `seconds`: nothing may be lost."""

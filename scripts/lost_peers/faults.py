@@ -8,18 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scripts.bench.link import EmulatedLink
-from scripts.lib.server import Server
 
 SLOW_MS = 200.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """A running server, tensor-parallel size 1, its link, and the stage that is struck."""
+    """The link of a running server, tensor-parallel size 1, and the stage that is struck."""
 
-    server: Server
     link: EmulatedLink
-    stage: int
     pid: int  # of that stage's scheduler
 
 
