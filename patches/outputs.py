@@ -21,6 +21,7 @@ from sglang_npu_pp.token_return import upload
 from .pipeline import AsyncPipeline, Launch, current
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer"
 
 # Outputs that later work reads on the device; everything else is only read on the host.
 _DEVICE_OUTPUTS = ("draft_", "__sampling_observer_output__.")
@@ -110,6 +111,16 @@ def _prepare_result(
     return scheduler._pp_prep_batch_result(batch, metadata, PPProxyTensors(outputs))
 
 
+def stream_output(original: Any, streamer: Any, reqs: list[Any], *arguments: Any, **options: Any) -> None:
+    """Later stages have no detokenizer. What is left for them is the mark of a request that has finished."""
+    pipeline = current()
+    if pipeline is not None and pipeline.link.stage > 0:
+        reqs = [request for request in reqs if request.finished()]
+        if not reqs:
+            return
+    original(streamer, reqs, *arguments, **options)
+
+
 PATCHES = (
     Patch(
         target=f"{_MIXIN}._pp_send_recv_and_preprocess_output_tensors",
@@ -127,5 +138,15 @@ PATCHES = (
             "sglang.srt.managers.utils:get_logprob_from_pp_outputs",
             "sglang.srt.managers.utils:get_logprob_dict_from_result",
         ),
+    ),
+    Patch(
+        target=f"{_STREAMER}.stream_output",
+        wrapper=stream_output,
+        why="every stage collects each step's tokens, offsets and statistics for the detokenizer, which only "
+        "stage 0 has: a tenth of what an iteration costs the scheduler of a later stage",
+        how="later stages stream finished requests only",
+        upstream="none known",
+        plan="goes when upstream streams where the detokenizer is",
+        relies_on=("sglang.srt.managers.scheduler_components.ipc_channels:SchedulerIpcChannels.create",),
     ),
 )
