@@ -131,11 +131,13 @@ class Soak:
     backpressure: int = 0
     refused: int = 0
     seconds: float = 0.0
+    logged: list[int] = field(default_factory=list)  # characters in each node's log before the load
     restless: list[str] = field(default_factory=list)  # what a gap found that must not be there
 
     def run(self, seconds: float) -> None:
         self.seconds = seconds
         known = Known.asked_alone(self.server)
+        self.logged = [len(self.server.log_text(node)) for node in range(self.server.nnodes)]
         clients = Clients(self.server, known, self.tally, self.seed)
         generator = random.Random(f"rounds {self.seed}")
         weather = Weather(self.link, self.seed) if isinstance(self.link, EmulatedLink) else None
@@ -191,9 +193,8 @@ class Soak:
         """Everything that is wrong, a line each."""
         found = [*self.tally.wrong[:_SHOWN], *self.restless]
         for node in range(self.server.nnodes):
-            found += [
-                f"log of node {node}: {line}" for line in errors_in(self.server.log_text(node))[:_SHOWN]
-            ]
+            log = self.server.log_text(node)[self.logged[node] :]
+            found += [f"log of node {node}: {line}" for line in errors_in(log)[:_SHOWN]]
         for trend in self.trends():
             found += trend.complaints()
         if self.refused:
