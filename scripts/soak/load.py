@@ -91,8 +91,7 @@ class Clients:
             seeds = [self._generator.random() for _ in range(clients)]
             working = [threads.submit(self._work, style, seed, deadline, abort_all) for seed in seeds]
             if abort_all:
-                while time.monotonic() < deadline:
-                    time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+                time.sleep(seconds)
                 self._server.post("/abort_request", {"abort_all": True}).raise_for_status()
             for one in working:
                 one.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -33,11 +34,11 @@ class Doorkeeper:
     def close(self) -> None:
         """Before the socket is closed."""
         self._socket.disable_monitor()  # which the thread is told, and ends
-        self._thread.join()
+        self._thread.join(timeout=10)
 
     def _run(self) -> None:
         """An event does not say whose it is: of those who left, as many as came and were not let in."""
-        counted = dict.fromkeys((_ENTERED, _LET_IN, _LEFT), 0)
+        counted: Counter[int] = Counter()
         while (event := recv_monitor_message(self._monitor)["event"]) != _STOPPED:
             counted[event] += 1
             refused = min(counted[_LEFT], counted[_ENTERED] - counted[_LET_IN])
