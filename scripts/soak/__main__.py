@@ -61,17 +61,22 @@ def main() -> int:
             else:
                 link = stack.enter_context(EmulatedLink(folder))
             (port,) = free_ports(1)
-            server = stack.enter_context(on_two_nodes(options.pp, folder, link, port))
+            server = stack.enter_context(on_two_nodes(options.pp, options.lane, folder, link, port))
             strangers = Strangers(list(lane_addresses(link, options.pp, port)), options.seed)
             soak = Soak(server, link, strangers, options.seed, console)
             soak.run(60 * options.minutes)
             complaints = soak.complaints()
-        except (ServerError, LinkError, ValueError) as error:
+        except (ServerError, LinkError, ValueError, OSError) as error:
             console.print(f"soak: {error}", soft_wrap=True, markup=False)
             return 2 if isinstance(error, LinkError) else 1
         soak.show(complaints)
         if options.json:
-            report = soak.as_json() | {"pp": options.pp, "minutes": options.minutes, "wrong": complaints}
+            report = soak.as_json() | {
+                "pp": options.pp,
+                "lane": options.lane,
+                "minutes": options.minutes,
+                "wrong": complaints,
+            }
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(bool(complaints))
 
@@ -82,24 +87,32 @@ def parse_command_line() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="how long there is load (30)")
     parser.add_argument("--pp", type=int, default=4, choices=(2, 4), help="stages (4)")
+    parser.add_argument(
+        "--lane", default="host", choices=("host", "device"), help="of the proxies; device: gloo here (host)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the load and the delays")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write counts and all samples there")
     options = parser.parse_args()
-    if options.minutes < 1:
-        parser.error("in less than a minute there is nothing to see")
+    if options.minutes < 2:
+        parser.error("in less than two minutes there is nothing to see")
     return options
 
 
-def on_two_nodes(pp: int, folder: Path, link: Link, port: int) -> Server:
+def on_two_nodes(pp: int, lane: str, folder: Path, link: Link, port: int) -> Server:
     """Not started. Float32 and small chunks; three times as many microbatches as stages need (depth 2)."""
     probe = {"PP_PROBE_STATES": "1", "PP_PROBE_DIR": str(folder), "PYTHONPATH": str(PROBE)}
     ours = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder)}
+    ours |= {"SGLANG_NPU_PP_PROXY_LANE": lane, "SGLANG_NPU_PP_PORT": str(port)}
+    if isinstance(
+        link, Loopback
+    ):  # where both nodes are one machine, its ranks would not listen on the network
+        ours["SGLANG_NPU_PP_HOST_TRANSPORT"] = "tcp"
     return Server(
         RANDOM_MODEL,
         1,
         pp,
         log=folder / "log",
-        env={**ours, **probe, "SGLANG_NPU_PP_PORT": str(port)},
+        env={**ours, **probe},
         args=(*ARGUMENTS, "--pp-async-batch-depth", "2", "--enable-mixed-chunk"),
         nnodes=_NODES,
         node_prefix={node: link.prefix(node) for node in range(_NODES)},
@@ -233,14 +246,18 @@ class Soak:
         delays = ", ".join(f"{delay:g} ms {count} times" for delay, count in sorted(self.delays_ms.items()))
         self.console.print(
             f"{self.tally.asked.total()} requests: {asked}; {self.tally.ended_early} ended early, "
-            f"{len(self.tally.wrong)} answers wrong"
+            f"{len(self.tally.wrong)} answers wrong",
+            soft_wrap=True,
         )
         self.console.print(f"{len(self.rounds)} idle gaps, {len(self.restless)} in which something was left")
         self.console.print(
-            f"messages: {dict(self.messages)}; a send found its window full {self.backpressure} times"
+            f"messages: {dict(self.messages)}; a send found its window full {self.backpressure} times",
+            soft_wrap=True,
         )
         self.console.print(f"{self.strangers.connections} connections of strangers, refused and counted")
-        self.console.print(f"one-way delays of the link ({self.link.kind}): {delays or 'none'}")
+        self.console.print(
+            f"one-way delays of the link ({self.link.kind}): {delays or 'none'}", soft_wrap=True
+        )
         for line in complaints:
             self.console.print(f"WRONG: {line}", soft_wrap=True, markup=False)
         self.console.print("soak: " + (f"{len(complaints)} complaints" if complaints else "all is well"))
