@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane contracts clean
+.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane soak contracts clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -39,6 +39,9 @@ bench: setup  ## upstream against this package over an emulated link (ARGS="--qu
 
 bench-host-lane: setup  ## one-way time of a host lane message on loopback
 	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)
+
+soak: setup  ## half an hour of random load, delays and strangers at pp 4 (ARGS="--minutes 5 --json FILE")
+	@$(PYTHON_IN_VENV) -m scripts.soak $(ARGS)
 
 contracts: setup  ## SGLang functions that the patches rely on: which changed in which release
 	@$(PYTHON_IN_VENV) scripts/fingerprint.py $(ARGS)

@@ -58,6 +58,9 @@ PHASE_SECONDS = Metric(
     ("phase",),
 )
 REFUSED = Metric(f"{PREFIX}refused_total", "frames from strangers and messages that could not be read")
+REFUSED_CONNECTIONS = Metric(
+    f"{PREFIX}refused_connections_total", "connections from the network without a key of this server"
+)
 COUNTERS = (
     MESSAGES,
     BYTES,
@@ -67,6 +70,7 @@ COUNTERS = (
     BACKPRESSURE_SECONDS,
     PHASE_SECONDS,
     REFUSED,
+    REFUSED_CONNECTIONS,
 )
 
 SLOTS = Metric(f"{PREFIX}microbatch_slots", "microbatches that may be in flight")
@@ -81,6 +85,7 @@ Series = tuple[Metric, tuple[str, ...]]
 def read_counters(telemetry: Telemetry) -> Iterator[tuple[Series, float]]:
     """Every counter of the rank: metric, values of its labels, total since the start."""
     yield (REFUSED, ()), telemetry.refused
+    yield (REFUSED_CONNECTIONS, ()), telemetry.refused_connections
     for phase, seconds in list(telemetry.phases_s.items()):
         yield (PHASE_SECONDS, (phase,)), seconds
     for kind, counters in list(telemetry.sent.items()):

@@ -38,6 +38,7 @@ class Telemetry:
     received: dict[str, ChannelCounters] = field(default_factory=dict)
     phases_s: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # frames from strangers and messages that could not be read
+    refused_connections: int = 0  # from the network, of which nobody showed a key of this server
     started: float = field(default_factory=time.monotonic)
 
     def sending(self, kind: str) -> ChannelCounters:
@@ -62,6 +63,7 @@ class Telemetry:
             pid=os.getpid(),
             uptime_s=time.monotonic() - self.started,
             refused=self.refused,
+            refused_connections=self.refused_connections,
             phases_s=dict(self.phases_s),
             sent={kind: asdict(counters) for kind, counters in list(self.sent.items())},
             received={kind: asdict(counters) for kind, counters in list(self.received.items())},
@@ -77,6 +79,7 @@ class Snapshot:
     pid: int
     uptime_s: float
     refused: int
+    refused_connections: int
     phases_s: dict[str, float]
     sent: dict[str, dict[str, Any]]
     received: dict[str, dict[str, Any]]

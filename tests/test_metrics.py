@@ -41,7 +41,7 @@ class Exported:
 
 
 def busy() -> Telemetry:
-    telemetry = Telemetry(1, 3, phases_s={"forward": 0.5}, refused=2)
+    telemetry = Telemetry(1, 3, phases_s={"forward": 0.5}, refused=2, refused_connections=5)
     telemetry.sent["proxy"] = ChannelCounters(3, 1000, backpressure=4, backpressure_s=0.25)
     telemetry.received["requests"] = ChannelCounters(7, 70, waits=8, wait_s=1.5)
     return telemetry
@@ -60,6 +60,7 @@ def test_every_counter_arrives_with_its_labels() -> None:
     assert exported.value(metrics.WAIT_SECONDS, "requests") == 1.5
     assert exported.value(metrics.PHASE_SECONDS, "forward") == 0.5
     assert exported.value(metrics.REFUSED) == 2
+    assert exported.value(metrics.REFUSED_CONNECTIONS) == 5
     assert [exported.value(metric) for metric in LIMITS] == [0, 1, 2, 3]
     assert exported.names() == {metric.name for metric in (*COUNTERS, *LIMITS)}
 

@@ -19,10 +19,12 @@ from ..errors import TransportError
 from ..settings import Settings
 from ..telemetry import Telemetry
 from ..trace import Trace
+from .doorkeeper import Doorkeeper
 from .endpoints import Card, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
 from .inbox import Inbox
 from .message import Kind, Message
 from .outbox import Outbox, set_heartbeat
+from .parts import refuse_longer_frames
 
 Exchange = Callable[[bytes], list[bytes]]
 """Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
@@ -58,6 +60,7 @@ class HostLane:
         self._authenticator: ThreadAuthenticator | None = None
         self._directory: SocketDirectory | None = None
         self._sockets: list[zmq.Socket] = []
+        self._doorkeepers: dict[zmq.Socket, Doorkeeper] = {}  # of the socket for other nodes
         self._cards: list[Card] = []
         self._outboxes: dict[int, Outbox] = {}
         self._inbox: Inbox | None = None
@@ -74,6 +77,7 @@ class HostLane:
             self._bind(exchange)
             self._inbox = Inbox(
                 self._sockets,
+                in_parts=self._doorkeepers,
                 where=self._where,
                 window=self._window,
                 wait_limit_s=self._settings.wait_limit_s,
@@ -139,6 +143,8 @@ class HostLane:
             self._authenticator.configure_curve_callback("*", self._known)
             router.setsockopt(zmq.CURVE_SERVER, 1)
             router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
+            refuse_longer_frames(router)
+            self._doorkeepers[router] = Doorkeeper(router, self._telemetry)
             tcp = bind_tcp(router, self._host, self._port, self._where)
         mine = Card(self.stage, node, ipc, tcp, self._keys.public)
         self._cards = _exchange_cards(exchange, mine)
@@ -268,6 +274,8 @@ class HostLane:
         for outbox in self._outboxes.values():
             outbox.say(Kind.GOODBYE)
             outbox.close()
+        for doorkeeper in self._doorkeepers.values():
+            doorkeeper.close()
         for socket in self._sockets:
             socket.close()
         if self._authenticator is not None:

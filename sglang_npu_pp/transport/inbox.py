@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import zmq
@@ -11,8 +11,9 @@ import zmq
 from ..errors import MessageError, SequenceError, WaitLimitError
 from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
-from .message import Header, Kind, Message, decode, read_header
+from .message import Buffer, Header, Kind, Message, decode, read_header
 from .outbox import CREDIT, POLL_MS
+from .parts import join
 from .window import CreditMeter
 
 
@@ -31,13 +32,15 @@ class Inbox:
     """Receives from all peers. Owned by one thread.
 
     `authenticate(identity, frame)` decides whether the sender of a frame is the stage it claims to be. A
-    connection opens with a hello; before that nothing but a header is read from it.
+    connection opens with a hello; before that nothing but a header is read from it. Over the sockets
+    `in_parts` long frames come in parts (`parts`).
     """
 
     def __init__(
         self,
         sockets: Iterable[zmq.Socket],
         *,
+        in_parts: Collection[zmq.Socket],
         where: str,
         window: tuple[int, int],
         wait_limit_s: float,
@@ -49,7 +52,7 @@ class Inbox:
         self.on_arrival: Callable[[Message], None] = lambda message: None
         self.greeted: set[bytes] = set()
         self.departed: set[int] = set()
-        self._sockets = list(sockets)
+        self._sockets, self._in_parts = list(sockets), set(in_parts)
         self._where, self._window, self._wait_limit_s = where, window, wait_limit_s
         self._check_all, self._authenticate = check_all, authenticate
         self._telemetry, self._trace = telemetry, trace
@@ -122,13 +125,16 @@ class Inbox:
             self._meet(socket, identity, frames)
             return
         try:
-            header = read_header(frames[0].buffer)
+            buffers: list[Buffer] = [frame.buffer for frame in frames]
+            if socket in self._in_parts:
+                buffers = join(buffers)
+            header = read_header(buffers[0])
             if header.source != stage:
                 raise MessageError(f"It claims to come from stage {header.source}.")
             if header.kind is Kind.GOODBYE:
                 self.departed.add(stage)
                 return
-            self._sort_in(header, frames, (socket, identity))
+            self._sort_in(header, buffers, (socket, identity))
         except MessageError as error:
             self._telemetry.refused += 1
             raise MessageError(
@@ -136,10 +142,10 @@ class Inbox:
                 "Restart the server; if it happens again, look at the network between the stages."
             ) from None
 
-    def _sort_in(self, header: Header, frames: list[zmq.Frame], sender: tuple[zmq.Socket, bytes]) -> None:
+    def _sort_in(self, header: Header, buffers: list[Buffer], sender: tuple[zmq.Socket, bytes]) -> None:
         channel = self._channel(header.source, header.kind)
         self._check_number(channel, header)
-        message = decode(header, [frame.buffer for frame in frames], check_all=self._check_all)
+        message = decode(header, buffers, check_all=self._check_all)
         channel.arrived += 1
         channel.reply_to = sender
         channel.waiting[message.number] = message

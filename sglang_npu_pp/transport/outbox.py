@@ -19,6 +19,7 @@ from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
 from .endpoints import KeyPair
 from .message import Buffer, Kind, Message, encode
+from .parts import cut, refuse_longer_frames
 from .window import Window
 
 CREDIT = struct.Struct("<BQQ")  # kind, messages taken, bytes taken
@@ -91,7 +92,9 @@ class Outbox:
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
         self._socket.setsockopt(zmq.IPV6, 1)
         set_heartbeat(self._socket, peer_timeout_s)
+        self._in_parts = keys is not None  # between nodes
         if keys is not None:
+            refuse_longer_frames(self._socket)
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, peer_key)
@@ -189,6 +192,8 @@ class Outbox:
     def _push(self, frames: list[Buffer], copy: bool) -> None:
         """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,
         and then for ever: what waits here is the end of the settling time, in `check`."""
+        if self._in_parts:
+            frames = cut(frames)
         copy = copy or all(len(frame) < ZERO_COPY_BYTES for frame in frames)
         while True:
             try:

@@ -1,0 +1,1 @@
+"""A server under random load, for long: does it leak, lose or mix up anything?"""

@@ -1,0 +1,46 @@
+"""Counts the connections to a socket of the network that were not let in."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ..telemetry import Telemetry
+
+HANDSHAKE_LIMIT_MS = 10_000  # who has not shown its key by then is disconnected; ranks take some ms
+
+_ENTERED, _LET_IN, _LEFT = zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
+_STOPPED = zmq.EVENT_MONITOR_STOPPED
+
+
+class Doorkeeper:
+    """Listens to what ZeroMQ says about the connections of one socket, in a thread of its own.
+
+    In a thread, because ZeroMQ waits for whoever listens: a scheduler in a long forward must not hold up the
+    connections of its peers when strangers come in their hundreds.
+    """
+
+    def __init__(self, socket: zmq.Socket, telemetry: Telemetry) -> None:
+        """Before `socket` is bound."""
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_LIMIT_MS)
+        self._socket, self._telemetry = socket, telemetry
+        self._monitor = socket.get_monitor_socket(_ENTERED | _LET_IN | _LEFT | _STOPPED)
+        self._thread = threading.Thread(target=self._run, name="doorkeeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Before the socket is closed."""
+        self._socket.disable_monitor()  # which the thread is told, and ends
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        """An event does not say whose it is: of those who left, as many as came and were not let in."""
+        counted: Counter[int] = Counter()
+        while (event := recv_monitor_message(self._monitor)["event"]) != _STOPPED:
+            counted[event] += 1
+            refused = min(counted[_LEFT], counted[_ENTERED] - counted[_LET_IN])
+            self._telemetry.refused_connections = max(self._telemetry.refused_connections, refused)
+        self._monitor.close()
