@@ -44,6 +44,7 @@ def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
     return (
         *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "mooncake"),
         *("--disaggregation-bootstrap-port", str(bootstrap_port)),
+        *("--hicache-ratio", "2"),  # the default, which a machine with less than 10 GiB to spare refuses
     )
 
 

@@ -86,7 +86,9 @@ class PrefillScheduler(SchedulerDisaggregationPrefillMixin):
         self.disaggregation_mode = DisaggregationMode.PREFILL
         self.enable_overlap = self.enable_staging = self.enable_hierarchical_cache = False
         self.token_to_kv_pool_allocator = SimpleNamespace(
-            page_size=PAGE, translate_kv_indices_for_transfer=lambda indices: indices
+            page_size=PAGE,
+            translate_kv_indices_for_transfer=lambda indices: indices,
+            get_kvcache=lambda: None,  # asked for on NPU
         )
         self.req_to_token_pool = SimpleNamespace(
             req_to_token=torch.arange(TOKENS, device=device).reshape(1, TOKENS)

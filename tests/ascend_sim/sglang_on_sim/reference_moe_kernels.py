@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # what a dtype is in an operator's `int`
+
 
 def npu_moe_gating_top_k_softmax(
     x: Tensor, finished: Tensor | None = None, k: int = 1
@@ -66,7 +68,7 @@ def npu_grouped_matmul(
     split_item: int | None = 0,
     group_type: int | None = None,
     group_list_type: int | None = 0,
-    output_dtype: torch.dtype | None = None,
+    output_dtype: int | None = None,
     **options: Any,
 ) -> list[Tensor]:
     """The rows of each expert times its weight: one x [rows, N], one weight [E, N, M], group_list [E] rows of
@@ -83,7 +85,7 @@ def npu_grouped_matmul(
     out = rows.new_zeros((rows.shape[0], weights.shape[2]), dtype=torch.float32)
     for number in range(weights.shape[0]):  # all rows for each of them: their counts stay on the device
         out = torch.where(expert == number, rows.float() @ weights[number].float(), out)
-    return [out.to(output_dtype or rows.dtype)]
+    return [out.to(rows.dtype if output_dtype is None else DTYPES[output_dtype])]
 
 
 def npu_moe_finalize_routing(
