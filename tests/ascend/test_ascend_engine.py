@@ -86,8 +86,8 @@ def test_chunks_leave_one_by_one_behind_their_forwards(rank: Rank) -> None:
 
 @pytest.mark.parametrize(("rule", "first_page"), [(None, 0), (NUMBERS, 50)], ids=["kept", "broken"])
 def test_page_numbers_are_waited_for_in_the_worker(rank: Rank, rule: Rule | None, first_page: int) -> None:
-    """They are copied to the host without the scheduler; without the wait the worker has others, such as those
-    of the last test, whose memory this one got."""
+    """They are copied to the host without the scheduler; without the wait the worker has others, as those of
+    the last test, whose memory this one got."""
     open_prefill(rank, 22, rule, first_page)
     with holding(rank, "memcpy D2H"):
         rank.call(engine.launch, 1, 20)  # comes back although no number has arrived
