@@ -40,11 +40,16 @@ def engine_environment(*more_paths: Path | str) -> dict[str, str]:
 
 
 def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
-    """Of a server that is one half of the pair; `mode` is one of `MODES`."""
+    """Of a server that is one half of the pair; `mode` is one of `MODES`.
+
+    A decode server's usual place for requests it takes out of the batch is a pool on the host, for which it wants
+    10 GiB to spare.
+    """
+    backup = ("--disaggregation-decode-retraction-backup", "cpu_tensor") if mode == "decode" else ()
     return (
         *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "mooncake"),
         *("--disaggregation-bootstrap-port", str(bootstrap_port)),
-        *("--hicache-ratio", "2"),  # the default, which a machine with less than 10 GiB to spare refuses
+        *backup,
     )
 
 
