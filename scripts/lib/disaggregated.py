@@ -42,7 +42,7 @@ def engine_environment(*more_paths: Path | str) -> dict[str, str]:
 def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
     """Of a server that is one half of the pair; `mode` is one of `MODES`.
 
-    A decode server's usual place for requests it takes out of the batch is a pool on the host, for which it wants
+    A decode server usually keeps what it takes out of its batch in a pool on the host, for which it wants
     10 GiB to spare.
     """
     backup = ("--disaggregation-decode-retraction-backup", "cpu_tensor") if mode == "decode" else ()
