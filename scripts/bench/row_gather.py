@@ -3,7 +3,7 @@
     .venv/bin/python -m scripts.bench.row_gather --json result.json
 
 Two rank processes with a simulated NPU each. In every step a forward is launched, which takes 0 or 20 ms of
-its stream, and then the ranks gather: by SGLang's own `MLPSyncBatchInfo.all_gather` on the group of the model,
+its stream, and then the ranks gather: by SGLang's `MLPSyncBatchInfo.all_gather` on the group of the model,
 by ours on the device, and by ours over gloo. Blocked is the time inside of them, both parts of ours together.
 The simulated device takes no time for a collective or a copy; the host work of torch_npu is real.
 """
