@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,11 +40,23 @@ def engine_environment(*more_paths: Path | str) -> dict[str, str]:
 
 
 def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
-    """Of a server that is one half of the pair; `mode` is one of `MODES`."""
+    """Of a server that is one half of the pair; `mode` is one of `MODES`.
+
+    A decode server usually keeps what it takes out of its batch in a pool on the host, for which it wants
+    10 GiB to spare.
+    """
+    backup = ("--disaggregation-decode-retraction-backup", "cpu_tensor") if mode == "decode" else ()
     return (
         *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "mooncake"),
         *("--disaggregation-bootstrap-port", str(bootstrap_port)),
+        *backup,
     )
+
+
+def noted(folder: Path, what: str) -> list[dict[str, Any]]:
+    """The notes with `what` in them of all processes whose KV_PROBE_DIR is `folder` (see `kv_plugin`)."""
+    lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return [found for line in lines if what in (found := json.loads(line))]
 
 
 class Pair:
@@ -52,22 +65,35 @@ class Pair:
     def __init__(self, prefill: Server, decode: Server, bootstrap_port: int) -> None:
         self.prefill, self.decode, self.bootstrap_port = prefill, decode, bootstrap_port
 
-    def generate(self, body: dict[str, Any], timeout_s: float = 60.0) -> tuple[Any, Any]:
+    def generate(
+        self, body: dict[str, Any], timeout_s: float = 60.0, bootstrap_port: int | None = None
+    ) -> tuple[Any, Any]:
         """The answers of /generate: the prefill server's, whose text is one token, and the decode server's.
 
-        An answer that is an HTTP error is given as the exception.
+        An answer that is an HTTP error is given as the exception. `bootstrap_port`: of a server that stands
+        before the real one.
         """
-        room = {"bootstrap_host": HOST, "bootstrap_port": self.bootstrap_port, "bootstrap_room": next(_rooms)}
-
-        def ask(server: Server) -> Any:
-            response = server.post("/generate", {**body, **room}, timeout_s=timeout_s)
-            return response.json() if response.ok else RuntimeError(f"{response.status_code} {response.text}")
-
+        room = self._new_room(bootstrap_port)
         with ThreadPoolExecutor(2) as pool:
-            prefill, decode = pool.map(ask, (self.prefill, self.decode))
+            prefill, decode = pool.map(
+                lambda server: _ask(server, {**body, **room}, timeout_s), (self.prefill, self.decode)
+            )
         return prefill, decode
+
+    def decode_alone(self, body: dict[str, Any], bootstrap_port: int, timeout_s: float = 300.0) -> Any:
+        """The decode server's answer to a request that no prefill server gets."""
+        return _ask(self.decode, {**body, **self._new_room(bootstrap_port)}, timeout_s)
+
+    def _new_room(self, bootstrap_port: int | None) -> dict[str, Any]:
+        port = self.bootstrap_port if bootstrap_port is None else bootstrap_port
+        return {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": next(_rooms)}
 
     def generate_all(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Any]:
         """The decode server's answers, in the order of `bodies`."""
         with ThreadPoolExecutor(concurrency) as pool:
             return [decode for _, decode in pool.map(self.generate, bodies)]
+
+
+def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> Any:
+    response = server.post("/generate", body, timeout_s=timeout_s)
+    return response.json() if response.ok else RuntimeError(f"{response.status_code} {response.text}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .sglang_on_sim import reference_kernels as kernels
+from .sglang_on_sim import reference_moe_kernels as moe_kernels
 from .sglang_on_sim import reference_triton_kernels as triton_kernels
 from .sglang_on_sim.missing_packages import MissingPackage
 
@@ -264,9 +266,61 @@ def test_row_logsumexp_and_the_largest_values() -> None:
     assert columns.tolist() == [[1, 2, 0], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("offset", [0, 2])
+def test_memcpy_moves_rows_from_or_to_an_offset(offset: int) -> None:
+    local, whole = torch.randn(4, 3), torch.randn(9, 3)
+    place, count = torch.tensor(offset), torch.tensor(3)
+    expected = whole.clone()
+    expected[offset : offset + 3] = local[:3]
+    gathered = whole.clone()
+    triton_kernels.memcpy(gathered, local, place, count, False, 3, 8192)
+    torch.testing.assert_close(gathered, expected)
+    scattered = torch.zeros(4, 3)
+    triton_kernels.memcpy(scattered, whole, place, count, True, 3, 8192)
+    torch.testing.assert_close(scattered, torch.cat([whole[offset : offset + 3], torch.zeros(1, 3)]))
+
+
+def test_experts_of_a_layer() -> None:
+    """The four kernels one behind the other, against a loop over tokens and the experts they choose."""
+    tokens, experts, chosen, width, inner = 6, 5, 2, 8, 12
+    x, scores = torch.randn(tokens, width), torch.randn(tokens, experts)
+    weights = torch.randn(experts, width, inner)
+    factors, ids, places = moe_kernels.npu_moe_gating_top_k_softmax(scores, k=chosen)
+    assert places.tolist() == [[token, tokens + token] for token in range(tokens)]
+    factors = moe_kernels.l1_norm(factors)
+    rows, index, counts, _ = moe_kernels.npu_moe_init_routing_v2(
+        x,
+        ids,
+        active_num=tokens * chosen,
+        expert_num=experts,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        active_expert_range=[0, experts],
+        quant_mode=-1,
+    )
+    (made,) = moe_kernels.npu_grouped_matmul(
+        x=[rows], weight=[weights], split_item=2, group_list_type=1, group_type=0, group_list=counts
+    )
+    found = moe_kernels.npu_moe_finalize_routing(made, None, None, None, factors, index, ids, drop_pad_mode=2)
+    for token in range(tokens):
+        best = scores[token].topk(chosen)
+        shares = best.values.softmax(0)
+        each = [share * (x[token] @ weights[e]) for share, e in zip(shares, best.indices, strict=True)]
+        torch.testing.assert_close(found[token], torch.stack(each).sum(0))
+
+
+def test_experts_refuse_what_they_do_not_do() -> None:
+    x, weight, counts = torch.randn(3, 4), torch.randn(2, 4, 5), torch.tensor([1, 2])
+    form: dict[str, Any] = {"split_item": 2, "group_type": 0, "group_list_type": 1, "group_list": counts}
+    moe_kernels.npu_grouped_matmul([x], [weight], **form)
+    for change in ({"bias": [x]}, {"group_list_type": 0}):
+        with pytest.raises(NotImplementedError, match="npu_grouped_matmul"):
+            moe_kernels.npu_grouped_matmul([x], [weight], **{**form, **change})
+
+
 def test_what_is_missing_can_be_imported_and_says_its_name_when_it_is_called() -> None:
-    missing = MissingPackage("sgl_kernel_npu.norm.l1_norm").l1_norm
-    with pytest.raises(RuntimeError, match=r"sgl_kernel_npu\.norm\.l1_norm\.l1_norm is not on the simulated"):
+    missing = MissingPackage("sgl_kernel_npu.norm.fused_norm").fused_norm
+    with pytest.raises(RuntimeError, match=r"sgl_kernel_npu\.norm\.fused_norm\.fused_norm is not on the sim"):
         missing(torch.ones(1))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,14 @@ import pytest
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
-from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, MooncakeKVSender
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
 
 from sglang_npu_pp.lookups import Lookups, Patience
 from sglang_npu_pp.patches import bootstrap, load_contracts, sglang_release
 from sglang_npu_pp.patching import AppliedPatches
 from tests.bootstrap_server import BootstrapServer, bootstrap_server, dead_address
+
+from .disaggregated import bare, make_manager
 
 LIMIT_S = 60.0
 PATIENCE = Patience(total_s=1.0, attempt_s=0.3, first_pause_s=0.02, longest_pause_s=0.2)
@@ -72,37 +74,20 @@ class Receiver(CommonKVReceiver):
 
 def make_queue() -> Any:
     """A decode queue with one stage and one rank, and its manager, as far as the handshake reads them."""
-    manager = object.__new__(MooncakeKVManager)
-    manager.__dict__.update(
+    manager = make_manager(
         kv_args=SimpleNamespace(page_size=1, state_types=[], engine_rank=0),
         kv_cache_dtype_str="auto",
         dsv41_spec_layout=None,
         kv_layout=None,
         server_args=SimpleNamespace(kv_cache_dtype="auto"),
-        attn_tp_size=1,
-        attn_tp_rank=0,
-        attn_cp_size=1,
-        attn_cp_rank=0,
         dcp_size=1,
-        pp_size=1,
-        pp_rank=0,
-        is_mla_backend=False,
-        is_hybrid_mla_backend=False,
-        enable_staging=False,
-        enable_all_cp_ranks_for_transfer=False,
-        enable_deferred_decode_kv_release=False,
         prefill_info_table={},
         connection_pool={},
         connection_lock=threading.Lock(),
-        request_status={},
-        failure_records={},
-        failure_lock=threading.Lock(),
         required_prefill_response_num_table={},
-        prefill_response_tracker=defaultdict(set),
-        addr_to_rooms_tracker=defaultdict(set),
     )
-    queue = object.__new__(DecodePreallocQueue)
-    queue.__dict__.update(
+    return bare(
+        DecodePreallocQueue,
         kv_manager=manager,
         queue=[],
         pending_reqs=[],
@@ -112,7 +97,6 @@ def make_queue() -> Any:
         _max_ensure_retries=15,
         _prefill_dp_rank_queries={},
     )
-    return queue
 
 
 def add(queue: Any, address: str, room: int, dp_rank: int | None = None) -> Any:
@@ -273,16 +257,8 @@ def test_a_server_that_is_killed_and_comes_back_serves_the_next_request() -> Non
 
 def make_sender(address: str, room: int) -> Any:
     """A sender that has to say which rank has its request."""
-    sender = object.__new__(MooncakeKVSender)
-    manager = object.__new__(MooncakeKVManager)
-    manager.__dict__.update(
-        attn_dp_rank=1,
-        request_status={room: KVPoll.Bootstrapping},
-        failure_records={},
-        failure_lock=threading.Lock(),
-    )
-    sender.__dict__.update(kv_mgr=manager, bootstrap_room=room, bootstrap_server_url=address)
-    return sender
+    manager = make_manager(attn_dp_rank=1, request_status={room: KVPoll.Bootstrapping})
+    return bare(MooncakeKVSender, kv_mgr=manager, bootstrap_room=room, bootstrap_server_url=address)
 
 
 def test_a_rank_registers_its_requests_from_another_thread(server: BootstrapServer) -> None:

@@ -11,13 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
-from sglang.srt.disaggregation.common.utils import FastQueue
-from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, MooncakeKVSender
-from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin
-from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.observability.trace import TraceNullContext
 
 from sglang_npu_pp.patches import disaggregation, load_contracts, sglang_release
 from sglang_npu_pp.patches.pipeline import set_current
@@ -26,8 +20,7 @@ from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transfer_gate import TransferGate
 
-PAGE = 4
-ROOM = 7
+from .disaggregated import PAGE, ROOM, PrefillScheduler
 
 
 class Event:
@@ -55,78 +48,6 @@ def pipeline() -> Iterator[Any]:
     patches.undo()
 
 
-class Request:
-    """As much of a request as its chunks need; upstream puts it into sets."""
-
-    def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
-
-
-class Scheduler(SchedulerDisaggregationPrefillMixin):
-    """As much of a prefill server's scheduler as its chunks need."""
-
-    def __init__(self) -> None:
-        self.disaggregation_mode = DisaggregationMode.PREFILL
-        self.enable_overlap = self.enable_staging = self.enable_hierarchical_cache = False
-        self.token_to_kv_pool_allocator = SimpleNamespace(
-            page_size=PAGE, translate_kv_indices_for_transfer=lambda indices: indices
-        )
-        self.req_to_token_pool = SimpleNamespace(req_to_token=torch.arange(400).reshape(1, 400))
-        self.kv_manager = object.__new__(MooncakeKVManager)
-        self.kv_manager.__dict__.update(
-            kv_args=SimpleNamespace(state_types=[]),
-            disaggregation_mode=DisaggregationMode.PREFILL,
-            enable_all_cp_ranks_for_transfer=False,
-            is_dummy_cp_rank=False,
-            _dcp_pack_max_tokens=None,
-            request_status={ROOM: KVPoll.WaitingForInput},
-            transfer_infos={ROOM: {"127.0.0.1:1": None}},
-            transfer_queues=[FastQueue()],
-        )
-        self.disagg_prefill_bootstrap_queue = SimpleNamespace(kv_manager=self.kv_manager)
-        self.disagg_metadata_buffers = SimpleNamespace(set_buf=lambda req: None)
-        self.disagg_prefill_pending_chunk_rids: set[str] = set()
-        self.kv_checksum_computer = None
-        self.tree_cache = self.running_batch = SimpleNamespace(batch_is_full=True)
-        self.chunked_req: Any = None
-
-    def request(self, length: int) -> Any:
-        sender = object.__new__(MooncakeKVSender)
-        sender.__dict__.update(
-            kv_mgr=self.kv_manager,
-            bootstrap_room=ROOM,
-            curr_idx=0,
-            num_kv_indices=-(-length // PAGE),
-            aux_index=0,
-            conclude_state=None,
-            trace_ctx=TraceNullContext(),
-            _transfer_num_kv_indices=0,
-            _transfer_num_state_indices=0,
-        )
-        return Request(
-            rid="request",
-            origin_input_ids=list(range(length)),
-            start_send_idx=0,
-            disagg_decode_prefix_len=0,
-            pending_bootstrap=False,
-            skip_radix_cache_insert=True,
-            extend_range=None,
-            disagg_kv_sender=sender,
-            kv=SimpleNamespace(req_pool_idx=0),
-        )
-
-    def launch(self, pipeline: Any, req: Any, end: int, event: Event) -> None:
-        """A forward that ends with token `end` of the prompt."""
-        req.extend_range = SimpleNamespace(end=end)
-        self.chunked_req = req if end < len(req.origin_input_ids) else None
-        disaggregation.send_launched_chunks(self, pipeline, SimpleNamespace(reqs=[req]), event)
-
-    def queued(self) -> list[Any]:
-        """Everything in the engine's queue, as upstream takes it."""
-        (found,) = self.kv_manager.transfer_queues
-        return [found.get() for _ in range(len(found._buf))]
-
-
 def pages(chunks: list[Any]) -> list[int]:
     return [int(page) for chunk in chunks for page in chunk.prefill_kv_indices]
 
@@ -145,7 +66,7 @@ def pages(chunks: list[Any]) -> list[int]:
 def test_whole_pages_leave_behind_the_launch_that_completes_them(
     pipeline: Any, ends: list[int], expected: list[list[int]]
 ) -> None:
-    scheduler = Scheduler()
+    scheduler = PrefillScheduler()
     req = scheduler.request(ends[-1])
     sent = []
     for number, end in enumerate(ends):
@@ -166,7 +87,7 @@ def test_whole_pages_leave_behind_the_launch_that_completes_them(
 
 
 def test_the_last_chunk_waits_for_its_own_launch_and_a_prefix_for_the_latest(pipeline: Any) -> None:
-    scheduler = Scheduler()
+    scheduler = PrefillScheduler()
     own, later = Event(1), Event(2)
     first, second = scheduler.request(9), scheduler.request(9)
     scheduler.launch(pipeline, first, 9, own)
@@ -183,7 +104,7 @@ def test_the_last_chunk_waits_for_its_own_launch_and_a_prefix_for_the_latest(pip
 
 
 def test_a_request_that_has_failed_queues_nothing(pipeline: Any) -> None:
-    scheduler = Scheduler()
+    scheduler = PrefillScheduler()
     req = scheduler.request(22)
     scheduler.launch(pipeline, req, 10, Event(1))
     assert pages(scheduler.queued()) == [0, 1]
@@ -194,7 +115,7 @@ def test_a_request_that_has_failed_queues_nothing(pipeline: Any) -> None:
 
 @pytest.mark.parametrize("reason", ["enable_staging", "enable_hierarchical_cache", "state"])
 def test_where_a_chunk_cannot_leave_early_upstream_sends_it(pipeline: Any, reason: str) -> None:
-    scheduler = Scheduler()
+    scheduler = PrefillScheduler()
     if reason == "state":
         scheduler.kv_manager.kv_args.state_types = ["mamba"]
     else:

@@ -1,4 +1,4 @@
-"""A prefill server of two stages and a decode server, with Mooncake's transfer engine between them over TCP.
+"""A prefill and a decode server of two stages each, with Mooncake's transfer engine between them over TCP.
 
 On CPU, where a forward has ended when its launch returns, and a page is one token (SGLang's allocator of
 larger ones needs Triton): what is shown is that the answers are right, and the order of things. Who waits
@@ -8,7 +8,6 @@ for a device is shown by `tests/ascend/test_transfer_gate.py`, larger pages by
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ def pair(make_launcher: Callable[[str], Launcher]) -> Iterator[disaggregated.Pai
     launcher = make_launcher("disaggregated")
     (bootstrap_port,) = free_ports(1)
     servers = []
-    for mode, stages in (("prefill", 2), ("decode", 1)):
+    for mode, stages in (("prefill", 2), ("decode", 2)):
         environment = disaggregated.engine_environment(PROBE)
         server = launcher.configure(
             1,
@@ -70,8 +69,7 @@ def ids(answer: Any) -> list[int]:
 
 def noted(server: Server, what: str) -> list[dict[str, Any]]:
     """What the probe of every process of this server saw."""
-    lines = [line for path in server.log.parent.glob("*.jsonl") for line in path.read_text().splitlines()]
-    return [found for line in lines if what in (found := json.loads(line))]
+    return disaggregated.noted(server.log.parent, what)
 
 
 def test_answers_are_those_of_a_server_that_does_both(pair: disaggregated.Pair, patched: Server) -> None:
@@ -92,6 +90,20 @@ def test_a_chunk_is_queued_behind_its_launch(pair: disaggregated.Pair) -> None:
     ids(pair.generate(body(1500, seed=11))[1])
     stages = 2
     assert launches(pair.prefill) - before == Counter({(256, 1): 5 * stages, (220, 1): stages})
+
+
+def test_log_probabilities_of_prompts_that_are_cut(pair: disaggregated.Pair, patched: Server) -> None:
+    """Of the prompt from the prefill server, of the answer from the decode server."""
+    for length in (5, 257, 777):
+        request = {**body(length, seed=60), "return_logprob": True, "logprob_start_len": 0}
+        expected = battery.generate(patched, **request)["meta_info"]
+        for answer, name in zip(pair.generate(request), ("input", "output"), strict=True):
+            assert not isinstance(answer, Exception), answer
+            found, wanted = (
+                {name: [entry[0] for entry in meta[f"{name}_token_logprobs"]]}
+                for meta in (answer["meta_info"], expected)
+            )
+            assert not battery.differences({str(length): wanted}, {str(length): found})
 
 
 def launches(server: Server) -> Counter[tuple[int, int]]:
@@ -133,11 +145,26 @@ def test_a_bootstrap_server_in_trouble_fails_its_request_alone(
     with bootstrap_server() as server, ThreadPoolExecutor(1) as pool:
         server.behaviour = trouble
         address = dead_address() if trouble == "dead" else server.address
-        port = int(address.split(":")[1])
-        lost = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": 900_000 + port}
-        asked = pool.submit(pair.decode.post, "/generate", {**body(5), **lost}, timeout_s=60)
+        asked = pool.submit(pair.decode_alone, body(5), int(address.split(":")[1]))
         ids(pair.generate(body(40, seed=50))[1])
-        response = asked.result(timeout=60)
-    assert not response.ok
-    assert f"http://{address}/route" in response.text
-    assert "had no answer in" in response.text
+        reason = str(asked.result(timeout=60))
+    assert f"http://{address}/route" in reason
+    assert "had no answer in" in reason
+
+
+def test_a_bootstrap_server_that_is_killed_and_comes_back(pair: disaggregated.Pair) -> None:
+    """Requests that come while the decode server has lost it fail with the reason; others are answered."""
+    request = body(40, seed=70)
+    expected = ids(pair.generate(request)[1])
+    real = f"{HOST}:{pair.bootstrap_port}"
+    with bootstrap_server(behind=real) as first:
+        assert ids(pair.generate(request, bootstrap_port=first.port)[1]) == expected
+    lost = f"Lost connection with prefill instance (bootstrap_addr: {first.address})"
+    deadline = time.monotonic() + 60
+    while lost not in pair.decode.log_text():
+        assert time.monotonic() < deadline, "the decode server did not notice in 60 s"
+        time.sleep(0.1)
+    assert "had no answer in" in str(pair.decode_alone(request, first.port))
+    assert ids(pair.generate(request)[1]) == expected
+    with bootstrap_server(behind=real, port=first.port):
+        assert ids(pair.generate(request, bootstrap_port=first.port)[1]) == expected

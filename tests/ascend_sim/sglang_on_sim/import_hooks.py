@@ -18,7 +18,11 @@ Action = Callable[[], None]
 def install() -> None:
     """Hang the hooks into the import system of this process."""
     sys.meta_path.insert(0, MissingPackageFinder())
-    actions = {"torch_npu": install_kernels, "triton.runtime.jit": install_triton_kernels}
+    actions = {
+        "torch_npu": install_kernels,
+        "torch_npu.dynamo.trace_rule": let_dynamo_know_each_function_once,
+        "triton.runtime.jit": install_triton_kernels,
+    }
     sys.meta_path.insert(0, ActionFinder(actions))
     # Where it finds none, torch_npu puts its own there, which needs the graph engine of a real CANN.
     importlib.import_module("torchair")
@@ -86,3 +90,20 @@ def install_triton_kernels() -> None:
     from . import reference_triton_kernels
 
     reference_triton_kernels.install()
+
+
+def let_dynamo_know_each_function_once() -> None:
+    """torch_npu is about to tell Dynamo how to trace its functions: torch.cuda's keep the rules they have.
+
+    SGLang lets torch_npu put its functions in the place of torch.cuda's. Two of them, `manual_seed` and
+    `manual_seed_all`, then have two names and two rules, for which Dynamo of torch 2.13 raises "Duplicate
+    torch object" when it looks one up: at the decorators of SGLang's experts, while they are imported.
+    """
+    from torch._dynamo.trace_rules import torch_name_rule_map
+    from torch_npu.dynamo import trace_rule
+
+    of_cuda = {name: rule for rules in torch_name_rule_map for name, rule in rules.items()}
+    of_npu = trace_rule.torch_non_c_binding_in_graph_functions_npu
+    for name, rule in list(of_npu.items()):
+        if of_cuda.get(name.replace("torch.npu.", "torch.cuda."), rule) != rule:
+            del of_npu[name]

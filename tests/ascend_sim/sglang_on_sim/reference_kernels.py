@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference_moe_kernels
+
 # --- normalisation and activation ----------------------------------------------------------------
 
 
@@ -295,6 +297,7 @@ OPERATORS = (
     npu_rotary_mul,
     npu_fused_infer_attention_score,
     npu_top_k_top_p,
+    *reference_moe_kernels.OPERATORS,
 )
 
 # Functions that torch_npu loads from Ascend's transformer library (ATB); SGLang calls them by name.
@@ -308,6 +311,7 @@ ATB_FUNCTIONS: Mapping[str, Callable[..., None]] = {
 PACKAGE_KERNELS: Mapping[str, Any] = {
     "sgl_kernel_npu.norm.split_qkv_rmsnorm_rope.split_qkv_rmsnorm_rope": split_qkv_rmsnorm_rope,
     "sgl_kernel_npu.mem_cache.allocator.alloc_extend_kernel": AllocateExtend(),
+    **reference_moe_kernels.PACKAGE_KERNELS,
 }
 
 

@@ -1,4 +1,4 @@
-"""Plain torch in the place of SGLang's own Triton kernels that a dense Qwen3 or Qwen3-VL launches on an NPU.
+"""Plain torch in the place of SGLang's own Triton kernels that Qwen3, Qwen3-VL or Qwen3-MoE launch on an NPU.
 
 An Ascend machine compiles them with Triton for Ascend; the Triton that is installed here has no device. As
 in `reference_kernels`, every operation goes through torch_npu onto the current stream. Parameters have the
@@ -118,10 +118,30 @@ def row_logsumexp_topk(
     out_top_idx_ptr.copy_(columns[:, :K])
 
 
+def memcpy(
+    dst_ptr: Tensor,
+    src_ptr: Tensor,
+    offset_ptr: Tensor,
+    sz_ptr: Tensor,
+    offset_src: bool,
+    chunk_size: int,
+    BLOCK_SIZE: int,  # noqa: N803 - the kernel's own name
+) -> None:
+    """Copy `sz_ptr` rows (of `chunk_size` elements) from or to row `offset_ptr`; both numbers are on the
+    device and stay there."""
+    target, source = dst_ptr.view(-1, chunk_size), src_ptr.view(-1, chunk_size)
+    row = torch.arange(len(target), device=target.device)
+    wanted = row + offset_ptr if offset_src else row - offset_ptr
+    copied = row < sz_ptr if offset_src else (wanted >= 0) & (wanted < sz_ptr)
+    rows = source[wanted.clamp(0, len(source) - 1)]
+    target.copy_(torch.where(copied.unsqueeze(1), rows, target))
+
+
 TRITON_KERNELS: Mapping[str, Callable[..., None]] = {
     "write_req_to_token_pool_triton": write_req_to_token_pool,
     "compute_position_kernel": compute_position,
     "apply_interleaved_rope_kernel": apply_interleaved_rope,
+    "memcpy_triton_kernel": memcpy,
     "_row_logsumexp_kernel": row_logsumexp,
     "_row_logsumexp_topk_kernel": row_logsumexp_topk,
 }
