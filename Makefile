@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane contracts clean
+.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane lost-peers contracts clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -39,6 +39,9 @@ bench: setup  ## upstream against this package over an emulated link (ARGS="--qu
 
 bench-host-lane: setup  ## one-way time of a host lane message on loopback
 	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)
+
+lost-peers: setup  ## kill and stop stages, cut the link: an hour, needs root (ARGS="--pp 2 --upstream --json FILE")
+	@$(PYTHON_IN_VENV) -m scripts.lost_peers $(ARGS)
 
 contracts: setup  ## SGLang functions that the patches rely on: which changed in which release
 	@$(PYTHON_IN_VENV) scripts/fingerprint.py $(ARGS)
