@@ -44,7 +44,8 @@ def set_heartbeat(socket: zmq.Socket, timeout_s: float) -> None:
     interval = max(50, milliseconds // 8)
     socket.setsockopt(zmq.HEARTBEAT_IVL, interval)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, milliseconds)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, min(milliseconds + interval, 6553500))
+    ttl = milliseconds + interval + 99  # is kept in tenths of a second, and at most so many
+    socket.setsockopt(zmq.HEARTBEAT_TTL, min(ttl, 6553500))
 
 
 @dataclass(slots=True)

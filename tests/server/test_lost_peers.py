@@ -44,7 +44,7 @@ def episode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Episode]:
 def test_what_is_over_before_the_time_out_changes_no_token(
     episode: Episode, fault: Fault, stage: int
 ) -> None:
-    outcome = episode.survive(fault, stage, seconds=TIMEOUT_S / 2)
+    outcome = episode.survive(fault, stage, seconds=0.8 * TIMEOUT_S)
     assert set(outcome.clients) == {"answer"}
     assert not outcome.left
 
