@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane soak contracts clean
+.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane lost-peers soak contracts clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -42,6 +42,9 @@ bench-host-lane: setup  ## one-way time of a host lane message on loopback
 
 soak: setup  ## half an hour of random load, delays and strangers at pp 4 (ARGS="--minutes 5 --json FILE")
 	@$(PYTHON_IN_VENV) -m scripts.soak $(ARGS)
+
+lost-peers: setup  ## kill and stop stages, cut the link: an hour, needs root (ARGS="--pp 2 --upstream --json FILE")
+	@$(PYTHON_IN_VENV) -m scripts.lost_peers $(ARGS)
 
 contracts: setup  ## SGLang functions that the patches rely on: which changed in which release
 	@$(PYTHON_IN_VENV) scripts/fingerprint.py $(ARGS)

@@ -12,6 +12,7 @@ from . import (
     bootstrap,
     disaggregation,
     dp_metadata,
+    ending,
     groups,
     outputs,
     proxies,
@@ -31,6 +32,7 @@ PATCHES: tuple[Patch, ...] = (
     *dp_metadata.PATCHES,
     *bootstrap.PATCHES,
     *disaggregation.PATCHES,
+    *ending.PATCHES,
 )
 
 

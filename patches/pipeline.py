@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_npu_pp.forward_timer import ForwardTimer
+from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
@@ -61,6 +62,7 @@ class AsyncPipeline:
         self.iteration = -1
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
+        self.reporter: Reporter | None = None
         self.metadata: DPMetadata | None = None  # where attention is data-parallel
         self.transfers = TransferGate(streams, link.trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch

@@ -170,7 +170,8 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     token_return = _open_token_return(link, streams)
     host_lane.seal()
     attach_link(group, link)
-    Reporter(settings, telemetry, trace, clock).install()
+    reporter = Reporter(settings, telemetry, trace, clock)
+    reporter.install()
     if scheduler.server_args.enable_metrics:
         limits = {
             SLOTS: slots,
@@ -180,6 +181,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         }
         Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
     pipeline = AsyncPipeline(link, token_return, streams, slots)
+    pipeline.reporter = reporter
     pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
     if rank == 0:
         pipeline.adviser = DepthAdviser(link, streams, depth)

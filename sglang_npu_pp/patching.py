@@ -265,9 +265,10 @@ class AppliedPatches:
             self._restore.append(lambda: delattr(owner, name))
             return
         original = inspect.getattr_static(owner, name)
-        if isinstance(original, staticmethod | classmethod):
-            raise TypeError("static and class methods are not supported")
-        setattr(owner, name, _bind(patch.wrapper, original))
+        if isinstance(original, staticmethod):
+            raise TypeError("static methods are not supported")
+        bound: Any = _bind(patch.wrapper, getattr(original, "__func__", original))
+        setattr(owner, name, classmethod(bound) if isinstance(original, classmethod) else bound)
         self._restore.append(lambda: setattr(owner, name, original))
 
 

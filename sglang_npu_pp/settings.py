@@ -135,7 +135,7 @@ class Settings:
     )
     peer_timeout_s: float = _setting(
         "_PEER_TIMEOUT_S",
-        "8",
+        "5",
         _number(float, 0.5, 86400, "seconds"),
         "a peer that is silent for so long is lost, and the process ends with an error",
     )

@@ -43,6 +43,10 @@ class Scheduler:
         """Docstring."""
         return value * 2
 
+    @classmethod
+    def name(cls, value):
+        return cls.__name__ + value
+
     @staticmethod
     def fixed():
         return 0
@@ -64,6 +68,7 @@ def patch(target: str, wrapper: Any, **options: Any) -> Patch:
 
 STEP = patch("fake_upstream:Scheduler.step", lambda original, self, value: original(self, value) + 100)
 PLAIN = patch("fake_upstream:plain", lambda original, value: -original(value))
+NAME = patch("fake_upstream:Scheduler.name", lambda original, cls, value: "our " + original(cls, value))
 ADDED = patch("fake_upstream:Scheduler.extra", lambda self: "extra", adds=True, relies_on=(STEP.target,))
 
 
@@ -79,12 +84,15 @@ def contract() -> dict[str, dict[str, str | None]]:
 
 def test_patches_apply_and_undo(upstream: Any) -> None:
     before = upstream.Scheduler.step
-    applied = AppliedPatches([STEP, PLAIN, ADDED])
+    applied = AppliedPatches([STEP, PLAIN, ADDED, NAME])
     assert upstream.Scheduler().step(3) == 106
+    assert upstream.Scheduler.name("!") == upstream.Scheduler().name("!") == "our Scheduler!"
+    assert type("Sub", (upstream.Scheduler,), {}).name("!") == "our Sub!"
     assert upstream.plain(1) == -2
     assert upstream.Scheduler().extra() == "extra"
     applied.undo()
     assert upstream.Scheduler.step is before
+    assert upstream.Scheduler.name("!") == "Scheduler!"
     assert upstream.plain(1) == 2
     assert not hasattr(upstream.Scheduler, "extra")
 

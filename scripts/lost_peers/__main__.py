@@ -1,8 +1,8 @@
 """Strike the stages of a server, and the link between its nodes, and see what is left.
 
-python -m scripts.lost_peers                    pp 2 and 4, every fault on every stage, idle and busy: hours
+python -m scripts.lost_peers                    pp 2 and 4, every fault on every stage, idle and busy: an hour
 python -m scripts.lost_peers --pp 2 --faults killed --busy
-python -m scripts.lost_peers --upstream ...     what the unpatched server does, at most a minute each
+python -m scripts.lost_peers --upstream ...     what the unpatched server does, half a minute each
 
 Two nodes in two network namespaces of this machine; needs root. Kills nothing but the servers it started.
 """
@@ -22,15 +22,17 @@ from rich.console import Console
 
 from scripts.bench.link import EmulatedLink, LinkError, reason_for_loopback
 from scripts.lib.server import ServerError
+from sglang_npu_pp.settings import Settings
 
 from .episode import Episode, Outcome, describe, on_two_nodes
 from .faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 _MODEL = ROOT / "tests/assets/random_vl"
+DEFAULT_TIMEOUT_S = Settings().peer_timeout_s
 _HARMLESS_S = 2.0  # how long a pause lasts
-_UPSTREAM_LIMIT_S = 60.0
-_SETTLE_S = 6.0  # beyond the time-out: until the processes of a node have ended
+_END_LIMIT_S = 10.0  # with the default time-out; more by what a chosen one is longer
+_UPSTREAM_LIMIT_S = 30.0
 _OURS, _UPSTREAM = "sglang-npu-pp", "upstream"
 
 
@@ -49,11 +51,11 @@ def main() -> int:
             for row in run(options, Path(folder)):
                 rows.append(row)
                 console.print(line(row), soft_wrap=True)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
         except (ServerError, LinkError) as error:
             console.print(f"lost_peers: {error}", soft_wrap=True, markup=False)
             return 2
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(any(row["wrong"] for row in rows if row["server"] == _OURS))
 
 
@@ -68,7 +70,12 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--stages", help="only these, with commas")
     parser.add_argument("--busy", action="store_true", help="only with requests under way")
     parser.add_argument("--upstream", action="store_true", help="also the unpatched server")
-    parser.add_argument("--timeout", type=float, default=4.0, help="SGLANG_NPU_PP_PEER_TIMEOUT_S (4)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        help=f"SGLANG_NPU_PP_PEER_TIMEOUT_S ({DEFAULT_TIMEOUT_S:g})",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes there")
     options = parser.parse_args()
     unknown = set(options.faults.split(",")).difference(FAULTS)
@@ -111,7 +118,8 @@ def cases(
 def strike(episode: Episode, fault: Fault, stage: int, busy: bool, name: str, timeout_s: float) -> Outcome:
     if fault.harmless:
         return episode.survive(fault, stage, seconds=_HARMLESS_S)
-    limit_s = timeout_s + _SETTLE_S if name == _OURS else _UPSTREAM_LIMIT_S
+    allowed_s = _END_LIMIT_S + max(0.0, timeout_s - DEFAULT_TIMEOUT_S)
+    limit_s = allowed_s if name == _OURS else _UPSTREAM_LIMIT_S
     outcome = episode.lose(fault, stage, busy=busy, limit_s=limit_s)
     outcome.restarted = episode.restart()
     return outcome
@@ -126,8 +134,9 @@ def wrong(outcome: Outcome, fault: Fault, busy: bool, pp: int) -> list[str]:
         return found
     if not outcome.ended:
         found.append(f"not everything had ended after {outcome.ended_s:.0f} s")
-    if not outcome.sentences:
-        found.append("no error names who is gone")
+    silent = [str(node) for node, sentences in enumerate(outcome.sentences) if not sentences]
+    if silent:
+        found.append(f"no error of node {' and '.join(silent)} says who is gone")
     if busy and set(outcome.clients).difference({"answer", "error"}):
         found.append(f"requests got {dict(outcome.clients)}")
     if outcome.restarted is False:

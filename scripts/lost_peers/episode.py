@@ -26,10 +26,12 @@ from .faults import Fault, Target
 ANSWER_LIMIT_S = 120.0
 _REQUESTS = 8
 _SAMPLING = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 150}
-# One error names who is gone, what was last sent to it, and what to do.
+# One error names who is gone, what was last sent to it, and what to do; or what became of an own process.
 SENTENCE = re.compile(
-    r"stage \d+ rank \d+: stage \d+ is gone: its connection .*\(last sent to it: .*\); "
-    r"look at that stage's log"
+    r"stage \d+ rank \d+: (?:"
+    r"stage \d+ is gone: its connection .*\(last sent to it: .*\); look at that stage's log"
+    r"|process \d+ (?:has been stopped|was killed) \(.*, so .*this node ends"
+    r").*restart the server"
 )
 
 
@@ -37,12 +39,11 @@ SENTENCE = re.compile(
 class Outcome:
     """What a fault did."""
 
-    ended: bool = False  # every process but the one that was struck
+    ended: bool = False  # every process, the one that was struck among them
     ended_s: float = 0.0  # from the fault until then, or the limit
-    sentences: list[str] = field(default_factory=list)  # of all nodes' logs, each once
+    sentences: list[list[str]] = field(default_factory=list)  # in the log of each node
     clients: Counter[str] = field(default_factory=Counter)  # "answer", "other answer", "error", "silence"
-    left: list[str] = field(default_factory=list)  # processes, ports and sockets of ours, in words
-    shared_memory: list[str] = field(default_factory=list)  # of SGLang, which ends its processes by SIGKILL
+    left: list[str] = field(default_factory=list)  # processes, ports, sockets and shared memory, in words
     restarted: bool | None = None  # on the same ports, where it was tried
 
 
@@ -91,12 +92,12 @@ class Episode:
         return Outcome(clients=clients, left=self._gone_schedulers())
 
     def lose(self, fault: Fault, stage: int, *, busy: bool, limit_s: float) -> Outcome:
-        """Strike and wait until every other process has ended, `limit_s` at most.
+        """Strike and wait until every process has ended, `limit_s` at most.
 
         Afterwards the server has no process and the fault is undone, so that it can be started again.
         """
         target = self.target(stage)
-        processes = [process for process in self.server._track() if process.pid != target.pid]
+        processes = self.server._track()
         with ThreadPoolExecutor(_REQUESTS) as threads:
             asked = self._ask_all(threads) if busy else []
             began = time.monotonic()
@@ -105,13 +106,12 @@ class Episode:
             ended_s = time.monotonic() - began
             left = [f"process {process.pid}: {_title(process)}" for process in alive]
             if not alive:
-                left += self._ports() + self._sockets()
-            segments = [path.name for path in self.server._shared_memory if path.exists()]
+                left += self._ports() + self._sockets() + self._segments()
             wait(asked, timeout=1.0 if alive else limit_s)
             clients = self._outcomes(asked)
             fault.undo(target)
             self.server.stop()  # what is left; clients that still wait are let go by it
-        return Outcome(not alive, ended_s, self._sentences(), clients, left, sorted(segments))
+        return Outcome(not alive, ended_s, self._sentences(), clients, left)
 
     def restart(self) -> bool:
         """Start the server again on its ports at once, and ask."""
@@ -162,9 +162,9 @@ class Episode:
 
     # --- what is left --------------------------------------------------------------------------
 
-    def _sentences(self) -> list[str]:
-        text = "\n".join(self.server.log_text(node) for node in range(self.server.nnodes))
-        return sorted(set(SENTENCE.findall(text)))
+    def _sentences(self) -> list[list[str]]:
+        nodes = range(self.server.nnodes)
+        return [sorted(set(SENTENCE.findall(self.server.log_text(node)))) for node in nodes]
 
     def _gone_schedulers(self) -> list[str]:
         return [f"the scheduler {pid} is gone" for pid in self._stages if not psutil.pid_exists(pid)]
@@ -180,6 +180,9 @@ class Episode:
     def _sockets(self) -> list[str]:
         scratch = self.server._scratch
         return [f"socket {path}" for path in scratch.glob("sglang-npu-pp-*")] if scratch is not None else []
+
+    def _segments(self) -> list[str]:
+        return [f"shared memory {path.name}" for path in self.server._shared_memory if path.exists()]
 
 
 def _title(process: psutil.Process) -> str:

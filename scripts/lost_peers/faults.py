@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from scripts.bench.link import EmulatedLink
@@ -21,7 +22,11 @@ class Target:
 
 
 def _signal(number: signal.Signals) -> Callable[[Target], None]:
-    return lambda target: os.kill(target.pid, number)
+    def send(target: Target) -> None:
+        with suppress(ProcessLookupError):  # to be undone, but it has ended
+            os.kill(target.pid, number)
+
+    return send
 
 
 def _lose(*nodes: int) -> Callable[[Target], None]:

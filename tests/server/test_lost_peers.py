@@ -5,6 +5,7 @@ A part of what `python -m scripts.lost_peers` does. The peer time-out is short, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -12,7 +13,7 @@ import pytest
 
 from scripts.bench.link import EmulatedLink, reason_for_loopback
 from scripts.lost_peers.episode import Episode, on_two_nodes
-from scripts.lost_peers.faults import CUT, PAUSE, SLOW, Fault
+from scripts.lost_peers.faults import PAUSE, SLOW, STOP, Fault
 
 from .conftest import RANDOM_MODEL
 
@@ -43,15 +44,17 @@ def episode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Episode]:
 def test_what_is_over_before_the_time_out_changes_no_token(
     episode: Episode, fault: Fault, stage: int
 ) -> None:
-    outcome = episode.survive(fault, stage, seconds=TIMEOUT_S / 2)
+    outcome = episode.survive(fault, stage, seconds=0.8 * TIMEOUT_S)
     assert set(outcome.clients) == {"answer"}
     assert not outcome.left
 
 
 def test_a_lost_peer_ends_the_server_with_a_sentence_and_leaves_nothing(episode: Episode) -> None:
     """The last test here: the server has ended behind it."""
-    outcome = episode.lose(CUT, 1, busy=True, limit_s=END_LIMIT_S)
+    outcome = episode.lose(STOP, 1, busy=True, limit_s=END_LIMIT_S)
     assert outcome.ended, outcome.left
     assert not outcome.left
-    assert outcome.sentences
+    (noticed,), (ended,) = outcome.sentences
+    assert noticed.startswith("stage 0 rank 0: stage 1 is gone")
+    assert re.match(r"stage 1 rank 0: process \d+ has been stopped", ended)
     assert set(outcome.clients) <= {"answer", "error"}

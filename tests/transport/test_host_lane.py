@@ -32,6 +32,7 @@ from sglang_npu_pp.transport import host_lane
 from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
+from sglang_npu_pp.transport.outbox import set_heartbeat
 
 from .harness import (
     Call,
@@ -655,6 +656,17 @@ def test_a_stopped_and_a_killed_peer_are_noticed_by_who_waits_and_by_who_only_se
     victim.await_end()
     assert not list(ipc_dir.iterdir()), "a killed rank has left files"
     team.dismiss(victim)
+
+
+@pytest.mark.parametrize("timeout_s", [0.5, 5.0, 6000.0])
+def test_a_pause_that_is_shorter_than_the_time_out_is_no_loss(timeout_s: float) -> None:
+    """What ZeroMQ is told, in ms: it counts from a ping, and the peer from the one before."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        set_heartbeat(socket, timeout_s)
+        interval = socket.getsockopt(zmq.HEARTBEAT_IVL)
+        assert interval <= timeout_s * 1000 / 8
+        assert socket.getsockopt(zmq.HEARTBEAT_TIMEOUT) >= timeout_s * 1000
+        assert socket.getsockopt(zmq.HEARTBEAT_TTL) >= min(timeout_s * 1000 + interval, 6553500)
 
 
 @transports
