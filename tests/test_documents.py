@@ -57,14 +57,12 @@ RUN_BY = {
     "--dtype bfloat16": "tests/accuracy/test_command_line.py::test_the_run_of_upstreams_pull_request",
     "python scripts/accuracy.py --base-url http://HOST:PORT --tasks mmmu_val": ""
     "tests/accuracy/test_runs.py::test_the_command_measures_one_server_as_it_is",
-    ".venv/bin/python -m scripts.bench.dp_metadata --rounds 6 --json result.json": ""
-    "tests/bench/test_waits.py::test_a_step_counts_calls_once_and_for_what_it_launched",
-    ".venv/bin/python -m scripts.bench.dp_metadata --device npu-sim --rounds 2": "tests/bench/test_waits.py::"
-    "test_the_table_has_all_rounds_of_a_competitor",
     ".venv/bin/python -m scripts.bench.kv --json result.json": "tests/server/test_kv_transfer.py::"
     "test_a_chunk_is_queued_behind_its_launch",
-    ".venv/bin/python -m scripts.bench.kv --only lookups --decode-pp 2": "tests/bench/test_waits.py::"
-    "test_lookups_of_an_iteration_are_counted_once_and_only_of_its_thread",
+    ".venv/bin/python -m scripts.bench.row_gather --json result.json": "tests/ascend/test_row_gather.py::"
+    "test_rows_do_not_wait_for_the_forwards_that_were_launched",
+    "DP_ATTENTION_DEVICE=npu-sim .venv/bin/python -m pytest tests/server/test_dp_attention.py": ""
+    "tests/server/test_dp_attention.py::test_answers_are_upstreams",
     "python scripts/fingerprint.py --all": "tests/test_releases.py::"
     "test_the_contract_is_true_of_the_installed_release",
     "python -m tests.ascend_sim.build": "tests/ascend_sim/test_build.py::"

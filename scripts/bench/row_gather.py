@@ -84,7 +84,8 @@ def ours(here: Here, device: torch.device, name: str) -> Gather:
 def run(here: Here, name: str, forward_ms: int, steps: int) -> list[tuple[int, int]]:
     """Wall time and CPU time of the thread in each step, in nanoseconds."""
     npu = torch.get_device_module(here.device)
-    stream, gather, times = npu.Stream(), here.kept[name], []
+    stream, gather = npu.Stream(), here.kept[name]
+    times: list[tuple[int, int]] = []
     with npu.stream(stream):
         for _ in range(steps):
             if forward_ms:
