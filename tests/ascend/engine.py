@@ -158,7 +158,7 @@ def make_manager(here: Here) -> Any:
         required_dst_info_num=1,
         decode_prefix_len=0,
     )
-    manager = make_prefill_manager(
+    manager: Any = make_prefill_manager(
         AscendKVManager,
         kv_args=kv_args,
         pp_size=STAGES,

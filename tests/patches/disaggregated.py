@@ -28,7 +28,7 @@ TOKENS = 400  # that a request may have
 
 def bare(kind: type, **values: Any) -> Any:
     """An object of that class without its constructor."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     made.__dict__.update(values)
     return made
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from .missing_packages import ROOTS, MissingPackage
 
@@ -102,7 +103,8 @@ def let_dynamo_know_each_function_once() -> None:
     from torch._dynamo.trace_rules import torch_name_rule_map
     from torch_npu.dynamo import trace_rule
 
-    of_cuda = {name: rule for rules in torch_name_rule_map for name, rule in rules.items()}
+    maps: list[Any] = list(torch_name_rule_map)
+    of_cuda = {name: rule for rules in maps for name, rule in rules.items()}
     of_npu = trace_rule.torch_non_c_binding_in_graph_functions_npu
     for name, rule in list(of_npu.items()):
         if of_cuda.get(name.replace("torch.npu.", "torch.cuda."), rule) != rule:
