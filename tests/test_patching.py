@@ -87,7 +87,8 @@ def test_patches_apply_and_undo(upstream: Any) -> None:
     applied = AppliedPatches([STEP, PLAIN, ADDED, NAME])
     assert upstream.Scheduler().step(3) == 106
     assert upstream.Scheduler.name("!") == upstream.Scheduler().name("!") == "our Scheduler!"
-    assert type("Sub", (upstream.Scheduler,), {}).name("!") == "our Sub!"
+    sub: Any = type("Sub", (upstream.Scheduler,), {})
+    assert sub.name("!") == "our Sub!"
     assert upstream.plain(1) == -2
     assert upstream.Scheduler().extra() == "extra"
     applied.undo()

@@ -88,7 +88,7 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
     parser.add_argument("--device", choices=("cpu", "npu-sim"), default="cpu", help="npu-sim: first of all")
     parser.add_argument("--link", choices=("auto", "none"), default="auto", help="none: loopback")
-    parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 4 layers, width 512)")
+    parser.add_argument("--model-path", type=Path, help="(a random Qwen3-VL of 4 layers, width 384)")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="also vLLM, of that interpreter")
     parser.add_argument("--pp", type=int, choices=(2, 4), help="only this pipeline size")
     parser.add_argument("--loads", help=f"only these, with commas: {','.join(LOADS)}")
