@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -33,10 +33,15 @@ class BootstrapServer:
         self.more: dict[str, Any] = {}  # what else stands in the description of the prefill server
         self._released = threading.Event()
         self._arrived = threading.Condition()
+        self._connections: list[socket.socket] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                server._connections.append(self.connection)
 
             def do_GET(self) -> None:
                 server._handle(self, None)
@@ -69,8 +74,12 @@ class BootstrapServer:
         assert arrived, f"{len(self.seen)} of {count} requests arrived in {LIMIT_S:.0f} s"
 
     def kill(self) -> None:
+        """Connections that a client keeps for its next question end too."""
         self.release()
         self._http.shutdown()
+        for connection in self._connections:
+            with suppress(OSError):  # it has ended already
+                connection.shutdown(socket.SHUT_RDWR)
         self._http.server_close()
         self._thread.join(LIMIT_S)
 
