@@ -6,10 +6,12 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import requests
 
 HOST = "127.0.0.1"
 LIMIT_S = 30.0
@@ -18,22 +20,28 @@ LIMIT_S = 30.0
 class BootstrapServer:
     """Answers as SGLang's own does for a prefill server of `stages` x 1 ranks, until told otherwise.
 
-    `behaviour`: "well"; "slow": no answer until `release`; "error": HTTP 500; "refuse": HTTP 404; "garbage":
-    200 and no JSON; "starting": 503. `seen` are the paths that were asked for, `registered` the rooms.
+    `behind`: the address of a real one, whose answers it hands on instead. `behaviour`: "well"; "slow": no
+    answer until `release`; "error": HTTP 500; "refuse": HTTP 404; "garbage": 200 and no JSON; "starting":
+    HTTP 503. `seen` are the paths that were asked for, `registered` the rooms.
     """
 
-    def __init__(self, stages: int = 2, page_size: int = 1, port: int = 0) -> None:
-        self.stages, self.page_size = stages, page_size
+    def __init__(self, stages: int = 2, page_size: int = 1, port: int = 0, behind: str | None = None) -> None:
+        self.stages, self.page_size, self.behind = stages, page_size, behind
         self.behaviour = "well"
         self.seen: list[str] = []
         self.registered: dict[int, int] = {}
         self.more: dict[str, Any] = {}  # what else stands in the description of the prefill server
         self._released = threading.Event()
         self._arrived = threading.Condition()
+        self._connections: list[socket.socket] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                server._connections.append(self.connection)
 
             def do_GET(self) -> None:
                 server._handle(self, None)
@@ -66,8 +74,12 @@ class BootstrapServer:
         assert arrived, f"{len(self.seen)} of {count} requests arrived in {LIMIT_S:.0f} s"
 
     def kill(self) -> None:
+        """Connections that a client keeps for its next question end too."""
         self.release()
         self._http.shutdown()
+        for connection in self._connections:
+            with suppress(OSError):  # it has ended already
+                connection.shutdown(socket.SHUT_RDWR)
         self._http.server_close()
         self._thread.join(LIMIT_S)
 
@@ -91,6 +103,11 @@ class BootstrapServer:
 
     def _answer(self, path: str, body: Any) -> Any:
         parts = urlsplit(path)
+        if parts.path == "/health":
+            return "OK"
+        if self.behind is not None:
+            method = "GET" if body is None else "POST"
+            return requests.request(method, f"http://{self.behind}{path}", json=body, timeout=LIMIT_S).json()
         if parts.path == "/query_dp_ranks":
             rooms = [room for room in body["bootstrap_rooms"] if room in self.registered]
             return {str(room): self.registered[room] for room in rooms}

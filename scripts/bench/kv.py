@@ -5,8 +5,8 @@
 Two things are measured. "transfer": how long a page of KV waits from the end of the forward that wrote it
 to the beginning of its transfer, over the chunks of a load of long prompts, on both stages. "lookups": how
 long an iteration of the decode server's event loop is in the functions that may ask a bootstrap server, while
-requests come that name one which is dead, slow, or answers with errors, among others that name the right one;
-and what became of every request.
+200 requests come in four turns. In each turn half of them name a bootstrap server that is killed, slow,
+answers with errors, and is back, and the others the right one; and what became of every request.
 
 Not shown: a device, on which a forward ends behind its launch; and a network.
 """
@@ -26,7 +26,7 @@ from typing import Any
 
 from scripts.lib import disaggregated
 from scripts.lib.disaggregated import Pair, noted
-from scripts.lib.server import Server, free_ports
+from scripts.lib.server import HOST, Server, free_ports
 from tests.bootstrap_server import bootstrap_server, dead_address
 from tests.server.battery import prompt
 
@@ -39,17 +39,17 @@ ARGUMENTS = (
     *("--dtype", "float32", "--skip-server-warmup", "--disable-radix-cache"),
 )
 LENGTH, PROMPTS, CONCURRENCY = 1500, 16, 4
-REQUESTS = 200
-TROUBLES = ("well", "dead", "slow", "error")
+TURNS = ("killed", "slow", "error", "back")
+A_TURN = 50  # requests
 
 
 @contextmanager
-def running(name: str, folder: Path) -> Iterator[tuple[Pair, dict[str, Path]]]:
+def running(name: str, folder: Path, decode_stages: int) -> Iterator[tuple[Pair, dict[str, Path]]]:
     """Both servers; with the folders in which their probes write."""
     (bootstrap_port,) = free_ports(1)
     folders = {mode: folder / name / mode for mode in disaggregated.MODES}
     servers = []
-    for mode, stages in zip(disaggregated.MODES, (2, 1), strict=True):
+    for mode, stages in zip(disaggregated.MODES, (2, decode_stages), strict=True):
         folders[mode].mkdir(parents=True)
         environment = {
             **disaggregated.engine_environment(),
@@ -69,13 +69,21 @@ def body(length: int, seed: int, tokens: int = 4) -> dict[str, Any]:
     return {"input_ids": prompt(length, seed), "sampling_params": sampling}
 
 
+def load() -> list[dict[str, Any]]:
+    return [body(LENGTH, seed) for seed in range(PROMPTS)]
+
+
+def warm_up(pair: Pair) -> list[list[int]]:
+    """The load for the first time; its tokens."""
+    return [answer["output_ids"] for answer in pair.generate_all(load(), CONCURRENCY)]
+
+
 def measure_transfers(pair: Pair, folder: Path) -> dict[str, Any]:
     before = len(noted(folder, "chunk"))
-    answers = pair.generate_all([body(LENGTH, seed) for seed in range(PROMPTS)], CONCURRENCY)
+    pair.generate_all(load(), CONCURRENCY)
     chunks = noted(folder, "chunk")[before:]
     ages = sorted(chunk["age_ms"] for chunk in chunks)
     return {
-        "answers": [getattr(answer, "args", None) or answer["output_ids"] for answer in answers],
         "chunks": len(chunks),
         "mean_ms": statistics.mean(ages),
         "median_ms": statistics.median(ages),
@@ -84,24 +92,19 @@ def measure_transfers(pair: Pair, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_trouble(pair: Pair, folder: Path) -> dict[str, Any]:
-    """Every fourth request names each of the servers; the right one has to answer its requests."""
+def measure_lookups(pair: Pair, folder: Path) -> dict[str, Any]:
     before = {what: len(noted(folder, what)) for what in ("lookups", "http")}
-    with bootstrap_server() as slow, bootstrap_server() as wrong, ThreadPoolExecutor(REQUESTS) as pool:
-        slow.behaviour, wrong.behaviour = "slow", "error"
-        ports = {"dead": int(dead_address().split(":")[1]), "slow": slow.port, "error": wrong.port}
-
-        def ask(number: int) -> tuple[str, str]:
-            trouble = TROUBLES[number % len(TROUBLES)]
-            if trouble == "well":
-                answer = pair.generate(body(20, number))[1]
-                return trouble, "failed" if isinstance(answer, Exception) else "answered"
-            answer = pair.decode_alone(body(20, number), ports[trouble])
-            return trouble, "failed" if isinstance(answer, Exception) else "answered"
-
-        ends = Counter(pool.map(ask, range(REQUESTS)))
+    port = int(dead_address().split(":")[1])
+    ends: Counter[str] = Counter()
+    for number, turn in enumerate(TURNS):
+        with ExitStack() as stack:
+            if turn != "killed":
+                real = f"{HOST}:{pair.bootstrap_port}"
+                server = stack.enter_context(bootstrap_server(port=port, behind=real))
+                server.behaviour = turn if turn in ("slow", "error") else "well"
+            ends.update(f"{turn}: {end}" for end in ask(pair, port, turn, seed=A_TURN * number))
     iterations = noted(folder, "lookups")[before["lookups"] :]
-    result: dict[str, Any] = {"ends": {f"{trouble}, {end}": count for (trouble, end), count in ends.items()}}
+    result: dict[str, Any] = {"ends": dict(ends)}
     for clock, name in (("wall", "lookups"), ("cpu", "cpu_ms")):
         times = [iteration[name] for iteration in iterations]
         result[f"longest_{clock}_ms"] = max(times, default=0.0)
@@ -109,24 +112,45 @@ def measure_trouble(pair: Pair, folder: Path) -> dict[str, Any]:
     return {**result, "http_in_the_event_loop": len(noted(folder, "http")) - before["http"]}
 
 
+def ask(pair: Pair, port: int, turn: str, seed: int) -> list[str]:
+    """How the requests of a turn end. Those that nobody can bring together with the prefill server go to the
+    decode server alone."""
+
+    def one(number: int) -> str:
+        request = body(20, seed + number)
+        if number % 2:
+            return f"right one, {end(pair.generate(request, 300)[1])}"
+        if turn == "back":
+            return f"that one, {end(pair.generate(request, 300, port)[1])}"
+        return f"that one, {end(pair.decode_alone(request, port))}"
+
+    def end(answer: Any) -> str:
+        return "failed" if isinstance(answer, Exception) else "answered"
+
+    with ThreadPoolExecutor(A_TURN) as pool:
+        return list(pool.map(one, range(A_TURN)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    parser.add_argument("--without-trouble", action="store_true", help="measure transfers only")
+    parser.add_argument("--only", choices=["transfer", "lookups"], help="measure one of them")
+    parser.add_argument("--decode-pp", type=int, default=1, help="stages of the decode server")
     arguments = parser.parse_args()
     if reason := disaggregated.engine_missing():
         parser.error(reason)
     results: dict[str, dict[str, Any]] = {}
+    answers = []
     with tempfile.TemporaryDirectory() as folder:
         for name in COMPETITORS:
-            with running(name, Path(folder)) as (pair, folders):
-                measure_transfers(pair, folders["prefill"])  # warms up
-                results[name] = {"transfer": measure_transfers(pair, folders["prefill"])}
-                if not arguments.without_trouble:
-                    results[name]["lookups"] = measure_trouble(pair, folders["decode"])
-    answers = [result["transfer"].pop("answers") for result in results.values()]
-    for name, result in results.items():
-        print(name, json.dumps(result, indent=1))
+            with running(name, Path(folder), arguments.decode_pp) as (pair, folders):
+                result = results[name] = {}
+                answers.append(warm_up(pair))
+                if arguments.only != "lookups":
+                    result["transfer"] = measure_transfers(pair, folders["prefill"])
+                if arguments.only != "transfer":
+                    result["lookups"] = measure_lookups(pair, folders["decode"])
+            print(name, json.dumps(result, indent=1), flush=True)
     print("answers of both are equal:", answers[0] == answers[1])
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -65,12 +65,15 @@ class Pair:
     def __init__(self, prefill: Server, decode: Server, bootstrap_port: int) -> None:
         self.prefill, self.decode, self.bootstrap_port = prefill, decode, bootstrap_port
 
-    def generate(self, body: dict[str, Any], timeout_s: float = 60.0) -> tuple[Any, Any]:
+    def generate(
+        self, body: dict[str, Any], timeout_s: float = 60.0, bootstrap_port: int | None = None
+    ) -> tuple[Any, Any]:
         """The answers of /generate: the prefill server's, whose text is one token, and the decode server's.
 
-        An answer that is an HTTP error is given as the exception.
+        An answer that is an HTTP error is given as the exception. `bootstrap_port`: of a server that stands
+        before the real one.
         """
-        room = _new_room(self.bootstrap_port)
+        room = self._new_room(bootstrap_port)
         with ThreadPoolExecutor(2) as pool:
             prefill, decode = pool.map(
                 lambda server: _ask(server, {**body, **room}, timeout_s), (self.prefill, self.decode)
@@ -79,16 +82,16 @@ class Pair:
 
     def decode_alone(self, body: dict[str, Any], bootstrap_port: int, timeout_s: float = 300.0) -> Any:
         """The decode server's answer to a request that no prefill server gets."""
-        return _ask(self.decode, {**body, **_new_room(bootstrap_port)}, timeout_s)
+        return _ask(self.decode, {**body, **self._new_room(bootstrap_port)}, timeout_s)
+
+    def _new_room(self, bootstrap_port: int | None) -> dict[str, Any]:
+        port = self.bootstrap_port if bootstrap_port is None else bootstrap_port
+        return {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": next(_rooms)}
 
     def generate_all(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Any]:
         """The decode server's answers, in the order of `bodies`."""
         with ThreadPoolExecutor(concurrency) as pool:
             return [decode for _, decode in pool.map(self.generate, bodies)]
-
-
-def _new_room(bootstrap_port: int) -> dict[str, Any]:
-    return {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port, "bootstrap_room": next(_rooms)}
 
 
 def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> Any:

@@ -1,12 +1,17 @@
-"""What the benchmark of disaggregated servers counts as look-ups. Time is set by the test."""
+"""What the benchmarks of DP metadata and of look-ups count. Time is set by the tests."""
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from scripts.bench import dp_metadata
+from scripts.bench.dp_metadata_plugin import dp_metadata_probe
 from scripts.lib.disaggregated import noted
 from scripts.lib.kv_plugin import kv_probe
 
@@ -17,13 +22,58 @@ class Clock:
     def __init__(self) -> None:
         self._wall = self._cpu = 0
 
-    def monotonic(self) -> int:
+    def monotonic_ns(self) -> int:
         self._wall += 10
         return self._wall
 
-    def thread_time(self) -> int:
+    def thread_time_ns(self) -> int:
         self._cpu += 3
         return self._cpu
+
+    monotonic, thread_time = monotonic_ns, thread_time_ns
+
+
+def batch(idle: bool) -> Any:
+    return SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: idle))
+
+
+def test_a_step_counts_calls_once_and_for_what_it_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dp_metadata_probe, "time", Clock())
+    monkeypatch.setattr(
+        "sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(pp_rank=1, tp_rank=0)
+    )
+    meter = dp_metadata_probe.Meter(tmp_path)
+    wait = meter.timed(lambda: None)
+    gather = meter.timed(wait)  # upstream's name, in which ours waits
+    prepare = meter.beginning(gather)
+    for launched in (batch(idle=False), batch(idle=True), None):
+        prepare()
+        if launched is not None:
+            meter.launch(launched)
+            wait()  # what was left at the gather is decided in the launch
+    prepare()
+    meter.write()
+    written = json.loads((tmp_path / "stage1-rank0.1.json").read_text())
+    nested, alone = [20, 6], [10, 3]
+    both = [one + other for one, other in zip(nested, alone, strict=True)]
+    assert written == {"batch": [both], "idle": [both], "nothing": [nested]}
+
+
+def test_the_table_has_all_rounds_of_a_competitor() -> None:
+    def row(name: str, number: int, ns: int) -> dict[str, Any]:
+        steps = {"stage0-rank0": {"batch": [[ns, ns // 2]] * 2}, "stage1-rank1": {"idle": [[ns, 0]] * 3}}
+        return {"competitor": name, "round": number, "steps": steps, "tokens": [[1]], "load": 0.0}
+
+    rows = [row("upstream", 0, 4000), row("upstream", 1, 8000), row("ours", 0, 1000), row("ours", 1, 1000)]
+    lines = dp_metadata.table(rows).splitlines()
+    cells = [" ".join(line.split()) for line in lines]
+    assert cells[1] == "stage0 batch (4) 6 8 3 (4) 1 1 0"
+    assert cells[5].startswith("stage1 idle (6) 6 8 0")
+    assert dp_metadata.tokens_are_equal(rows)
+    rows[3]["tokens"] = [[2]]
+    assert not dp_metadata.tokens_are_equal(rows)
 
 
 def test_lookups_of_an_iteration_are_counted_once_and_only_of_its_thread(

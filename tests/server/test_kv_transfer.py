@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from scripts.lib import disaggregated
-from scripts.lib.server import Server, free_ports
+from scripts.lib.server import HOST, Server, free_ports
 from tests.bootstrap_server import bootstrap_server, dead_address
 
 from . import battery
@@ -163,3 +163,21 @@ def test_a_bootstrap_server_in_trouble_fails_its_request_alone(
         ids(pair.generate(body(40, seed=50))[1])
         reason = str(asked.result(timeout=60))
     assert_says_why(pair, reason, address)
+
+
+def test_a_bootstrap_server_that_is_killed_and_comes_back(pair: disaggregated.Pair) -> None:
+    """Requests that come while the decode server has lost it fail with the reason; others are answered."""
+    request = body(40, seed=70)
+    expected = ids(pair.generate(request)[1])
+    real = f"{HOST}:{pair.bootstrap_port}"
+    with bootstrap_server(behind=real) as first:
+        assert ids(pair.generate(request, bootstrap_port=first.port)[1]) == expected
+    lost = f"Lost connection with prefill instance (bootstrap_addr: {first.address})"
+    deadline = time.monotonic() + 60
+    while pair.decode.log_text().count(lost) < pair.decode.pp:  # each stage asks by itself
+        assert time.monotonic() < deadline, "a stage of the decode server did not notice in 60 s"
+        time.sleep(0.1)
+    assert_says_why(pair, str(pair.decode_alone(request, first.port)), first.address)
+    assert ids(pair.generate(request)[1]) == expected
+    with bootstrap_server(behind=real, port=first.port):
+        assert ids(pair.generate(request, bootstrap_port=first.port)[1]) == expected

@@ -1,0 +1,165 @@
+"""How long the metadata of data-parallel attention block a scheduler, a step: unpatched against patched.
+
+    .venv/bin/python -m scripts.bench.dp_metadata --rounds 6 --json result.json     # --device npu-sim
+
+The servers (tp 2 dp 2 pp 2, a tiny Qwen3-MoE) are resident; those that are not measured are stopped with
+SIGSTOP. Rounds alternate, every other one backwards. A round sends 32 requests at once, of 32 tokens in and
+33 out, and then one alone, which leaves one of the two ranks idle. "ours" gathers on the device, "ours, host"
+over gloo; on CPU they are the same, so only one is measured. All tokens are compared.
+
+Blocked is the time in upstream's gather, or in our post and wait. It contains waiting until the other rank
+has come to the same point; CPU time does not, and depends little on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.competitors import FROZEN_LIMIT_S
+from scripts.bench.dp_metadata_plugin.dp_metadata_probe import KINDS, SIGNAL
+from scripts.bench.load import DECODE, Load, Request
+from scripts.bench.load import run as run_load
+from scripts.lib.server import Server, ServerError
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "tests/assets/random_moe"
+PLUGIN = Path(__file__).parent / "dp_metadata_plugin"
+ON, OFF = {"SGLANG_NPU_PP": "require"}, {"SGLANG_NPU_PP": "0"}
+HOST = {"SGLANG_NPU_PP_DP_METADATA": "host"}
+COMPETITORS = {
+    "cpu": {"upstream": OFF, "ours": ON},
+    "npu-sim": {"upstream": OFF, "ours": ON, "ours, host": {**ON, **HOST}},
+}
+ALONE = Load("alone", [Request(32, 33)])
+ARGUMENTS = (
+    *("--dp-size", "2", "--enable-dp-attention", "--max-total-tokens", "16384"),
+    *("--skip-server-warmup", "--disable-radix-cache", "--watchdog-timeout", FROZEN_LIMIT_S),
+)
+# In float32 tokens do not depend on who shares a batch; but on NPU SGLang's experts answer in bfloat16.
+DTYPES = {"cpu": "float32", "npu-sim": "bfloat16"}
+START_LIMIT_S, WRITE_LIMIT_S = 900.0, 20.0
+
+Steps = dict[str, dict[str, list[tuple[int, int]]]]  # by stage and rank, then by kind
+
+
+def configure(name: str, variables: Mapping[str, str], folder: Path, device: str) -> Server:
+    folder.mkdir()
+    environment = {
+        **variables,
+        "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S,
+        "DP_METADATA_DIR": str(folder),
+        "PYTHONPATH": str(PLUGIN),
+    }
+    args = (*ARGUMENTS, "--dtype", DTYPES[device])
+    return Server(MODEL, 2, 2, log=folder / "log", device=device, env=environment, args=args)
+
+
+def collect(server: Server, folder: Path) -> Steps:
+    """What every scheduler measured since the last call."""
+    before = set(folder.glob("stage*.json"))
+    schedulers = server.scheduler_pids()
+    for pid in schedulers:
+        os.kill(pid, SIGNAL)
+    deadline = time.monotonic() + WRITE_LIMIT_S
+    while len(written := sorted(set(folder.glob("stage*.json")) - before)) < len(schedulers):
+        if time.monotonic() > deadline:
+            raise ServerError(f"a scheduler did not write within {WRITE_LIMIT_S:g} s; see {server.log}")
+        time.sleep(0.05)
+    return {path.name.partition(".")[0]: json.loads(path.read_text()) for path in written}
+
+
+def measure(server: Server, folder: Path, seed: int) -> dict[str, Any]:
+    """One round: what the steps of every rank took, and all tokens."""
+    server.thaw()
+    try:
+        collect(server, folder)
+        tokens = [run_load(server.url, load, seed).tokens for load in (DECODE, ALONE)]
+        return {"steps": collect(server, folder), "tokens": tokens, "load": os.getloadavg()[0]}
+    finally:
+        server.freeze()
+
+
+def run(rounds: int, device: str, folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    servers: dict[str, Server] = {}
+    with ExitStack() as running:
+        for name, variables in COMPETITORS[device].items():
+            began = time.monotonic()
+            server = servers[name] = configure(name, variables, folder / name, device)
+            running.callback(server.stop)
+            running.callback(server.thaw)
+            server.start()
+            server.wait_ready(START_LIMIT_S)
+            for load in (DECODE, ALONE):
+                run_load(server.url, load, seed=0)
+            server.freeze()
+            print(f"{name} is up after {time.monotonic() - began:.0f} s", flush=True)
+        for number in range(rounds):
+            for name in list(servers)[:: 1 if number % 2 == 0 else -1]:
+                row = measure(servers[name], folder / name, seed=1 + number)
+                rows.append({"round": number, "competitor": name, **row})
+                print(f"round {number} {name}: machine load {row['load']:.1f}", flush=True)
+    return rows
+
+
+def tokens_are_equal(rows: list[dict[str, Any]]) -> bool:
+    by_round: dict[int, list[Any]] = {}
+    for row in rows:
+        by_round.setdefault(row["round"], []).append(row["tokens"])
+    return all(each == tokens[0] for tokens in by_round.values() for each in tokens)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Over all steps of both ranks of a stage, in microseconds: wall median and 90 %, median of CPU time."""
+    names = list(dict.fromkeys(row["competitor"] for row in rows))
+    lines = [f"{'us blocked a step':20}" + "".join(f"{f'{name}: median  90 %   CPU':>36}" for name in names)]
+    for stage in ("stage0", "stage1"):
+        for kind in KINDS:
+            cells = []
+            for name in names:
+                steps = [
+                    step
+                    for row in rows
+                    if row["competitor"] == name
+                    for rank, kinds in row["steps"].items()
+                    if rank.startswith(stage)
+                    for step in kinds.get(kind, [])
+                ]
+                cells.append(cell(steps))
+            lines.append(f"{stage + ' ' + kind:20}" + "".join(f"{each:>36}" for each in cells))
+    return "\n".join(lines)
+
+
+def cell(steps: list[tuple[int, int]]) -> str:
+    if len(steps) < 2:
+        return f"{len(steps)} steps"
+    wall, cpu = ([ns / 1e3 for ns in values] for values in zip(*steps, strict=True))
+    ninety = statistics.quantiles(wall, n=10)[8]
+    return f"({len(steps)}) {statistics.median(wall):7.0f} {ninety:7.0f} {statistics.median(cpu):5.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", choices=sorted(COMPETITORS), default="cpu")
+    parser.add_argument("--json", type=Path, help="write every step to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(arguments.rounds, arguments.device, Path(folder))
+    print(table(rows))
+    print("all tokens are equal:", tokens_are_equal(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
