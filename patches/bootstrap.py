@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import atexit
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_npu_pp.lookups import LookupFailedError, Lookups, Patience, Question
@@ -64,10 +64,13 @@ def resolve_prefill_dp_rank(original: Any, queue: Any, req: Any) -> int | None:
 
 def resolve_pending_reqs(original: Any, queue: Any) -> None:
     """Upstream's step, for those requests whose answers are all in hand."""
+    # Every request that waits for these is told below; a later one may be luckier. They are forgotten without
+    # any, too: another stage may have failed the request before its lookup ended here.
+    failed = [] if _lookups is None else _lookups.failed()
     if not queue.pending_reqs:
+        _forget_all(failed)
         original(queue)
         return
-    failed = lookups().failed()
     ready: list[Any] = []
     waiting: list[Any] = []
     for decode_req in queue.pending_reqs:
@@ -82,9 +85,7 @@ def resolve_pending_reqs(original: Any, queue: Any) -> None:
             _forget(req)
         else:
             (waiting if rank is None else ready).append(decode_req)
-    # Every request that waits for them has just been told; a later one may be luckier.
-    for question in failed:
-        lookups().forget(question)
+    _forget_all(failed)
     queue.pending_reqs = ready
     original(queue)
     for decode_req in ready:
@@ -165,6 +166,11 @@ def _fail(manager: Any, receiver: Any, reason: str) -> None:
     manager.record_failure(receiver.bootstrap_room, reason)
     receiver.conclude_state = _failed_state()
     manager.update_status(receiver.bootstrap_room, _failed_state())
+
+
+def _forget_all(questions: Iterable[Question]) -> None:
+    for question in questions:
+        lookups().forget(question)
 
 
 def _forget(req: Any) -> None:

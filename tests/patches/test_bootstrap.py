@@ -255,6 +255,24 @@ def test_a_server_that_is_killed_and_comes_back_serves_the_next_request() -> Non
     assert state(queue, found) == KVPoll.WaitingForInput
 
 
+def test_an_answer_that_nobody_waits_for_any_more_is_not_told_to_the_next_request() -> None:
+    """As on a stage whose lookup fails when another one has already failed the request."""
+    queue = make_queue()
+    first = BootstrapServer()
+    first.kill()
+    add(queue, first.address, room=1).kv_receiver.abort()
+    settle(queue)
+    deadline = time.monotonic() + LIMIT_S
+    while not bootstrap.lookups().failed():
+        assert time.monotonic() < deadline, "the lookup has not failed"
+        time.sleep(0.001)
+    queue._resolve_pending_reqs()
+    with bootstrap_server(port=first.port):
+        found = add(queue, first.address, room=2)
+        settle(queue)
+    assert state(queue, found) == KVPoll.WaitingForInput
+
+
 def make_sender(address: str, room: int) -> Any:
     """A sender that has to say which rank has its request."""
     manager = make_manager(attn_dp_rank=1, request_status={room: KVPoll.Bootstrapping})
