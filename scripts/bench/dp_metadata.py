@@ -24,11 +24,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
 from scripts.bench.dp_metadata_plugin.dp_metadata_probe import KINDS, SIGNAL
 from scripts.bench.load import DECODE, Load, Request
 from scripts.bench.load import run as run_load
-from scripts.lib.server import Server, ServerError
+from scripts.lib.server import Server
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests/assets/random_moe"
@@ -46,7 +47,7 @@ ARGUMENTS = (
 )
 # In float32 tokens do not depend on who shares a batch; but on NPU SGLang's experts answer in bfloat16.
 DTYPES = {"cpu": "float32", "npu-sim": "bfloat16"}
-START_LIMIT_S, WRITE_LIMIT_S = 900.0, 20.0
+START_LIMIT_S = 900.0
 
 Steps = dict[str, dict[str, list[tuple[int, int]]]]  # by stage and rank, then by kind
 
@@ -63,27 +64,14 @@ def configure(name: str, variables: Mapping[str, str], folder: Path, device: str
     return Server(MODEL, 2, 2, log=folder / "log", device=device, env=environment, args=args)
 
 
-def collect(server: Server, folder: Path) -> Steps:
-    """What every scheduler measured since the last call."""
-    before = set(folder.glob("stage*.json"))
-    schedulers = server.scheduler_pids()
-    for pid in schedulers:
-        os.kill(pid, SIGNAL)
-    deadline = time.monotonic() + WRITE_LIMIT_S
-    while len(written := sorted(set(folder.glob("stage*.json")) - before)) < len(schedulers):
-        if time.monotonic() > deadline:
-            raise ServerError(f"a scheduler did not write within {WRITE_LIMIT_S:g} s; see {server.log}")
-        time.sleep(0.05)
-    return {path.name.partition(".")[0]: json.loads(path.read_text()) for path in written}
-
-
 def measure(server: Server, folder: Path, seed: int) -> dict[str, Any]:
     """One round: what the steps of every rank took, and all tokens."""
     server.thaw()
     try:
-        collect(server, folder)
+        ask_schedulers(server, folder, SIGNAL)
         tokens = [run_load(server.url, load, seed).tokens for load in (DECODE, ALONE)]
-        return {"steps": collect(server, folder), "tokens": tokens, "load": os.getloadavg()[0]}
+        steps: Steps = ask_schedulers(server, folder, SIGNAL)
+        return {"steps": steps, "tokens": tokens, "load": os.getloadavg()[0]}
     finally:
         server.freeze()
 

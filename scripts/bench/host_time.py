@@ -17,18 +17,18 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
 from scripts.bench.host_time_plugin.host_time_probe import SIGNAL
 from scripts.bench.load import DECODE
 from scripts.bench.load import run as run_load
-from scripts.lib.server import Server, ServerError
+from scripts.lib.server import Server
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests/assets/random_vl"
@@ -36,7 +36,6 @@ PLUGIN = Path(__file__).parent / "host_time_plugin"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 COUNTED = range(10, 23)  # requests in a decode that counts
 CLOCKS = {"cpu": "scheduler thread", "process": "all threads", "wall": "wall, with waiting"}
-WRITE_LIMIT_S = 20
 
 Row = dict[str, Any]
 
@@ -54,26 +53,12 @@ def start(name: str, folder: Path, parts: bool) -> Server:
     return Server(MODEL, 1, 2, log=folder / "log", env=environment, args=(*args, "--disable-radix-cache"))
 
 
-def collect(server: Server, folder: Path) -> list[dict[str, Any]]:
-    """What every scheduler measured since the last call, by stage."""
-    before = set(folder.glob("stage*.json"))
-    schedulers = server.scheduler_pids()
-    for pid in schedulers:
-        os.kill(pid, SIGNAL)
-    deadline = time.monotonic() + WRITE_LIMIT_S
-    while len(written := sorted(set(folder.glob("stage*.json")) - before)) < len(schedulers):
-        if time.monotonic() > deadline:
-            raise ServerError(f"a scheduler did not write within {WRITE_LIMIT_S} s; see {server.log}")
-        time.sleep(0.05)
-    return [json.loads(path.read_text()) for path in written]
-
-
 def measure(server: Server, folder: Path, loads: int, seed: int) -> Row:
     server.thaw()
     try:
-        collect(server, folder)
+        ask_schedulers(server, folder, SIGNAL)
         seconds = sum(run_load(server.url, DECODE, seed + number).duration_s for number in range(loads))
-        stages = [counted(stage) for stage in collect(server, folder)]
+        stages = [counted(stage) for stage in ask_schedulers(server, folder, SIGNAL).values()]
     finally:
         server.freeze()
     rate = loads * DECODE.answer_tokens / seconds
