@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane lost-peers soak contracts clean
+.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane lost-peers soak contracts lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -21,6 +21,7 @@ demo: setup  ## serve, ask which digit a picture shows, end; fails when the answ
 	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)
 
 test: lint  ## lint, then the whole suite (ARGS="-k NAME" for a part)
+	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
 	$(PYTHON_IN_VENV) -m pytest --durations=25 $(ARGS)
 
 accuracy: setup  ## lmms_eval and a random model, unpatched against patched (ARGS="--quick", "--self-test")
@@ -45,6 +46,9 @@ soak: setup  ## half an hour of random load, delays and strangers at pp 4 (ARGS=
 
 lost-peers: setup  ## kill and stop stages, cut the link: an hour, needs root (ARGS="--pp 2 --upstream --json FILE")
 	@$(PYTHON_IN_VENV) -m scripts.lost_peers $(ARGS)
+
+lock: setup  ## the locks of requirements/ from its short files; what newer versions there are (ARGS="--upgrade")
+	@$(PYTHON_IN_VENV) -m scripts.environment.lock $(ARGS)
 
 contracts: setup  ## SGLang functions that the patches rely on: which changed in which release
 	@$(PYTHON_IN_VENV) scripts/fingerprint.py $(ARGS)

@@ -24,6 +24,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
+from scripts.environment.parts import PartError, provide  # noqa: E402
 from scripts.evaluation import gate, lmms, selftest  # noqa: E402
 from scripts.evaluation.pictures import OWN_TASKS  # noqa: E402
 from scripts.evaluation.report import show, to_json, write_json  # noqa: E402
@@ -47,7 +48,14 @@ def main() -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         green = evaluate(options, server_args, folder, console)
-    except (ServerError, lmms.EvaluationError, OSError, requests.RequestException, ValueError) as error:
+    except (
+        ServerError,
+        lmms.EvaluationError,
+        PartError,
+        OSError,
+        requests.RequestException,
+        ValueError,
+    ) as error:
         sentence = error.reason if isinstance(error, ServerError) else str(error)
         Console(stderr=True, highlight=False).print(f"accuracy: {sentence}", markup=False, soft_wrap=True)
         return EXIT_NOT_RUN
@@ -99,7 +107,7 @@ def evaluate(options: argparse.Namespace, server_args: list[str], folder: Path, 
         if options.json:
             write_json(selftest.to_json(outcome), options.json)
         return outcome.passed
-    lmms.install()
+    provide(lmms.PART.name)
     plan = plan_of(options, server_args)
     if options.base_url:
         url = options.base_url.rstrip("/").removesuffix("/v1")

@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
-from scripts.lib.releases import IN_VENV, RELEASES, Release  # noqa: E402
+from scripts.environment.parts import PartError, provide  # noqa: E402
+from scripts.lib.releases import RELEASES, Release  # noqa: E402
 from scripts.lib.server import ServerError  # noqa: E402
 from tests.server.comparison import Layout, compare, complaints, depth  # noqa: E402
 from tests.server.conftest import Launcher  # noqa: E402
@@ -84,8 +84,9 @@ def main() -> int:
             console.print(f"{cell.release} {cell.layout}: {cell.verdict} ({cell.seconds:.0f} s)")
             if options.json:
                 options.json.write_text(json.dumps([asdict(each) for each in cells], indent=1) + "\n")
-    except subprocess.CalledProcessError:
-        return 1  # scripts/setup.sh has said why
+    except PartError as error:
+        console.print(f"matrix: {error}", markup=False)
+        return 1
     except KeyboardInterrupt:
         interrupted = True
     show(cells)
@@ -107,8 +108,7 @@ def parse_command_line() -> argparse.Namespace:
 
 def install(releases: Sequence[str]) -> None:
     """What is there already stays as it is."""
-    others = [release for release in releases if release != IN_VENV]
-    subprocess.run([str(ROOT / "scripts/setup.sh"), *others], check=True)
+    provide(*(part.name for release in releases if (part := RELEASES[release].part)))
 
 
 def run(releases: Sequence[str], layouts: Sequence[str]) -> Iterator[Cell]:

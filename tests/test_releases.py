@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts import fingerprint as script
+from scripts.environment.parts import parts
 from scripts.lib.releases import IN_VENV, RELEASES
 from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
 from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_in_file
@@ -20,8 +21,8 @@ EACH_RELEASE = pytest.mark.parametrize("release", RELEASES)
 
 def test_the_same_releases_are_known_everywhere() -> None:
     assert list(CONTRACTS) == list(RELEASES), "oldest first"
-    files = {path.stem for path in (ROOT / "requirements/releases").glob("*.txt")}
-    assert files == set(RELEASES) - {IN_VENV}
+    beside = {name.removeprefix("sglang-") for name in parts() if name.startswith("sglang-")}
+    assert beside == set(RELEASES) - {IN_VENV}
     assert sglang_release() == IN_VENV
 
 

@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from scripts.environment.parts import PartError, provide
 from scripts.lib import disaggregated
 from scripts.lib.disaggregated import Pair, noted
 from scripts.lib.server import HOST, Server, free_ports
@@ -137,8 +138,10 @@ def main() -> None:
     parser.add_argument("--only", choices=["transfer", "lookups"], help="measure one of them")
     parser.add_argument("--decode-pp", type=int, default=1, help="stages of the decode server")
     arguments = parser.parse_args()
-    if reason := disaggregated.engine_missing():
-        parser.error(reason)
+    try:
+        provide(disaggregated.ENGINE.name)
+    except PartError as error:
+        parser.error(str(error))
     results: dict[str, dict[str, Any]] = {}
     answers = []
     with tempfile.TemporaryDirectory() as folder:

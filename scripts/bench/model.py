@@ -35,7 +35,7 @@ def _model(layers: int, width: int) -> Path:
     if not (directory / "config.json").is_file():
         directory.parent.mkdir(exist_ok=True)
         partial = directory.with_name(f"{name}-{os.getpid()}")
-        build = [sys.executable, str(ROOT / "scripts/model/build.py"), "--out", str(partial)]
+        build = [sys.executable, str(ROOT / "scripts/model/random_model.py"), "--out", str(partial)]
         build += ["--layers", str(layers), "--width", str(width), "--deepstack", "0"]
         done = subprocess.run(build, capture_output=True, text=True, timeout=_LIMIT_S)
         if done.returncode:

@@ -1,7 +1,6 @@
 """Runs lmms_eval 0.7.3 against a server and reads what it wrote.
 
-lmms_eval lives in a folder of its own (`.venv/lmms_eval`), on PYTHONPATH of its own process only: a server
-sees nothing of what it brings.
+lmms_eval is a part beside .venv, on PYTHONPATH of its own process only: servers see nothing of it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,17 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.environment.parts import Part
+
 from .pictures import OWN_TASKS, TASKS, write_data_sets
 from .recorder import REQUEST_LIMIT_S, Exchange, Recorder
 from .results import Layout, Result, Side, Token
 
-ROOT = Path(__file__).parents[2]
-REQUIREMENTS = ROOT / "requirements" / "accuracy.txt"
-HOME = ROOT / ".venv" / "lmms_eval"
-SITE = HOME / f"site-{sys.implementation.cache_tag}"  # numexpr is compiled for one Python
+PART = Part("accuracy")
 OWN_TASKS_ONLY = Path(__file__).with_name("own_tasks_only.py")
 FAILURE_MARK = "[LMMS_EVAL_"  # what lmms_eval writes for an answer that it did not get
-INSTALL_LIMIT_S = 600
 POLL_S = 0.2
 
 
@@ -49,30 +45,6 @@ class Target:
     headers: Mapping[str, str]
     check_alive: Callable[[], None] = lambda: None
     """Raises when the server has ended."""
-
-
-def install() -> None:
-    """Install lmms_eval in its folder if it is not there yet; a few seconds.
-
-    Raises:
-        EvaluationError: pip could not.
-    """
-    if (SITE / REQUIREMENTS.name).is_file() and same_text(SITE / REQUIREMENTS.name, REQUIREMENTS):
-        return
-    part = HOME / f"site.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--target", str(part), "-r", str(REQUIREMENTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_LIMIT_S, check=False)
-    if done.returncode:
-        shutil.rmtree(part, ignore_errors=True)
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise EvaluationError(
-            f"lmms_eval could not be installed ({reason}); check the package index and run this again"
-        )
-    shutil.copy(REQUIREMENTS, part)
-    shutil.rmtree(SITE, ignore_errors=True)
-    part.rename(SITE)
 
 
 def run_tasks(
@@ -172,7 +144,7 @@ def command(tasks: Sequence[str], concurrency: int, limit: int | None) -> list[s
 def environment(server: str, folder: Path, *, offline: bool) -> dict[str, str]:
     """Variables of lmms_eval's process. `offline`: data sets come from this machine, not from the hub."""
     own = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PART.folder), os.environ.get("PYTHONPATH", "")])),
         "OPENAI_API_BASE": f"{server}/v1",
         "OPENAI_API_KEY": "EMPTY",
         "NO_PROXY": "127.0.0.1",
@@ -292,7 +264,3 @@ def last_error(log: Path) -> str:
     named = [line for line in lines if "Error" in line and not line.startswith(("File", "raise"))]
     raised = [line for line in named if re.match(r"(?!tenacity)[\w.]+: ", line)]
     return (raised or named or lines or ["it said nothing"])[-1]
-
-
-def same_text(one: Path, other: Path) -> bool:
-    return one.read_bytes() == other.read_bytes()

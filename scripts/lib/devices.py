@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.environment.parts import PartError, provide
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # For either device. One thread per rank: two ranks that each start a thread per core wait for each other's
@@ -59,9 +61,14 @@ def cores_per_rank(ranks: int) -> str:
 def simulated_npu_environment(ranks: int) -> Mapping[str, str]:
     """torch_npu on the simulated Ascend, one device a rank, and what SGLang expects on an Ascend machine."""
     from tests.ascend_sim import sglang_on_sim
-    from tests.ascend_sim.build import unavailable
+    from tests.ascend_sim.build import torch_npu, unavailable
     from tests.ascend_sim.environment import environment
 
+    if torch_npu() is None:
+        try:
+            provide("ascend_sim")
+        except PartError as error:
+            raise DeviceUnavailableError(str(error)) from error
     if reason := unavailable():
         raise DeviceUnavailableError(reason)
     simulator = environment(devices=ranks)

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from scripts.lib.devices import ROOT
+from scripts.environment.parts import LIBRARIES, Part
 from scripts.lib.server import HOST, Server
 
-ENGINE = ROOT / ".venv" / "mooncake"  # made by scripts/setup.sh
+ENGINE = Part("mooncake")
 PLUGIN = Path(__file__).parent / "kv_plugin"
 MODES = ("prefill", "decode")
 
@@ -22,17 +22,20 @@ _rooms = itertools.count(1)
 
 def engine_missing() -> str | None:
     """Why Mooncake cannot be used here, None if it can."""
-    if (ENGINE / "site" / "mooncake").is_dir():
+    if ENGINE.is_installed:
         return None
-    return f"{ENGINE} does not exist: scripts/setup.sh could not install Mooncake's transfer engine"
+    return (
+        f"Mooncake's transfer engine is not in {ENGINE.folder}; "
+        "install it with python -m scripts.environment.install mooncake"
+    )
 
 
 def engine_environment(*more_paths: Path | str) -> dict[str, str]:
     """For both servers: where the engine is, that it uses TCP, and a plugin for what CPU lacks."""
-    libraries = [str(ENGINE / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
+    libraries = [str(ENGINE.folder / LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-        "PYTHONPATH": os.pathsep.join(map(str, [PLUGIN, ENGINE / "site", *more_paths])),
+        "PYTHONPATH": os.pathsep.join(map(str, [PLUGIN, ENGINE.folder, *more_paths])),
         "MC_FORCE_TCP": "1",
         "MOONCAKE_PROTOCOL": "tcp",
         "SGLANG_HOST_IP": HOST,

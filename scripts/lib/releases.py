@@ -1,7 +1,7 @@
 """The SGLang releases that the plugin knows: where they are installed, what each needs to serve on CPU here.
 
-One release is in .venv itself. `scripts/setup.sh RELEASE...` puts others beside it, into .venv/releases;
-there a server finds them through PYTHONPATH, before .venv's own.
+One release is in .venv itself. Others are parts beside it (scripts/environment/parts.py), which a server
+finds through PYTHONPATH, before .venv's own.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from scripts.lib.devices import ROOT, cores_per_rank
+from scripts.environment.parts import Part
+from scripts.lib.devices import cores_per_rank
 
 IN_VENV = "0.5.21"
-FOLDER = ROOT / ".venv" / "releases"
 
 # Up to 0.5.20 a grammar with SGLang's default backend, xgrammar, ends the server on CPU ("RuntimeError:
 # Unsupported device: cpu").
@@ -54,11 +54,16 @@ class Release:
     @property
     def folder(self) -> Path | None:
         """What goes on PYTHONPATH; None for the release in .venv."""
-        return None if self.name == IN_VENV else FOLDER / self.name
+        return None if self.part is None else self.part.folder
+
+    @property
+    def part(self) -> Part | None:
+        """What installs it; None for the release in .venv."""
+        return None if self.name == IN_VENV else Part(f"sglang-{self.name}")
 
     @property
     def is_installed(self) -> bool:
-        return self.folder is None or self.folder.is_dir()
+        return self.part is None or self.part.is_installed
 
     def environment(self, tp: int) -> Mapping[str, str]:
         return {"SGLANG_CPU_OMP_THREADS_BIND": cores_per_rank(tp)} if self.one_bind_per_stage else {}

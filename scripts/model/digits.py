@@ -1,7 +1,7 @@
 """Write the digits data set as parquet: scikit-learn's 1797 scanned digits, as questions.
 
-    pip install -r requirements/train.txt
-    python scripts/model/digits.py --out data/digits
+    .venv/bin/python -m scripts.environment.install train
+    PYTHONPATH=.venv/beside/train .venv/bin/python scripts/model/digits.py --out data/digits
 
 Columns: id (int32, index in scikit-learn's data set), image (64 x 64 RGB PNG), question, answer.
 The split is fixed: the same 500 pictures are the test set every time.
@@ -31,7 +31,7 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
 
-    from sklearn.datasets import load_digits  # an extra, see requirements/train.txt
+    from sklearn.datasets import load_digits  # in a part of its own, see requirements/train.in
 
     scans = load_digits()
     order = np.random.RandomState(SPLIT_SEED).permutation(len(scans.images))

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from build import CONTEXT, END_OF_TEXT, SEED, TURN_END, VOCABULARY, make_tokenizer
+from random_model import CONTEXT, END_OF_TEXT, SEED, TURN_END, VOCABULARY, make_tokenizer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 

@@ -3,7 +3,7 @@
 It learns two ways to be asked: for the digit itself, and as lmms_eval's MMMU prompt asks, for the letter of
 one of ten options.
 
-    python scripts/model/build.py  --out /tmp/random_vl
+    python scripts/model/random_model.py --out /tmp/random_vl
     python scripts/model/digits.py --out /tmp/digits
     python scripts/model/train.py  --model /tmp/random_vl --data /tmp/digits --out /tmp/digits_vl
 
@@ -97,7 +97,7 @@ def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="what build.py wrote")
+    parser.add_argument("--model", type=Path, required=True, help="what random_model.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="what digits.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument("--epochs", type=int, default=60)

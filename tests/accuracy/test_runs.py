@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.environment.parts import provide
 from scripts.evaluation import gate, lmms
 from scripts.evaluation.checks import Check, check_result
 from scripts.evaluation.pictures import OWN_TASKS, pictures
@@ -37,7 +38,7 @@ def accuracy(logs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, lmms.Target]]:
     """The trained model, tp 1 pp 2."""
-    lmms.install()
+    provide(lmms.PART.name)
     layout, folder = Layout(1, 2), tmp_path_factory.mktemp("patched")
     server = configure(gate.SHIPPED_MODEL, layout, Side.PATCHED, folder / "log")
     try:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).resolve().parent / "cann"
-SITE = REPOSITORY / ".venv" / "ascend_sim" / "site"
+SITE = REPOSITORY / ".venv" / "beside" / "ascend_sim"
 
 LIBRARY = "libascend_sim.so"
 KERNEL_LIBRARY = "libascend_sim_kernels.so"
@@ -68,7 +68,10 @@ def unavailable() -> str | None:
     if _package("torch") is None:
         return "simulated Ascend needs torch, which is not installed"
     if torch_npu() is None:
-        return f"simulated Ascend needs the torch_npu wheel, in {SITE} (scripts/setup.sh) or installed"
+        return (
+            f"simulated Ascend needs the torch_npu wheel, installed or in {SITE} "
+            "(python -m scripts.environment.install ascend_sim)"
+        )
     return None
 
 

@@ -1,6 +1,6 @@
 """Write a tiny Qwen3-VL with random weights: model, tokenizer, processor, chat template.
 
-    python scripts/model/build.py --out /tmp/random_vl
+    python scripts/model/random_model.py --out /tmp/random_vl
 
 With the defaults: 8 text layers of width 128, 4 vision layers of width 64, 512 tokens, 3.9 MB in
 bfloat16. Small enough for a repository, and it takes every path of a large one: images, deepstack

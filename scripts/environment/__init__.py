@@ -1,0 +1,1 @@
+"""Environments of this repository: what is wanted of them, locked (`make lock`), installed and checked."""
