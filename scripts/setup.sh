@@ -15,12 +15,12 @@ readonly STAMP=$VENV/setup.stamp
 readonly LOG=$VENV/setup.log
 # What this script needs of the clone, and what makes it run again.
 readonly INPUTS=(pyproject.toml requirements/lock/{venv,installer}.txt scripts/setup.sh
-  scripts/environment/{install,installer,parts,check}.py scripts/cpu_compat/{sglang_cpu_compat,sgl_kernel}.py)
+  scripts/environment/{install,installer,parts,lock,check}.py scripts/cpu_compat/{sglang_cpu_compat,sgl_kernel}.py)
 
 main() {
   take_turn
   check_inputs
-  if ! [[ -f $STAMP && $(cat "$STAMP") == "$(fingerprint)" ]] || ! runs "$VENV_PYTHON"; then
+  if ! [[ -f $STAMP && $(cat "$STAMP") == "$(fingerprint)" ]] || ! runs "$VENV_PYTHON" || ! is_editable; then
     set_up
   fi
 }
@@ -72,6 +72,11 @@ fingerprint() {
 
 runs() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# `pip install .` into .venv puts a copy in the place of the link to this clone.
+is_editable() {
+  compgen -G "$VENV/lib/python3*/site-packages/__editable__*sglang_npu_pp*" >/dev/null
 }
 
 find_python() {

@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import requests
 
-HOST = "127.0.0.1"
+from scripts.lib.ports import HOST, free_ports
+
 LIMIT_S = 30.0
 
 
@@ -25,7 +26,9 @@ class BootstrapServer:
     HTTP 503. `seen` are the paths that were asked for, `registered` the rooms.
     """
 
-    def __init__(self, stages: int = 2, page_size: int = 1, port: int = 0, behind: str | None = None) -> None:
+    def __init__(
+        self, stages: int = 2, page_size: int = 1, port: int | None = None, behind: str | None = None
+    ) -> None:
         self.stages, self.page_size, self.behind = stages, page_size, behind
         self.behaviour = "well"
         self.seen: list[str] = []
@@ -53,9 +56,10 @@ class BootstrapServer:
             def log_message(self, format: str, *args: Any) -> None:
                 return
 
-        self._http = ThreadingHTTPServer((HOST, port), Handler)
+        # Not one of the kernel's: a test kills a server and starts another in its place.
+        self.port = free_ports(1)[0] if port is None else port
+        self._http = ThreadingHTTPServer((HOST, self.port), Handler)
         self._http.daemon_threads = True
-        self.port: int = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
@@ -140,6 +144,4 @@ def bootstrap_server(**options: Any) -> Iterator[BootstrapServer]:
 
 def dead_address() -> str:
     """An address of this machine at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return f"{HOST}:{probe.getsockname()[1]}"
+    return f"{HOST}:{free_ports(1)[0]}"

@@ -27,7 +27,8 @@ from typing import Any
 from scripts.environment.parts import PartError, provide
 from scripts.lib import disaggregated
 from scripts.lib.disaggregated import Pair, noted
-from scripts.lib.server import HOST, Server, free_ports
+from scripts.lib.ports import HOST, free_ports
+from scripts.lib.server import Server
 from tests.bootstrap_server import bootstrap_server, dead_address
 from tests.server.battery import prompt
 

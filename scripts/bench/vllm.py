@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.lib.devices import ONE_MACHINE
-from scripts.lib.server import HOST, READY, Server
+from scripts.lib.ports import HOST
+from scripts.lib.server import READY, Server
 
 from .link import Link
 

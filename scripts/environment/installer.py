@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".venv" / "uv"
 UV = HOME / "bin" / "uv"
 UV_LOCK = ROOT / "requirements" / "lock" / "installer.txt"
-VENV_WANTED = ROOT / "requirements" / "venv.in"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu/torch/"
 LIMIT_S = 1800  # torch over a slow line
 
@@ -28,7 +27,7 @@ PIP_OPTIONS: Mapping[str, tuple[str, str]] = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
     "find-links": ("UV_FIND_LINKS", ","),
-    "no-index": ("UV_NO_INDEX", " "),
+    "no-index": ("UV_OFFLINE", " "),  # uv has no variable for it; folders of find-links stay
     "trusted-host": ("UV_INSECURE_HOST", " "),
     "cert": ("SSL_CERT_FILE", " "),
     "client-cert": ("SSL_CLIENT_CERT", " "),
@@ -49,7 +48,7 @@ def sync(lock: Path) -> None:
     Raises:
         InstallerError
     """
-    uv("pip", "sync", *_options(), str(lock), environ=with_cpu_torch(settings()))
+    uv("pip", "sync", *_options(), str(lock), environ=with_cpu_torch(settings(), lock))
 
 
 def install_into(folder: Path, lock: Path) -> None:
@@ -66,7 +65,7 @@ def _options() -> Sequence[str]:
 
     What comes as source only is built with the setuptools of this environment, which its lock names.
     """
-    return ("--python", sys.executable, "--compile-bytecode", "--no-build-isolation")
+    return ("--quiet", "--python", sys.executable, "--compile-bytecode", "--no-build-isolation")
 
 
 def uv(*arguments: str, environ: Mapping[str, str] | None = None) -> str:
@@ -133,14 +132,16 @@ def from_pip(listed: str) -> Mapping[str, str]:
     return found
 
 
-def with_cpu_torch(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Add PyTorch's own page of CPU builds, unless the machine's indexes have the one that is wanted.
+def with_cpu_torch(environ: Mapping[str, str], requirements: Path) -> Mapping[str, str]:
+    """Add PyTorch's own page of CPU builds, unless the machine's indexes have the one that is required.
 
     The page lists torch and nothing else, so that no other package comes from there.
     """
-    (torch,) = re.findall(r"^torch==\S+", VENV_WANTED.read_text(), re.MULTILINE)
+    torch = re.search(r"^torch==\S+", requirements.read_text(), re.MULTILINE)
+    if torch is None:
+        return environ
     try:
-        uv("pip", "install", "--python", sys.executable, "--dry-run", "--no-deps", torch, environ=environ)
+        uv("pip", "install", "--python", sys.executable, "--dry-run", "--no-deps", torch[0], environ=environ)
     except InstallerError:
         links = filter(None, [environ.get("UV_FIND_LINKS"), CPU_TORCH])
         return {**environ, "UV_FIND_LINKS": ",".join(links)}

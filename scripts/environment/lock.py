@@ -82,7 +82,7 @@ def lock_all(
     of `uv pip compile` say otherwise.
     """
     before = target if before is None else before
-    environ = installer.with_cpu_torch(one_index())
+    environ = installer.with_cpu_torch(one_index(), source / f"{VENV}.in")
     changed = {}
     for name in (VENV, INSTALLER, *part_names(source)):  # parts lean on .venv
         old = read(before / f"{name}.txt")
@@ -132,7 +132,7 @@ def tidy(text: str) -> Iterator[str]:
     for block in re.findall(r"^[A-Za-z0-9].*\n(?:[ ].*\n)*", text, re.MULTILINE):
         (pin,) = requirements(block)
         if pin.marker is None or any(pin.marker.evaluate(machine) for machine in MACHINES):
-            hashed = re.sub(r" \\\n    --hash=.*", "", block) if pin.name == WITHOUT_HASH else block
+            hashed = re.sub(r" \\\n    --hash=\S+", "", block) if pin.name == WITHOUT_HASH else block
             yield hashed
 
 

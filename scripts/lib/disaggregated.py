@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.environment.parts import LIBRARIES, Part
-from scripts.lib.server import HOST, Server
+from scripts.lib.ports import HOST
+from scripts.lib.server import Server
 
 ENGINE = Part("mooncake")
 PLUGIN = Path(__file__).parent / "kv_plugin"

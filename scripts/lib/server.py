@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
@@ -13,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,8 +21,8 @@ import psutil
 import requests
 
 from scripts.lib.devices import DEVICES, DeviceUnavailableError
+from scripts.lib.ports import HOST, free_ports
 
-HOST = "127.0.0.1"
 LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
 TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
 PATH = "PYTHONPATH"
@@ -50,7 +49,9 @@ FIRST_STAGE, READY = "spawning", "ready"
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.", "psm_", "torch_")
 
-PORT_RANGE = (20000, 32000)  # the kernel's own, net.ipv4.ip_local_port_range, begins at 32768
+# Ports that SGLang derives from --port and from --dist-init-addr, where attention is data-parallel.
+DERIVED_FROM_PORT = (13, *range(233, 240))
+DERIVED_FROM_INIT_PORT = (*range(1, 7), 13)
 
 POLL_S = 0.1
 TRACK_EVERY_S = 1.0
@@ -111,7 +112,9 @@ class Server:
         self.env = dict(env or {})
         self.node_env = dict(node_env or {})
         self.node_prefix, self.master = dict(node_prefix or {}), master
-        self._nccl_port, self._init_port, *self._node_ports = free_ports(2 + nnodes)
+        (self._nccl_port,) = free_ports(1)
+        (self._init_port,) = free_ports(1, with_also=DERIVED_FROM_INIT_PORT)
+        self._node_ports = free_ports(nnodes, with_also=DERIVED_FROM_PORT)
         if port is not None:
             self._node_ports[0] = port
         self._launchers: list[subprocess.Popen[bytes]] = []
@@ -428,24 +431,6 @@ class Server:
         alive = [process for process in self._seen.values() if is_alive(process)]
         self._shared_memory |= mapped_shared_memory(alive)
         return alive
-
-
-def free_ports(count: int) -> list[int]:
-    """Return `count` different TCP ports of the loopback interface that nobody listens on.
-
-    Below the range from which the kernel gives ports to connections: a server binds seconds after the
-    choice, and until then its own processes open dozens of connections.
-    """
-    found: list[int] = []
-    with ExitStack() as stack:
-        for port in random.sample(range(*PORT_RANGE), k=200):
-            probe = stack.enter_context(socket.socket())
-            with suppress(OSError):
-                probe.bind((HOST, port))
-                found.append(port)
-            if len(found) == count:
-                return found
-    raise ServerError(f"no {count} free ports among 200 of {PORT_RANGE[0]} to {PORT_RANGE[1]}")
 
 
 def check_port_is_free(port: int) -> None:

@@ -19,7 +19,8 @@ import psutil
 import requests
 
 from scripts.bench.link import EmulatedLink
-from scripts.lib.server import HOST, Server, ServerError
+from scripts.lib.ports import HOST
+from scripts.lib.server import Server, ServerError
 
 from .faults import Fault, Target
 

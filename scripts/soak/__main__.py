@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.bench.link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
-from scripts.lib.server import Server, ServerError, free_ports
+from scripts.lib.ports import free_ports
+from scripts.lib.server import Server, ServerError
 from sglang_npu_pp.telemetry import Snapshot, read_snapshots
 from tests.server import battery
 from tests.server.conftest import ARGUMENTS, PROBE, RANDOM_MODEL

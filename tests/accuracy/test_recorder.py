@@ -8,7 +8,7 @@ import requests
 
 from scripts.evaluation.lmms import by_request, by_task
 from scripts.evaluation.recorder import COMPLETIONS, Exchange, Recorder, request_name
-from scripts.lib.server import HOST, free_ports
+from scripts.lib.ports import HOST, free_ports
 
 from .samples import TOKENS, fake_server
 

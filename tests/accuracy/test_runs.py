@@ -18,7 +18,8 @@ from scripts.evaluation.checks import Check, check_result
 from scripts.evaluation.pictures import OWN_TASKS, pictures
 from scripts.evaluation.results import Layout, Result, Side
 from scripts.evaluation.servers import configure, running
-from scripts.lib.server import HOST, Server, ServerError, free_ports
+from scripts.lib.ports import HOST, free_ports
+from scripts.lib.server import Server, ServerError
 
 from .samples import fake_server
 

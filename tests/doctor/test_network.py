@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts.lib.ports import free_ports
 from sglang_npu_pp.doctor import network
 from sglang_npu_pp.doctor.findings import Finding, Level
 from sglang_npu_pp.doctor.layout import Layout
 from sglang_npu_pp.settings import Settings
-from tests.transport.harness import free_port
 
 TCP = Settings(host_transport="tcp")
 
@@ -24,10 +24,10 @@ def named(findings: list[Finding], subject: str) -> Finding:
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        yield taken.getsockname()[1]
+    """Somebody listens on it; the port below it and the one above are free."""
+    (below,) = free_ports(1, with_also=(1, 2))
+    with socket.create_server(("127.0.0.1", below + 1)):
+        yield below + 1
 
 
 def test_the_loopback_interface_is_listed() -> None:
@@ -67,7 +67,7 @@ def test_only_the_ports_of_ranks_on_this_node_count(taken_port: int) -> None:
 
 
 def test_a_free_range_is_said() -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     findings = network.check(Settings(host_transport="tcp", port=port), Layout(pp_size=1))
     assert named(findings, "ports").text == f"{port} to {port} are free here"
     assert named(findings, "address").text == "the host lane listens on 127.0.0.1 (lo)"

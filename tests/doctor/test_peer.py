@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import zmq
 
+from scripts.lib.ports import free_ports
 from sglang_npu_pp.doctor import link_test, peer, rendezvous
 from sglang_npu_pp.doctor.findings import Finding, Level
 from sglang_npu_pp.doctor.peer import PeerTest
 from sglang_npu_pp.doctor.rendezvous import Rendezvous, key_pair, new_key
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.settings import Settings
-from tests.transport.harness import free_port
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -38,7 +38,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def listener() -> PeerTest:
     return PeerTest(
         host="127.0.0.1",
-        port=free_port(),
+        port=free_ports(1)[0],
         key=new_key(),
         listens=True,
         limit_s=LIMIT_S,

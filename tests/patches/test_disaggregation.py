@@ -41,7 +41,9 @@ def pipeline() -> Iterator[Any]:
     contract = load_contracts()[sglang_release()]
     patches = AppliedPatches([patch for patch in disaggregation.PATCHES if patch.is_needed(contract)])
     streams = DeviceStreams("cpu")
-    pipeline = SimpleNamespace(streams=streams, transfers=TransferGate(streams, Trace()), last_launched=None)
+    pipeline: Any = SimpleNamespace(
+        streams=streams, transfers=TransferGate(streams, Trace()), last_launched=None
+    )
     set_current(pipeline)
     yield pipeline
     set_current(None)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from scripts.lib import disaggregated
-from scripts.lib.server import HOST, Server, free_ports
+from scripts.lib.ports import HOST, free_ports
+from scripts.lib.server import Server
 from tests.bootstrap_server import bootstrap_server, dead_address
 
 from . import battery

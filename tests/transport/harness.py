@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -44,14 +43,6 @@ START_LIMIT_S = 120.0
 GROUP_LIMIT = timedelta(seconds=60)
 
 Result = TypeVar("Result")
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

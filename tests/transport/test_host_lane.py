@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zmq.utils.monitor import recv_monitor_message
 
+from scripts.lib.ports import free_ports
 from sglang_npu_pp.errors import (
     MessageError,
     PeerLostError,
@@ -42,7 +43,6 @@ from .harness import (
     announce_blocking,
     await_message,
     close_lanes,
-    free_port,
     open_host_lane,
     receive,
     results,
@@ -509,7 +509,7 @@ def test_a_stage_that_connects_at_once_is_known_already(team: Team) -> None:
     opening = team.ranks[0].start(open_host_lane, name, 0, 2, settings, wrap_exchange=announce_endpoint)
     exchange = store_exchange(team.store, name, 1, 2)
     keys = KeyPair.generate()
-    mine = Card(1, "another machine", tcp=f"tcp://127.0.0.1:{free_port()}", key=keys.public)
+    mine = Card(1, "another machine", tcp=f"tcp://127.0.0.1:{free_ports(1)[0]}", key=keys.public)
     for _ in range(2):
         theirs = msgspec.msgpack.decode(exchange(msgspec.msgpack.encode(mine))[0], type=Card)
     assert opening.note() == theirs.tcp  # and there it waits until we say so
@@ -814,7 +814,7 @@ def test_a_stage_that_does_not_answer_is_named_when_the_limit_is_over(ipc_dir: P
 
 def test_a_stage_that_is_not_there_is_named() -> None:
     nowhere = msgspec.structs.replace(
-        FAR_AWAY, tcp=f"tcp://127.0.0.1:{free_port()}", key=KeyPair.generate().public
+        FAR_AWAY, tcp=f"tcp://127.0.0.1:{free_ports(1)[0]}", key=KeyPair.generate().public
     )
     sentence = fails_to_open(lane(start_limit_s=0.5), alone_with(nowhere))
     assert sentence.startswith("stage 0 rank 0: ")
@@ -822,7 +822,7 @@ def test_a_stage_that_is_not_there_is_named() -> None:
 
 
 def test_the_given_port_is_used(team: Team) -> None:
-    ports = {0: free_port(), 1: free_port()}
+    ports = dict(enumerate(free_ports(2)))
     ranks = team.open_lanes(2, Settings(host_transport="tcp"), ports=ports)
     assert [rank.call(endpoint_of)[0] for rank in ranks] == [f"tcp://127.0.0.1:{p}" for p in ports.values()]
     assert_serving(ranks[0], ranks[1])

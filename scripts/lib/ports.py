@@ -1,0 +1,60 @@
+"""TCP ports that are free and stay so: for servers that are told a port and bind it seconds later."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+HOST = "127.0.0.1"
+OF_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")  # from which connections get theirs
+HOW_MANY = 12_000  # from which to choose
+TRIES = 200
+
+_reserved: list[socket.socket] = []
+
+
+def free_ports(count: int, *, with_also: Iterable[int] = ()) -> list[int]:
+    """Ports of the loopback interface that nobody listens on, and that no other caller gets.
+
+    They are none of those that the kernel gives to connections: until a server binds its port, dozens of
+    connections are opened. And they are reserved until this process ends, by a name that only one process can
+    have. `with_also`: what must be free and reserved too, as distances from each port.
+
+    Raises:
+        OSError: there are none among 200.
+    """
+    found: list[int] = []
+    for port in random.sample(candidates(), k=TRIES):
+        if len(found) < count and _reserve([port, *(port + distance for distance in with_also)]):
+            found.append(port)
+    if len(found) < count:
+        raise OSError(f"no {count} free ports among {TRIES} of {HOST}; end programs that listen on many")
+    return found
+
+
+def candidates(of_the_kernel: Path = OF_THE_KERNEL) -> range:
+    """Below the kernel's ports, which begin at 32768 by default, or above where there is no room below."""
+    first, last = map(int, of_the_kernel.read_text().split())
+    if first > 1024 + HOW_MANY:
+        return range(first - HOW_MANY, first)
+    return range(last + 1, 65536) if last < 65536 - TRIES else range(1024, 65536)
+
+
+def _reserve(ports: Iterable[int]) -> bool:
+    """All of them or none. A name is an abstract Unix socket: it has no file, and goes with its process."""
+    with ExitStack() as stack:
+        names = []
+        for port in ports:
+            names.append(stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)))
+            probe = stack.enter_context(socket.socket())
+            try:
+                names[-1].bind(f"\0sglang-npu-pp-port-{port}")
+                probe.bind((HOST, port))
+            except OSError:
+                return False
+        for name in names:
+            _reserved.append(socket.socket(fileno=name.detach()))
+    return True
