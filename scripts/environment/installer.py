@@ -20,6 +20,10 @@ HOME = ROOT / ".venv" / "uv"
 UV = HOME / "bin" / "uv"
 UV_LOCK = ROOT / "requirements" / "lock" / "installer.txt"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu/torch/"
+NO_CPU_TORCH = (
+    f"No package index of this machine has the CPU build of torch for Python {sys.version_info.major}."
+    f"{sys.version_info.minor}, so PyTorch's page of them was asked too, which has not helped"
+)
 LIMIT_S = 1800  # torch over a slow line
 
 # Options of pip, by the variables that say the same to uv, and what separates their values there.
@@ -48,7 +52,14 @@ def sync(lock: Path) -> None:
     Raises:
         InstallerError
     """
-    uv("pip", "sync", *_options(), str(lock), environ=with_cpu_torch(settings(), lock))
+    environ = settings()
+    with_page = with_cpu_torch(environ, lock)
+    try:
+        uv("pip", "sync", *_options(), str(lock), environ=with_page)
+    except InstallerError as error:
+        if with_page == environ:
+            raise
+        raise InstallerError(f"{NO_CPU_TORCH}:\n{error}") from error
 
 
 def install_into(folder: Path, lock: Path) -> None:

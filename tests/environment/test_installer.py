@@ -136,3 +136,16 @@ def test_an_installer_that_takes_too_long_is_named(monkeypatch: pytest.MonkeyPat
 def test_uv_is_the_one_that_is_locked() -> None:
     (line,) = [line for line in installer.UV_LOCK.read_text().splitlines() if line.startswith("uv==")]
     assert installer.uv("--version").split()[1] == line.split()[0].removeprefix("uv==")
+
+
+def test_where_the_cpu_build_of_torch_was_looked_for_is_said(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.mkdir()
+    lock = tmp_path / "lock.txt"
+    lock.write_text("torch==9.9.0+cpu\n")
+    monkeypatch.setattr(installer, "CPU_TORCH", "http://127.0.0.1:9/torch/")
+    with pytest.raises(
+        installer.InstallerError, match=r"^No package index of this machine has the CPU build"
+    ):
+        installer.sync(lock)
