@@ -43,9 +43,8 @@ MACHINES = [
     for machine in ("x86_64", "aarch64")
     for python in ("3.11", "3.12", "3.13")
 ]
-WITHOUT_HASH = (
-    "torch"  # its CPU build comes from a folder or PyTorch's page, and no two of them need have one file
-)
+# Its CPU build comes from a folder, an index or PyTorch's page, and no two of them need have the same file.
+WITHOUT_HASH = "torch"
 
 Pins = Mapping[str, Requirement]
 
@@ -58,11 +57,10 @@ def main() -> int:
     parser.add_argument("--upgrade-package", action="append", default=[], metavar="NAME")
     options = parser.parse_args()
     console = Console(highlight=False)
-    which = ["--upgrade"] * options.upgrade + [
-        f"--upgrade-package={name}" for name in options.upgrade_package
-    ]
+    upgrades = [f"--upgrade-package={name}" for name in options.upgrade_package]
+    upgrades += ["--upgrade"] * options.upgrade
     try:
-        show(console, "Locked", lock_all(REQUIREMENTS, LOCKS, which))
+        show(console, "Locked", lock_all(REQUIREMENTS, LOCKS, upgrades))
         if not options.upgrade:
             with tempfile.TemporaryDirectory() as folder:
                 title = 'make lock ARGS="--upgrade" would change'
@@ -132,8 +130,7 @@ def tidy(text: str) -> Iterator[str]:
     for block in re.findall(r"^[A-Za-z0-9].*\n(?:[ ].*\n)*", text, re.MULTILINE):
         (pin,) = requirements(block)
         if pin.marker is None or any(pin.marker.evaluate(machine) for machine in MACHINES):
-            hashed = re.sub(r" \\\n    --hash=\S+", "", block) if pin.name == WITHOUT_HASH else block
-            yield hashed
+            yield re.sub(r" \\\n    --hash=\S+", "", block) if pin.name == WITHOUT_HASH else block
 
 
 def read(lock: Path) -> Pins:

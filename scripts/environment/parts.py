@@ -122,7 +122,7 @@ def add_verbs_library(folder: Path) -> None:
     _output("apt-get", "download", "libibverbs1", "libnl-3-200", "libnl-route-3-200", cwd=packages)
     for package in sorted(packages.glob("*.deb")):
         _output("dpkg-deb", "--extract", str(package), str(packages))
-    for library in packages.rglob("*.so.*"):
+    for library in list(packages.rglob("*.so.*")):
         shutil.move(library, libraries / library.name)
     shutil.rmtree(packages)
 
