@@ -30,6 +30,7 @@ from scripts.evaluation.pictures import OWN_TASKS  # noqa: E402
 from scripts.evaluation.report import show, to_json, write_json  # noqa: E402
 from scripts.evaluation.results import Layout  # noqa: E402
 from scripts.lib.devices import DEVICES  # noqa: E402
+from scripts.lib.folders import new_folder  # noqa: E402
 from scripts.lib.server import ServerError  # noqa: E402
 
 # Questions of each task; the simulated Ascend computes slowly.
@@ -43,8 +44,7 @@ def main() -> int:
     options, server_args = parse_command_line(sys.argv[1:])
     signal.signal(signal.SIGTERM, end_like_ctrl_c)
     signal.signal(signal.SIGHUP, end_like_ctrl_c)
-    folder = options.logs.resolve() / f"accuracy-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(options.logs, "accuracy")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         green = evaluate(options, server_args, folder, console)

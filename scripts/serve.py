@@ -84,7 +84,8 @@ def serve(options: argparse.Namespace, sglang_args: list[str]) -> int:
     port = options.port or free_ports(1)[0]
     folder = ROOT / ".run" / str(port)
     telemetry = folder / "telemetry"
-    telemetry.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(telemetry, ignore_errors=True)  # of a server that failed at this port
+    telemetry.mkdir(parents=True)
     server = Server(
         options.model,
         options.tp,

@@ -24,6 +24,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from scripts.lib.folders import new_folder
 from scripts.lib.server import ServerError
 
 from . import figure, report
@@ -47,8 +48,7 @@ def main() -> int:
     options = parse_command_line(sys.argv[1:])
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    folder = options.logs.resolve() / f"bench-{os.getpid()}"
-    folder.mkdir(parents=True)
+    folder = new_folder(options.logs, "bench")
     try:
         right = run(options, folder, console)
     except (ServerError, LinkError, LoadError, figure.FigureError, OSError) as error:

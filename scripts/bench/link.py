@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Collection
@@ -81,7 +82,10 @@ class EmulatedLink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._names = (f"ppbench{os.getpid()}a", f"ppbench{os.getpid()}b")
+        own = secrets.token_hex(
+            4
+        )  # a process that was killed may have left its namespaces, and had our number
+        self._names = (f"ppbench{own}a", f"ppbench{own}b")
         self._device = "pplink"
         self._netem = False
         self._line: subprocess.Popen[str] | None = None

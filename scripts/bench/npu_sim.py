@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+from scripts.lib.folders import new_folder
 from scripts.lib.server import Server, ServerError
 from tests.ascend_sim.controls import Simulator
 
@@ -235,8 +236,7 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
 def main(arguments: Sequence[str]) -> int:
     """0: all servers gave upstream's tokens; 1: one did not; 2: not run."""
     options = parse_command_line(arguments)
-    folder = options.logs.resolve() / f"npu-sim-{os.getpid()}"
-    folder.mkdir(parents=True)
+    folder = new_folder(options.logs, "npu-sim")
     competitors = [
         c for c in COMPETITORS if not options.competitors or c.name in options.competitors.split(",")
     ]
