@@ -82,9 +82,8 @@ class EmulatedLink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        own = secrets.token_hex(
-            4
-        )  # a process that was killed may have left its namespaces, and had our number
+        # A process that was killed may have left its namespaces, and have had our number.
+        own = secrets.token_hex(4)
         self._names = (f"ppbench{own}a", f"ppbench{own}b")
         self._device = "pplink"
         self._netem = False
