@@ -493,6 +493,7 @@ def test_an_ipc_stranger_that_said_no_hello_is_refused_and_nothing_is_unpickled(
     with contextlib.ExitStack() as stack:
         for identity in identities:
             someone = stack.enter_context(stranger(endpoint, identity))
+            someone.socket.setsockopt(zmq.LINGER, 10_000)  # on a busy machine it is closed before it has sent
             for frames in said:
                 someone.socket.send_multipart(frames)
         team.store.set(f"go on, {endpoint}", "")
