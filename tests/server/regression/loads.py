@@ -27,6 +27,10 @@ ABORTED = "aborted"
 # How upstream answers for a request that was aborted with its grammar, or by a time limit.
 REFUSED = (requests.codes.bad_request, requests.codes.service_unavailable)
 ABORT_REASONS = ("Aborted by AbortReq", "timeout reached")
+# And for one that had a microbatch for itself while the others filled the KV pool: which requests share a
+# microbatch depends on how fast they come.
+GIVEN_UP = "Out of memory even after retracting all other requests"
+TRIES = 5
 POOL_SIZE = 100
 CONCURRENCY = 32
 
@@ -54,8 +58,11 @@ def make_pool(size: int = POOL_SIZE, seed: int = 0) -> list[Body]:
 
 
 def ask(server: Server, body: Body, name: str | None = None) -> Tokens | str:
-    """The tokens of one answer, or how it ended instead."""
-    response = server.post("/generate", {**body, **({"rid": name} if name else {})})
+    """The tokens of one answer, or how it ended instead. Asked again where the server had no room for it."""
+    for _ in range(TRIES):
+        response = server.post("/generate", {**body, **({"rid": name} if name else {})})
+        if response.status_code != requests.codes.server_error or GIVEN_UP not in response.text:
+            break
     if response.status_code in REFUSED and any(reason in response.text for reason in ABORT_REASONS):
         return ABORTED
     response.raise_for_status()
