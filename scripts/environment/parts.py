@@ -1,8 +1,8 @@
 """What is installed here: `.venv`, and parts beside it that only what needs them has on its PYTHONPATH.
 
 Each has a short file of what is wanted, `requirements/NAME.in`, and a lock of all that comes with it,
-`requirements/lock/NAME.txt`. A part is installed by whoever needs it, with `provide`. Standard library only:
-set-up runs this before anything else is there.
+`requirements/lock/NAME.txt`. A part is installed on demand, with `provide`. Standard library only: set-up
+runs this before anything else is there.
 """
 
 from __future__ import annotations

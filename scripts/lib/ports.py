@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,18 +16,20 @@ TRIES = 200
 _reserved: list[socket.socket] = []
 
 
-def free_ports(count: int, *, with_also: Iterable[int] = ()) -> list[int]:
-    """Ports of the loopback interface that nobody listens on, and that no other caller gets.
+def free_ports(count: int, *, with_also: Collection[int] = ()) -> list[int]:
+    """Free ports of the loopback interface, reserved for this process until it ends.
 
     They are none of those that the kernel gives to connections: until a server binds its port, dozens of
-    connections are opened. And they are reserved until this process ends, by a name that only one process can
-    have. `with_also`: what must be free and reserved too, as distances from each port.
+    connections are opened. Reserved by a name that only one process can have, so that no other caller of this
+    function gets them. `with_also`: what must be free and reserved too, as distances from each port.
 
     Raises:
         OSError: there are none among 200.
     """
     found: list[int] = []
-    for port in random.sample(candidates(), k=TRIES):
+    usable = candidates()
+    usable = usable[: len(usable) - max(with_also, default=0)]
+    for port in random.sample(usable, k=min(TRIES, len(usable))):
         if len(found) < count and _reserve([port, *(port + distance for distance in with_also)]):
             found.append(port)
     if len(found) < count:

@@ -53,7 +53,7 @@ def main() -> int:
                 console.print(line(row), soft_wrap=True)
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1) + "\n")
-        except (ServerError, LinkError) as error:
+        except (ServerError, LinkError, OSError) as error:
             console.print(f"lost_peers: {error}", soft_wrap=True, markup=False)
             return 2
     return int(any(row["wrong"] for row in rows if row["server"] == _OURS))

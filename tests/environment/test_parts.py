@@ -1,4 +1,4 @@
-"""Parts beside .venv: installed by whoever needs one, whole or not at all."""
+"""Parts beside .venv: installed on demand, whole or not at all."""
 
 from __future__ import annotations
 
