@@ -27,13 +27,17 @@ from scripts.environment.parts import LOCKS, REQUIREMENTS, VENV, Part, parts
 
 OURS = "sglang-npu-pp"  # editable, from this clone
 CHECK_LIMIT_S = 120
+ADVICE = (
+    "What is wanted belongs into a short file of requirements/, then make lock. To get what the locks say: "
+    "rm -r .venv/setup.stamp .venv/beside; make setup"
+)
 MISSING = re.compile(r"(?P<asker>\S+) \S+ requires (?P<asked>\S+), which is not installed\.")
 CONFLICT = re.compile(r"(?P<asker>\S+) \S+ has requirement (?P<asked>[\w.-]+).*, but you have .*")
 
 
 def main() -> int:
     found = list(complaints())
-    print("\n".join(found) or "as the lock says")
+    print("\n".join([*found, ADVICE] if found else ["as the lock says"]))
     return 1 if found else 0
 
 
@@ -59,11 +63,11 @@ def against_lock(site: Path, lock: Path) -> Iterator[str]:
     there = installed(site)
     for name in sorted({*pinned, *there}):
         if name not in pinned:
-            yield f"{name} {there[name]} is in {site} but not in {lock.name}; make lock, or make setup"
+            yield f"{name} {there[name]} is in {site} but not in {lock.name}"
         elif name not in there:
-            yield f"{name} {pinned[name]} is in {lock.name} and not in {site}; run make setup again"
+            yield f"{name} {pinned[name]} is in {lock.name} but not in {site}"
         elif there[name] != pinned[name]:
-            yield f"{name} is {there[name]} in {site} and {pinned[name]} in {lock.name}; run make setup again"
+            yield f"{name} is {there[name]} in {site} and {pinned[name]} in {lock.name}"
 
 
 def installed(site: Path) -> Mapping[str, str]:

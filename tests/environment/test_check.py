@@ -30,7 +30,7 @@ def test_venv_and_the_parts_beside_it_are_what_their_locks_say() -> None:
         ({"alpha": "1.0", "beta": "2.0"}, None),
         ({"alpha": "1.0", "Beta": "2.0", "sglang_npu_pp": "0.1.0"}, None),
         ({"alpha": "1.0", "beta": "2.0", "delta": "4.0"}, "delta 4.0 is in .* but not in lock.txt"),
-        ({"alpha": "1.0"}, "beta 2.0 is in lock.txt and not in "),
+        ({"alpha": "1.0"}, "beta 2.0 is in lock.txt but not in "),
         ({"alpha": "1.0", "beta": "2.1"}, "beta is 2.1 in .* and 2.0 in lock.txt"),
     ],
     ids=["as locked", "spelled otherwise, and ours", "one more", "one less", "another version"],
@@ -93,3 +93,13 @@ def test_a_conflict_is_intended_for_the_release_that_is_named_only() -> None:
     assert set(conflicts) <= set(parts())
     assert list(check.unexpected([line, other], (), conflicts["sglang-0.5.23"])) == [f"pip check: {other}"]
     assert list(check.unexpected([line], (), conflicts["sglang-0.5.20"])) == [f"pip check: {line}"]
+
+
+def test_the_command_says_what_is_wrong_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "complaints", lambda: iter(["alpha is 1.0 in here and 2.0 in venv.txt"]))
+    assert check.main() == 1
+    first, advice = capsys.readouterr().out.splitlines()
+    assert first == "alpha is 1.0 in here and 2.0 in venv.txt"
+    assert advice.endswith("rm -r .venv/setup.stamp .venv/beside; make setup")
