@@ -63,7 +63,7 @@ def test_what_is_derived_from_a_port_is_free_too(monkeypatch: pytest.MonkeyPatch
 
 
 def test_another_process_does_not_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as the one that chose lives; nobody has bound the port."""
+    """As long as the one that chose lives, although the port is not bound."""
     lower = two_to_choose_from(monkeypatch)
     program = (
         "from scripts.lib import ports\n"

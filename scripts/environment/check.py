@@ -22,8 +22,8 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from scripts.environment.lock import LEFT_OUT, applicable, read, requirements
-from scripts.environment.parts import LOCKS, REQUIREMENTS, VENV, Part, parts
+from scripts.environment.lock import applicable, left_out_files, read, requirements, versions
+from scripts.environment.parts import LOCKS, REQUIREMENTS, VENV, parts
 
 OURS = "sglang-npu-pp"  # editable, from this clone
 CHECK_LIMIT_S = 120
@@ -43,24 +43,22 @@ def main() -> int:
 
 def complaints() -> Iterator[str]:
     """What is wrong with .venv and with every part that is there."""
-    site = Path(sysconfig.get_path("purelib"))
-    yield from against_lock(site, LOCKS / f"{VENV}.txt")
-    yield from unexpected(pip_check(), left_out(VENV), ())
+    yield from of_folder(VENV, Path(sysconfig.get_path("purelib")))
     yield from imports()
     for part in parts().values():
         if part.is_installed:
-            yield from of_part(part)
+            yield from of_folder(part.name, part.folder, part.folder)
 
 
-def of_part(part: Part) -> Iterator[str]:
-    yield from against_lock(part.folder, part.lock)
-    yield from unexpected(pip_check(part.folder), left_out(part.name), conflicts().get(part.name, ()))
+def of_folder(name: str, site: Path, *before: Path) -> Iterator[str]:
+    """What is wrong with a folder of packages; `before`: what its users have in front on their path."""
+    yield from against_lock(site, LOCKS / f"{name}.txt")
+    yield from unexpected(pip_check(*before), left_out(name), conflicts().get(name, ()))
 
 
 def against_lock(site: Path, lock: Path) -> Iterator[str]:
     """Where the packages in a folder are not those of a lock, one sentence each."""
-    pinned = {name: str(pin.specifier).removeprefix("==") for name, pin in applicable(read(lock)).items()}
-    there = installed(site)
+    pinned, there = versions(applicable(read(lock))), installed(site)
     for name in sorted({*pinned, *there}):
         if name not in pinned:
             yield f"{name} {there[name]} is in {site} but not in {lock.name}"
@@ -108,13 +106,8 @@ def unexpected(said: Sequence[str], missing: Sequence[str], conflicting: Sequenc
 
 def left_out(name: str) -> Sequence[str]:
     """Packages that must not come with .venv or a part, normalized."""
-    files = [REQUIREMENTS / LEFT_OUT, REQUIREMENTS / f"left_out-{name}.txt"]
-    return [
-        canonicalize_name(each.name)
-        for file in files
-        if file.is_file()
-        for each in requirements(file.read_text())
-    ]
+    files = left_out_files(REQUIREMENTS, name)
+    return [canonicalize_name(each.name) for file in files for each in requirements(file.read_text())]
 
 
 def conflicts(file: Path = REQUIREMENTS / "conflicts.txt") -> Mapping[str, Sequence[str]]:

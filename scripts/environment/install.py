@@ -45,7 +45,8 @@ def install(name: str) -> None:
     if name == VENV:
         installer.sync(LOCKS / f"{VENV}.txt")
         return
-    if name in parts() and parts()[name].is_installed:
+    part = parts().get(name)
+    if part is not None and part.is_installed:
         return
     started = time.monotonic()
     print(f"  {name + ', beside .venv':<42}", end="", flush=True)

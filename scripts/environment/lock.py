@@ -27,7 +27,6 @@ from scripts.environment import installer
 from scripts.environment.parts import INSTALLER, LOCKS, REQUIREMENTS, VENV, part_names
 
 OLDEST_PYTHON = "3.11"
-LEFT_OUT = "left_out.txt"
 CONSTRAINTS = "constraints.txt"
 HEADER = """\
 # Made by `make lock` from requirements/{wanted}; do not edit. All that comes with it, with the hashes
@@ -96,7 +95,6 @@ def compile_lock(
 ) -> None:
     """Resolve one short file. A part takes its versions from .venv, and lists only what .venv lacks."""
     lock = target / f"{name}.txt"
-    left_out = [file for file in (source / LEFT_OUT, source / f"left_out-{name}.txt") if file.is_file()]
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "overrides.txt"
         here = {} if name in (VENV, INSTALLER) else shared(target, source / f"{name}.in")
@@ -105,13 +103,19 @@ def compile_lock(
             *("pip", "compile", "--quiet", "--universal", f"--python-version={OLDEST_PYTHON}"),
             *("--fork-strategy=fewest", "--generate-hashes", "--no-header", f"--output-file={lock}"),
             *(f"--constraints={source / CONSTRAINTS}", f"--overrides={overrides}"),
-            *(f"--excludes={file}" for file in left_out),
+            *(f"--excludes={file}" for file in left_out_files(source, name)),
             *(f"--no-emit-package={package}" for package in here),
             *options,
             str(source / f"{name}.in"),
             environ=environ,
         )
     lock.write_text(HEADER.format(wanted=f"{name}.in") + "".join(tidy(lock.read_text())))
+
+
+def left_out_files(source: Path, name: str) -> Sequence[Path]:
+    """What must not come with any lock, and what not with this one."""
+    files = (source / "left_out.txt", source / f"left_out-{name}.txt")
+    return [file for file in files if file.is_file()]
 
 
 def shared(target: Path, wanted: Path) -> Pins:
@@ -161,13 +165,16 @@ def without_marker(pin: Requirement) -> Requirement:
     return Requirement(f"{pin.name}{pin.specifier}")
 
 
+def versions(pins: Pins) -> Mapping[str, str]:
+    return {name: str(pin.specifier).removeprefix("==") for name, pin in pins.items()}
+
+
 def differences(old: Pins, new: Pins) -> Sequence[str]:
     """A line a package: "name 1.0 -> 2.0", "name 1.0 is new", "name 1.0 goes"."""
     lines = []
+    olds, news = versions(old), versions(new)
     for name in sorted({*old, *new}):
-        before, after = (
-            str(pins[name].specifier).removeprefix("==") if name in pins else "" for pins in (old, new)
-        )
+        before, after = olds.get(name), news.get(name)
         if before and after and before != after:
             lines.append(f"{name} {before} -> {after}")
         elif not before or not after:

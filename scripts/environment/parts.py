@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.environment import installer
+from scripts.environment.installer import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements"
 LOCKS = REQUIREMENTS / "lock"
 BESIDE = ROOT / ".venv" / "beside"
