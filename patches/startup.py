@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import socket
-from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -145,9 +144,6 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     streams = DeviceStreams(group.device)
     depth = scheduler.server_args.pp_async_batch_depth
     slots = stages + depth
-    # As many microbatches can be in flight as there are slots. A smaller window could be full of outputs
-    # at one end of the pipeline and of requests at the other, each waiting for the other to be taken.
-    settings = replace(settings, window=max(settings.window, slots + 2))
     host_lane = HostLane(
         stage=stage,
         stages=stages,
@@ -157,6 +153,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
         trace=trace,
         host=settings.host or address_towards_master(scheduler.server_args.dist_init_addr),
         port=settings.port + dist.get_rank() if settings.port else 0,
+        slots=slots,
     )
     host_lane.open(process_group_exchange(group.cpu_group))
     clock = measure_clock(host_lane, settings.start_limit_s)
@@ -175,8 +172,8 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     if scheduler.server_args.enable_metrics:
         limits = {
             SLOTS: slots,
-            WINDOW_MESSAGES: settings.window,
-            WINDOW_BYTES: settings.window_bytes,
+            WINDOW_MESSAGES: host_lane.bounds.messages,
+            WINDOW_BYTES: host_lane.bounds.nbytes,
             DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
         }
         Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()

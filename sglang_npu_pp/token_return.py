@@ -12,9 +12,11 @@ event races: here every step has its own).
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +28,12 @@ from .transport.message import Kind
 from .transport.outbox import Outbox
 from .transport.stage_link import StageLink
 
+logger = logging.getLogger("sglang_npu_pp")
+
 PORT = "tokens"
+LOOK_S = 0.1  # how often the sending thread looks at its connections when it has nothing to send
+CLOSE_LIMIT_S = 5.0  # for what is queued when the server ends
+ABANDON_LIMIT_S = 1.0  # then, for a sender that waits for room
 
 
 @dataclass
@@ -94,9 +101,10 @@ class _Outgoing:
 class TokenReturn:
     """The last stage's side: sends outputs to every other stage and keeps its own.
 
-    `outboxes` are connections for the sending thread (device outputs); None sends at once, from the
-    caller's thread, which needs the copies to be complete (CPU). `adopt_thread` is called first in the
-    sending thread.
+    `outboxes` are connections for the sending thread (device outputs), which watches and closes them; None
+    sends at once, from the caller's thread, which needs the copies to be complete (CPU). `adopt_thread` is
+    called first in the sending thread. What ends the thread is raised by the next call, and by whoever waits
+    for a message meanwhile (`HostLane.watch`).
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class TokenReturn:
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if outboxes is not None:
+            link.host_lane.watch(self._raise_failure, outboxes.values())
             self._thread = threading.Thread(target=self._run, name="token-return", daemon=True)
             self._thread.start()
 
@@ -136,20 +145,45 @@ class TokenReturn:
         return outgoing.copy
 
     def close(self) -> None:
-        """Send what is queued and end the thread."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(timeout=10)
+        """Send what is queued and end the thread, which closes its connections; at most some seconds.
+
+        A thread that waits for a device which does not answer cannot be ended: its connections stay, and go
+        with the process.
+        """
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(CLOSE_LIMIT_S)
         for outbox in (self._outboxes or {}).values():
-            outbox.close()
+            outbox.abandon()
+        self._thread.join(ABANDON_LIMIT_S)
+        if self._thread.is_alive():
+            logger.warning(
+                "stage %d rank %d: outputs are not on the host after %g s, so they were not sent at the end.",
+                self._link.stage,
+                self._link.rank,
+                CLOSE_LIMIT_S,
+            )
 
     def _run(self) -> None:
+        assert self._outboxes is not None
         try:
             self._adopt_thread()
-            while (outgoing := self._queue.get()) is not None:
+            while (outgoing := self._next()) is not None:
                 self._send(outgoing)
         except BaseException as error:
             self._failure = error
+        for outbox in self._outboxes.values():
+            outbox.close()
+
+    def _next(self) -> _Outgoing | None:
+        """What is to be sent; looks at the connections until then. None at the end."""
+        assert self._outboxes is not None
+        while True:
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=LOOK_S)
+            for outbox in self._outboxes.values():
+                outbox.check()
 
     def _send(self, outgoing: _Outgoing) -> None:
         values = outgoing.copy.wait()

@@ -7,9 +7,12 @@ travel between three real ranks.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -29,6 +32,8 @@ class RecordingLink:
     stage, stages, rank = 2, 3, 0
 
     def __init__(self, fails: bool = False) -> None:
+        self.host_lane = self
+        self.watching: list[Any] = []
         self.pushed: list[tuple[int, int, list[int]]] = []
         self.fails = fails
         self.sent = threading.Semaphore(0)
@@ -41,6 +46,9 @@ class RecordingLink:
             raise PipelineError("the probe does not send")
         self.pushed.append((peer, options["slot"], values["next_token_ids"].tolist()))
         self.sent.release()
+
+    def watch(self, check: Any, outboxes: Any) -> None:
+        self.watching.append(check)
 
     def await_pushes(self, count: int) -> None:
         for _ in range(count):
@@ -63,12 +71,20 @@ class DeviceEvent:
 
 
 class SilentOutbox:
-    """Double of an Outbox that only has to be closed."""
+    """Double of an Outbox that is looked at and closed, by one thread."""
 
     def __init__(self) -> None:
         self.closed = False
+        self.users: set[str] = set()
+
+    def check(self) -> None:
+        self.users.add(threading.current_thread().name)
+
+    def abandon(self) -> None:
+        return
 
     def close(self) -> None:
+        self.users.add(threading.current_thread().name)
         self.closed = True
 
 
@@ -117,6 +133,7 @@ def test_close_sends_what_is_queued_and_closes_the_connections() -> None:
     tokens.close()
     assert [push[2] for push in link.pushed] == [[5], [5]]
     assert outbox.closed
+    assert outbox.users == {"token-return"}, "sockets belong to one thread"
 
 
 def test_a_failure_of_the_sending_thread_surfaces_in_the_scheduler() -> None:
@@ -131,6 +148,9 @@ def test_a_failure_of_the_sending_thread_surfaces_in_the_scheduler() -> None:
         tokens.own(0, 0)
     with pytest.raises(PipelineError, match="the probe does not send"):
         tokens.post(copy_of(6, event), 1, 1)
+    (check,) = link.watching
+    with pytest.raises(PipelineError, match="the probe does not send"):
+        check()  # by whoever waits for a message meanwhile
 
 
 def test_nested_outputs_keep_their_shape() -> None:
@@ -242,3 +262,123 @@ def test_a_stage_that_is_gone_surfaces_in_the_scheduler_of_the_last_one(team: Te
     ranks[1].call(close_lanes)
     with pytest.raises(PeerLostError, match="stage 2 rank 0: stage 1 "):
         ranks[2].call(post_until_it_fails)
+
+
+def fail_in_the_thread(here: Here, values: dict[str, Any]) -> str:
+    """Post what cannot be sent, then wait as the loop does for the next requests."""
+    tokens: TokenReturn = here.kept["token return"]
+    event = DeviceEvent()
+    event.passed.set()
+    tokens.post(HostCopy(values, event), slot=0, iteration=0)
+    try:
+        here.lane.wait(0, Kind.REQUESTS, 0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "came"
+
+
+def test_a_failure_of_the_sending_thread_ends_whoever_waits(team: Team) -> None:
+    ranks = open_returns(team, "ipc", threaded=True)
+    said = ranks[2].call(fail_in_the_thread, {"next_token_ids": torch.arange(3), "info": Unpicklable()})
+    assert "only a test makes this" in said
+
+
+class Unpicklable:
+    """Can be sent to a rank process, and not from there."""
+
+    def __init__(self, sent: bool = False) -> None:
+        self.sent = sent
+
+    def __reduce__(self) -> Any:
+        if self.sent:
+            raise TypeError("only a test makes this")
+        return Unpicklable, (True,)
+
+
+def open_tokens(here: Here, sender: int) -> None:
+    """The connections of the sending thread, and which descriptors they have."""
+    before = {each.laddr for each in psutil.Process().net_connections("tcp")}
+    here.kept[PORT] = here.lane.open_port(PORT, [sender])
+    here.kept["descriptors"] = [
+        each.fd for each in psutil.Process().net_connections("tcp") if each.laddr not in before
+    ]
+
+
+def cut_tokens(here: Here) -> None:
+    """As a firewall's reset does; the main connections stay."""
+    (descriptor,) = here.kept["descriptors"]
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def wait_for_requests(here: Here) -> None:
+    cut_tokens(here)
+    try:
+        here.lane.wait(0, Kind.REQUESTS, 0)
+    finally:
+        close_lanes(here)  # as a scheduler that has failed
+
+
+def wait_for_outputs(here: Here) -> None:
+    here.lane.wait(1, Kind.OUTPUT, 0)
+
+
+def test_a_cut_of_the_tokens_connection_alone_is_the_end_of_both_stages(team: Team) -> None:
+    """Nobody sends on it: an idle server, or one that waits for requests."""
+    ranks = team.open_lanes(2, Settings(host_transport="tcp", wait_limit_s=600, peer_timeout_s=2))
+    results([rank.start(open_tokens, 1) for rank in ranks])
+    ranks[1].call(start_return, True)
+    calls = [ranks[0].start(wait_for_outputs), ranks[1].start(wait_for_requests)]
+    with pytest.raises(PeerLostError, match="stage 1 rank 0: stage 0 is gone: its connection broke"):
+        calls[1].result()
+    with pytest.raises(PeerLostError, match="stage 0 rank 0: stage 1 "):
+        calls[0].result()
+
+
+def close_with_a_full_window(here: Here) -> list[bool]:
+    """Six outputs where four may be in flight, to a stage that takes none."""
+    tokens: TokenReturn = here.kept["token return"]
+    for iteration in range(6):
+        event = DeviceEvent()
+        event.passed.set()
+        tokens.post(HostCopy(tokens_of(iteration), event), slot=iteration, iteration=iteration)
+    tokens.close()
+    assert tokens._thread is not None
+    return [tokens._thread.is_alive(), all(outbox._socket.closed for outbox in here.kept[PORT].values())]
+
+
+def test_a_thread_that_waits_for_room_is_ended_and_closes_its_own_connections(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = team.open_lanes(2, Settings(window=4, wait_limit_s=600), extra_ports={PORT: [1]})
+    ranks[1].call(start_return, True)
+    assert ranks[1].call(close_with_a_full_window) == [False, True]
+
+
+def close_behind_a_dead_device(here: Here) -> bool:
+    tokens: TokenReturn = here.kept["token return"]
+    tokens.post(HostCopy(tokens_of(0), NeverPasses()), slot=0, iteration=0)
+    here.closers.clear()
+    tokens.close()
+    here.lane.close()
+    here.opened = False
+    assert tokens._thread is not None
+    return tokens._thread.is_alive()
+
+
+class NeverPasses:
+    """Double of the event of a device that does not answer any more."""
+
+    def synchronize(self) -> None:
+        threading.Event().wait()
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_device_that_does_not_answer_does_not_keep_the_lane_open(team: Team) -> None:
+    victim = team.recruit()
+    ranks = team.open_lanes([team.ranks[0], victim], Settings(wait_limit_s=600), extra_ports={PORT: [1]})
+    ranks[1].call(start_return, True)
+    assert ranks[1].call(close_behind_a_dead_device), "its thread cannot be ended"
+    team.dismiss(victim)

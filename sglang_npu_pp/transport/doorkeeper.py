@@ -9,6 +9,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..telemetry import Telemetry
+from .monitor import open_monitor
 
 HANDSHAKE_LIMIT_MS = 10_000  # who has not shown its key by then is disconnected; ranks take some ms
 
@@ -27,20 +28,33 @@ class Doorkeeper:
         """Before `socket` is bound."""
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_LIMIT_MS)
         self._socket, self._telemetry = socket, telemetry
-        self._monitor = socket.get_monitor_socket(_ENTERED | _LET_IN | _LEFT | _STOPPED)
+        self._monitor = open_monitor(socket, _ENTERED | _LET_IN | _LEFT | _STOPPED)
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="doorkeeper", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Before the socket is closed."""
-        self._socket.disable_monitor()  # which the thread is told, and ends
+        self._socket.monitor(None, 0)  # which the thread is told, and ends
         self._thread.join(timeout=10)
 
+    def check(self) -> None:
+        """Raise what has ended the thread."""
+        if self._failure is not None:
+            raise self._failure
+
     def _run(self) -> None:
+        try:
+            self._count()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._monitor.close()
+
+    def _count(self) -> None:
         """An event does not say whose it is: of those who left, as many as came and were not let in."""
         counted: Counter[int] = Counter()
         while (event := recv_monitor_message(self._monitor)["event"]) != _STOPPED:
             counted[event] += 1
             refused = min(counted[_LEFT], counted[_ENTERED] - counted[_LET_IN])
             self._telemetry.refused_connections = max(self._telemetry.refused_connections, refused)
-        self._monitor.close()

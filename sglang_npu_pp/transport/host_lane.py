@@ -8,6 +8,8 @@ other stages: tensor-parallel ranks are not this lane's business.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 
@@ -25,11 +27,15 @@ from .inbox import Inbox
 from .message import Kind, Message
 from .outbox import Outbox, set_heartbeat
 from .parts import refuse_longer_frames
+from .window import Bounds
 
 Exchange = Callable[[bytes], list[bytes]]
 """Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
 
 MAIN_PORT = "main"
+TERMINATION_LIMIT_S = 5.0  # for messages that linger, 1 s each at most
+
+logger = logging.getLogger("sglang_npu_pp")
 
 
 class HostLane:
@@ -46,13 +52,17 @@ class HostLane:
         trace: Trace,
         host: str = "127.0.0.1",
         port: int = 0,
+        slots: int = 1,
     ) -> None:
-        """`host` and `port` say where TCP listens (0: any free port) if a peer is on another node."""
+        """`host` and `port` say where TCP listens (0: any free port) if a peer is on another node.
+
+        `slots`: microbatches of the loops that use the lane; equal on all stages.
+        """
         self.stage, self.stages, self.rank = stage, stages, rank
         self._settings, self._telemetry, self._trace = settings, telemetry, trace
         self._host, self._port = host, port
         self._where = f"stage {stage} rank {rank}"
-        self._window = (settings.window, settings.window_bytes)
+        self.bounds = Bounds.for_loops(settings.window, settings.window_bytes, slots)
         self._check_all = settings.checksum == "full"
         self._context = zmq.Context()
         self._keys = KeyPair.generate()
@@ -64,6 +74,8 @@ class HostLane:
         self._cards: list[Card] = []
         self._outboxes: dict[int, Outbox] = {}
         self._inbox: Inbox | None = None
+        self._watched: list[Callable[[], None]] = []
+        self._watched_outboxes: list[Outbox] = []
         self._closed = False
 
     # --- start ---------------------------------------------------------------------------------
@@ -79,7 +91,7 @@ class HostLane:
                 self._sockets,
                 in_parts=self._doorkeepers,
                 where=self._where,
-                window=self._window,
+                bounds=self.bounds,
                 wait_limit_s=self._settings.wait_limit_s,
                 check_all=self._check_all,
                 authenticate=self._authenticate,
@@ -97,12 +109,13 @@ class HostLane:
         Every stage calls it, at the same point of the program; a stage that is no sender gets none.
         Connections may be handed to another thread afterwards.
         """
-        outboxes = {}
-        if self.stage in senders:
-            others = [card for card in self._cards if card.stage != self.stage]
-            outboxes = {card.stage: self._connect(card, port) for card in others}
+        outboxes: dict[int, Outbox] = {}
         expected = {f"{stage}/{port}".encode() for stage in senders if stage != self.stage}
         try:
+            if self.stage in senders:
+                for card in self._cards:
+                    if card.stage != self.stage:
+                        outboxes[card.stage] = self._connect(card, port)
             self._greet(outboxes.values(), expected)
         except BaseException:
             for outbox in outboxes.values():
@@ -145,6 +158,7 @@ class HostLane:
             router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
             refuse_longer_frames(router)
             self._doorkeepers[router] = Doorkeeper(router, self._telemetry)
+            self.watch(self._doorkeepers[router].check)
             tcp = bind_tcp(router, self._host, self._port, self._where)
         mine = Card(self.stage, node, ipc, tcp, self._keys.public)
         self._cards = _exchange_cards(exchange, mine)
@@ -168,7 +182,7 @@ class HostLane:
             endpoint=card.ipc if local else card.tcp,
             keys=None if local else self._keys,
             peer_key=card.key,
-            window=self._window,
+            bounds=self.bounds,
             peer_timeout_s=self._settings.peer_timeout_s,
             wait_limit_s=self._settings.wait_limit_s,
             check_all=self._check_all,
@@ -260,11 +274,26 @@ class HostLane:
         """Sort in what has arrived, without waiting."""
         self.inbox.pump(0)
 
+    def watch(self, check: Callable[[], None], outboxes: Iterable[Outbox] = ()) -> None:
+        """Call `check` wherever the lane looks after its own connections; it raises what failed elsewhere.
+
+        `outboxes`: connections of another thread, which looks after them, and is told here which stages have
+        left on purpose.
+        """
+        self._watched.append(check)
+        self._watched_outboxes += outboxes
+
     def check(self) -> None:
-        """Raise PeerLostError if any stage is gone: the others cannot go on without it."""
-        for stage, outbox in self._outboxes.items():
-            outbox.departed = stage in self.inbox.departed
+        """Raise PeerLostError if any stage is gone: the others cannot go on without it.
+
+        Or what has ended one of our threads.
+        """
+        for outbox in (*self._outboxes.values(), *self._watched_outboxes):
+            outbox.departed = outbox.peer in self.inbox.departed
+        for outbox in self._outboxes.values():
             outbox.check()
+        for check in self._watched:
+            check()
 
     def close(self) -> None:
         """Say goodbye and release sockets, threads and files. Can be called twice."""
@@ -280,9 +309,21 @@ class HostLane:
             socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.term()
+        self._terminate()
         if self._directory is not None:
             self._directory.clear()
+
+    def _terminate(self) -> None:
+        """ZeroMQ waits for whoever has a socket open, which may be a thread that cannot be ended."""
+        ending = threading.Thread(target=self._context.term, name="host-lane-end", daemon=True)
+        ending.start()
+        ending.join(TERMINATION_LIMIT_S)
+        if ending.is_alive():
+            logger.warning(
+                "%s: connections are still open %g s after the end of the host lane; they go with the process.",
+                self._where,
+                TERMINATION_LIMIT_S,
+            )
 
 
 def _exchange_cards(exchange: Exchange, mine: Card) -> list[Card]:

@@ -14,7 +14,7 @@ from ..trace import Trace
 from .message import Buffer, Header, Kind, Message, decode, read_header
 from .outbox import CREDIT, POLL_MS
 from .parts import join
-from .window import CreditMeter
+from .window import Bounds, CreditMeter
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Inbox:
         *,
         in_parts: Collection[zmq.Socket],
         where: str,
-        window: tuple[int, int],
+        bounds: Bounds,
         wait_limit_s: float,
         check_all: bool,
         authenticate: Callable[[bytes, zmq.Frame], int | None],
@@ -53,7 +53,7 @@ class Inbox:
         self.greeted: set[bytes] = set()
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
-        self._where, self._window, self._wait_limit_s = where, window, wait_limit_s
+        self._where, self._bounds, self._wait_limit_s = where, bounds, wait_limit_s
         self._check_all, self._authenticate = check_all, authenticate
         self._telemetry, self._trace = telemetry, trace
         self._stages: dict[bytes, int] = {}  # authenticated identities
@@ -171,9 +171,9 @@ class Inbox:
                 f"{header.source} but number {header.number} came: messages were lost or repeated; "
                 "restart the server."
             )
-        if len(channel.waiting) >= self._window[0]:
+        if len(channel.waiting) >= self._bounds.messages:
             raise SequenceError(
-                f"{self._where}: stage {header.source} has more than {self._window[0]} "
+                f"{self._where}: stage {header.source} has more than {self._bounds.messages} "
                 f"{header.kind.label} messages "
                 "in flight, past the window it agreed to; install the same sglang-npu-pp everywhere."
             )
@@ -181,7 +181,7 @@ class Inbox:
     def _channel(self, source: int, kind: Kind) -> _Channel:
         channel = self._channels.get((source, kind))
         if channel is None:
-            channel = _Channel(CreditMeter(*self._window), self._telemetry.receiving(kind.label))
+            channel = _Channel(CreditMeter(self._bounds), self._telemetry.receiving(kind.label))
             self._channels[source, kind] = channel
         return channel
 

@@ -124,7 +124,7 @@ class Message:
     source: int = -1
     number: int = -1
     nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
-    borrowed: bool = False  # whoever gave the tensors may write to them as soon as `send` has returned
+    borrowed: bool = False  # whoever gave tensors and values may write to them as soon as `send` has returned
 
 
 @lru_cache(maxsize=64)

@@ -19,20 +19,25 @@ from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
 from .endpoints import KeyPair
 from .message import Buffer, Kind, Message, encode
+from .monitor import open_monitor
 from .parts import cut, refuse_longer_frames
-from .window import Window
+from .window import Bounds, Window
 
 CREDIT = struct.Struct("<BQQ")  # kind, messages taken, bytes taken
 ZERO_COPY_BYTES = 64 << 10  # below, copying is cheaper than handing the memory over
 POLL_MS = 100  # how often a wait looks whether the peer is still there
+LINGER_MS = 1000
 SETTLE_S = 0.5  # a server that is being stopped kills its ranks one after another: not an error yet
 
-_WATCHED = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+# Why a peer does not let us in, by the event that says so.
+_REFUSALS = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "authentication failed",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak the protocol of the host lane",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the connection ended before it was accepted",
+}
+_WATCHED = zmq.EVENT_DISCONNECTED
+for _event in _REFUSALS:
+    _WATCHED |= _event
 
 
 def set_heartbeat(socket: zmq.Socket, timeout_s: float) -> None:
@@ -71,7 +76,7 @@ class Outbox:
         endpoint: str,
         keys: KeyPair | None,
         peer_key: bytes,
-        window: tuple[int, int],
+        bounds: Bounds,
         peer_timeout_s: float,
         wait_limit_s: float,
         check_all: bool,
@@ -83,7 +88,7 @@ class Outbox:
         self.departed = False  # the peer said goodbye
         self.welcomed = False  # the peer has accepted our hello
         self._where = f"stage {stage} rank {rank}"
-        self._stage, self._window, self._check_all = stage, window, check_all
+        self._stage, self._bounds, self._check_all = stage, bounds, check_all
         self._peer_timeout_s, self._wait_limit_s = peer_timeout_s, wait_limit_s
         self._telemetry, self._trace = telemetry, trace
         self._channels: dict[Kind, _Channel] = {}
@@ -91,21 +96,36 @@ class Outbox:
         self._refused: str | None = None
         self._last_sent: tuple[Kind, int] | None = None
         self._next_check = 0.0
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.ROUTING_ID, f"{stage}/{port}".encode())
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued, in bytes too
-        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
-        self._socket.setsockopt(zmq.IPV6, 1)
-        set_heartbeat(self._socket, peer_timeout_s)
+        self._abandoned = False
+        self._context, self._identity = context, f"{stage}/{port}".encode()
+        self._keys, self._peer_key = keys, peer_key
         self._in_parts = keys is not None  # between nodes
-        if keys is not None:
-            refuse_longer_frames(self._socket)
-            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
-            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
-            self._socket.setsockopt(zmq.CURVE_SERVERKEY, peer_key)
-        self.monitor = self._socket.get_monitor_socket(_WATCHED)
-        self._socket.connect(endpoint)
+        self._socket = context.socket(zmq.DEALER)
+        try:
+            self._connect()
+        except BaseException:
+            self._socket.close(linger=0)  # a context that has an open socket cannot be terminated
+            raise
+
+    def _connect(self) -> None:
+        socket = self._socket
+        socket.setsockopt(zmq.ROUTING_ID, self._identity)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued, in bytes too
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
+        socket.setsockopt(zmq.IPV6, 1)
+        set_heartbeat(socket, self._peer_timeout_s)
+        if self._keys is not None:
+            refuse_longer_frames(socket)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
+            socket.setsockopt(zmq.CURVE_SERVERKEY, self._peer_key)
+        self.monitor = open_monitor(socket, _WATCHED)
+        try:
+            socket.connect(self.endpoint)
+        except BaseException:
+            self.monitor.close()
+            raise
 
     def send(self, message: Message) -> None:
         """Push `message`; returns at once unless the window is full.
@@ -133,7 +153,7 @@ class Outbox:
         self._trace.record("push", message.kind.label, message.slot, message.iteration)
 
     def _open_channel(self, kind: Kind) -> _Channel:
-        channel = _Channel(Window(*self._window), self._telemetry.sending(kind.label))
+        channel = _Channel(Window(self._bounds), self._telemetry.sending(kind.label))
         self._channels[kind] = channel
         return channel
 
@@ -143,8 +163,14 @@ class Outbox:
         with suppress(zmq.Again):
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
+    def abandon(self) -> None:
+        """From any thread: whoever waits here for room gives up, within 0.1 s."""
+        self._abandoned = True
+
     def check(self) -> None:
         """Raise if the peer is gone. Cheap: looks at the connection at most every 0.1 s."""
+        if self._abandoned:
+            raise TransportError(f"{self._where}: closed while messages to stage {self.peer} were waiting.")
         now = time.monotonic()
         if now < self._next_check:
             return
@@ -178,8 +204,8 @@ class Outbox:
             event = recv_monitor_message(self.monitor)["event"]
             if event == zmq.EVENT_DISCONNECTED:
                 self._lost_at = self._lost_at or time.monotonic()
-            else:
-                self._refused = "authentication failed"
+            elif event in _REFUSALS:
+                self._refused = _REFUSALS[event]
 
     def read_welcome(self) -> None:
         """Take what the peer returned so far; sets `welcomed`."""
@@ -191,7 +217,7 @@ class Outbox:
             return
         self.read_monitor()
         gone = self._lost_at is not None or self._refused is not None
-        self._socket.disable_monitor()
+        self._socket.monitor(None, 0)
         self.monitor.close()
         self._socket.close(linger=0 if gone else None)
 

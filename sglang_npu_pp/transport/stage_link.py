@@ -97,8 +97,8 @@ class StageLink:
     # --- send ----------------------------------------------------------------------------------
 
     def push(self, kind: Kind, peer: int, values: Any = None, *, slot: int = -1, iteration: int = -1) -> None:
-        """Push a Python object to stage `peer`."""
-        self.host_lane.send(peer, Message(kind, slot, iteration, values=values))
+        """Push a Python object to stage `peer`; arrays and tensors in it may be written to afterwards."""
+        self.host_lane.send(peer, Message(kind, slot, iteration, values=values, borrowed=True))
 
     def push_tensors(
         self,
@@ -118,7 +118,8 @@ class StageLink:
         Tensors on the device of the device lane take it when `peer` is the next stage; other device
         tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
         can be cut so. `batch`: which requests these are, in words; a receiver that has others refuses them.
-        `owned`: nobody will write to the host tensors any more; otherwise they are copied here.
+        `owned`: nobody will write to the host tensors any more, nor to arrays and tensors nested in other
+        values; otherwise they are copied here.
         `outboxes`: connections of a thread of its own, instead of the scheduler's.
         """
         message = Message(kind, slot, iteration, batch, keys=tuple(tensors))
@@ -148,6 +149,7 @@ class StageLink:
         values: dict[str, Any] = {}
         slices: dict[str, tuple[int, tuple[int, ...]]] = {}
         devices: dict[str, str] = {}
+        on_host = False
         for name, value in tensors.items():
             if not isinstance(name, str):
                 raise TypeError(f"{self._where}: a tensor dict needs string keys, not {name!r}.")
@@ -162,11 +164,12 @@ class StageLink:
                 on_device[name] = part
             elif value.device.type == "cpu":
                 message.tensors[name] = part
-                message.borrowed = not owned
+                on_host = True
             else:
                 message.tensors[name] = part.cpu()
                 devices[name] = value.device.type
         message.values = values or None
+        message.borrowed = not owned and (on_host or bool(values))
         message.slices, message.devices = slices, devices
         message.device_specs, message.device_nbytes = pack_layout(on_device, slices)
         return on_device

@@ -1,43 +1,91 @@
 """Bounded in-flight memory: how much of one kind a sender may have outstanding at one peer.
 
 The receiver returns credit when its program has TAKEN a message, not when it arrived, so what is bounded
-is the memory of both ends together: at most `messages` messages and about `nbytes` bytes a channel. One
-message that is too large for that may be on top of it.
+is the memory of both ends together. The bound in messages always holds. The bound in bytes holds but for
+`always` messages: so many may be in flight whatever they measure.
+
+Why no bound forms a circle. A stage in iteration i waits for the outputs of iteration i - slots + 1, and
+the last stage has those only when every stage has taken the requests and proxies of that iteration. So when a
+stage pushes, at most `slots` messages of a kind, this one included, are not taken: with `always` = slots no
+push of an iteration that has a batch ever waits, for any sizes, depth or number of stages. Iterations without
+a batch push requests only, and whoever has not taken those does not wait for the sender's next ones: it waits
+for proxies, which were pushed before, or for outputs, whose sender does not wait either.
+`tests/transport/test_circles.py` searches for a counterexample.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of every channel of a lane; equal at both of its ends.
+
+    `messages` and `nbytes` as set; `always`: messages that may be in flight whatever their size, at least 1.
+    """
+
+    messages: int
+    nbytes: int
+    always: int = 1
+
+    @classmethod
+    def for_loops(cls, messages: int, nbytes: int, slots: int) -> Bounds:
+        """Of loops with so many microbatch slots: `messages` is raised where it is too few for them.
+
+        Credit for up to a quarter of the messages may not have come yet (`CreditMeter`).
+        """
+        enough = slots
+        while enough - unreported_messages(enough) < slots:
+            enough += 1
+        return cls(max(messages, enough), nbytes, always=slots)
+
+
+def unreported_messages(messages: int) -> int:
+    """So many at most were taken without having been reported, in a window of `messages`."""
+    return max(1, messages // 4) - 1
 
 
 @dataclass(slots=True)
 class Window:
     """Sender's view of one channel. Counts run from the start of the connection and only grow."""
 
-    messages: int
-    nbytes: int
+    bounds: Bounds
     sent_messages: int = 0
     sent_bytes: int = 0
     taken_messages: int = 0
     taken_bytes: int = 0
+    _sizes: deque[int] = field(default_factory=deque)  # of what is in flight
 
     def has_room(self, nbytes: int) -> bool:
-        """A message that does not fit may go when nothing is in flight, or so little that all of it may
-        have been taken without being reported (`CreditMeter`): nobody would ever tell us."""
+        """Whether a message of `nbytes` bytes may go.
+
+        What is in flight may have been taken without being reported, oldest first: nobody would ever tell us.
+        """
+        bounds = self.bounds
         in_flight = self.sent_messages - self.taken_messages
-        in_flight_bytes = self.sent_bytes - self.taken_bytes
-        if in_flight == 0:
+        if in_flight < bounds.always:
             return True
-        fits = in_flight_bytes + nbytes <= self.nbytes
-        all_may_be_taken = in_flight < self.messages // 4 and in_flight_bytes < self.nbytes // 4
-        return in_flight < self.messages and (fits or all_may_be_taken)
+        if in_flight >= bounds.messages:
+            return False
+        if self.sent_bytes - self.taken_bytes + nbytes <= bounds.nbytes:
+            return True
+        must_be_taken = in_flight - bounds.always + 1
+        if must_be_taken > unreported_messages(bounds.messages):
+            return False
+        return sum(itertools.islice(self._sizes, must_be_taken)) < bounds.nbytes // 4
 
     def sent(self, nbytes: int) -> None:
         self.sent_messages += 1
         self.sent_bytes += nbytes
+        self._sizes.append(nbytes)
 
     def credit(self, taken_messages: int, taken_bytes: int) -> None:
         """Credit is cumulative, so a late or repeated one changes nothing."""
+        for _ in range(taken_messages - self.taken_messages):
+            self._sizes.popleft()
         self.taken_messages = max(self.taken_messages, taken_messages)
         self.taken_bytes = max(self.taken_bytes, taken_bytes)
 
@@ -50,8 +98,7 @@ class CreditMeter:
     always less than a quarter, and `Window.has_room` knows that, so the sender cannot starve.
     """
 
-    messages: int
-    nbytes: int
+    bounds: Bounds
     taken_messages: int = 0
     taken_bytes: int = 0
     reported_messages: int = 0
@@ -62,8 +109,8 @@ class CreditMeter:
         self.taken_messages += 1
         self.taken_bytes += nbytes
         due = (
-            self.taken_messages - self.reported_messages >= max(1, self.messages // 4)
-            or self.taken_bytes - self.reported_bytes >= self.nbytes // 4
+            self.taken_messages - self.reported_messages > unreported_messages(self.bounds.messages)
+            or self.taken_bytes - self.reported_bytes >= self.bounds.nbytes // 4
         )
         if due:
             self.reported_messages = self.taken_messages

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_npu_pp.transport.window import CreditMeter, Window
+from sglang_npu_pp.transport.window import Bounds, CreditMeter, Window
 
 MESSAGES = 8
 NBYTES = 100
@@ -19,9 +19,10 @@ sizes = st.one_of(st.integers(0, 12), st.integers(0, 2 * NBYTES), st.just(NBYTES
 class Channel:
     """A window and a meter, the messages between them and the credit that is on its way back."""
 
-    def __init__(self, messages: int, nbytes: int) -> None:
-        self.window = Window(messages, nbytes)
-        self.meter = CreditMeter(messages, nbytes)
+    def __init__(self, messages: int, nbytes: int, slots: int = 1) -> None:
+        self.bounds = Bounds.for_loops(messages, nbytes, slots)
+        self.window = Window(self.bounds)
+        self.meter = CreditMeter(self.bounds)
         self.in_flight: deque[int] = deque()
         self.credit: deque[tuple[int, int]] = deque()
 
@@ -109,15 +110,15 @@ def test_a_message_larger_than_the_window_goes_alone() -> None:
 
 
 def test_credit_comes_every_quarter_of_the_window() -> None:
-    meter = CreditMeter(16, 1 << 20)
+    meter = CreditMeter(Bounds(16, 1 << 20))
     assert [meter.take(1) for _ in range(8)] == [False, False, False, True] * 2
-    by_bytes = CreditMeter(16, 100)
+    by_bytes = CreditMeter(Bounds(16, 100))
     assert [by_bytes.take(size) for size in (24, 1, 24, 100)] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("credit", [[(3, 30), (3, 30)], [(3, 30), (2, 20)]])
 def test_late_and_repeated_credit_changes_nothing(credit: list[tuple[int, int]]) -> None:
-    window = Window(4, 40)
+    window = Window(Bounds(4, 40))
     for _ in range(4):
         window.sent(10)
     for messages, nbytes in credit:
