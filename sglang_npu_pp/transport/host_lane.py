@@ -9,9 +9,12 @@ other stages: tensor-parallel ranks are not this lane's business.
 from __future__ import annotations
 
 import logging
+import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 
 import msgspec
 import zmq
@@ -24,8 +27,9 @@ from ..trace import Trace
 from .doorkeeper import Doorkeeper
 from .endpoints import Card, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
 from .inbox import Inbox
+from .liveness import Pulse
 from .message import Kind, Message
-from .outbox import Outbox, set_heartbeat
+from .outbox import Outbox
 from .parts import refuse_longer_frames
 from .window import Bounds
 
@@ -33,6 +37,8 @@ Exchange = Callable[[bytes], list[bytes]]
 """Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
 
 MAIN_PORT = "main"
+DESCRIPTORS = 32  # of sockets that listen, their monitors, the authenticator, ZeroMQ's own
+DESCRIPTORS_A_PEER = 12  # connections both ways, on two ports, and their monitors
 TERMINATION_LIMIT_S = 5.0  # for messages that linger, 1 s each at most
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -67,6 +73,7 @@ class HostLane:
         self._context = zmq.Context()
         self._keys = KeyPair.generate()
         self._known = KnownKeys()
+        self._pulse = Pulse()
         self._authenticator: ThreadAuthenticator | None = None
         self._directory: SocketDirectory | None = None
         self._sockets: list[zmq.Socket] = []
@@ -86,6 +93,7 @@ class HostLane:
         Every stage of the pipeline calls it. Raises TransportError, naming who is missing.
         """
         try:
+            self._check_descriptors()
             self._bind(exchange)
             self._inbox = Inbox(
                 self._sockets,
@@ -102,6 +110,18 @@ class HostLane:
         except BaseException:
             self.close()
             raise
+
+    def _check_descriptors(self) -> None:
+        """ZeroMQ aborts the process where some of its calls find none left."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(FileNotFoundError):  # where there is no /proc
+            left = limit - len(os.listdir("/proc/self/fd"))
+            needed = DESCRIPTORS + DESCRIPTORS_A_PEER * (self.stages - 1)
+            if left < needed:
+                raise TransportError(
+                    f"{self._where}: this process may open {left} more files, but the host lane needs "
+                    f"{needed}; raise the limit (ulimit -n)."
+                )
 
     def open_port(self, port: str, senders: Collection[int]) -> dict[int, Outbox]:
         """Connections to all peers from each of the stages `senders`, for a thread of their own.
@@ -167,7 +187,6 @@ class HostLane:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)  # the windows of the senders bound what is queued
-        set_heartbeat(router, self._settings.peer_timeout_s)
         self._sockets.append(router)
         return router
 
@@ -184,6 +203,7 @@ class HostLane:
             peer_key=card.key,
             bounds=self.bounds,
             peer_timeout_s=self._settings.peer_timeout_s,
+            pulse=self._pulse,
             wait_limit_s=self._settings.wait_limit_s,
             check_all=self._check_all,
             telemetry=self._telemetry,
@@ -303,6 +323,7 @@ class HostLane:
         for outbox in self._outboxes.values():
             outbox.say(Kind.GOODBYE)
             outbox.close()
+        self._pulse.close()
         for doorkeeper in self._doorkeepers.values():
             doorkeeper.close()
         for socket in self._sockets:
@@ -320,7 +341,7 @@ class HostLane:
         ending.join(TERMINATION_LIMIT_S)
         if ending.is_alive():
             logger.warning(
-                "%s: connections are still open %g s after the end of the host lane; they go with the process.",
+                "%s: connections are still open %g s after the lane's end, and go with the process.",
                 self._where,
                 TERMINATION_LIMIT_S,
             )

@@ -1,7 +1,7 @@
 """One connection from this rank to one peer: numbered messages out, credit back.
 
-ZeroMQ gives the connection, its encryption and its heartbeats. What is added here is numbering, the window,
-and noticing that the peer is gone.
+ZeroMQ gives the connection and its encryption. What is added here is numbering, the window, and noticing
+that the peer is gone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..errors import PeerLostError, TransportError, WaitLimitError
 from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
 from .endpoints import KeyPair
+from .liveness import OtherEnd, Pulse, keep_talking
 from .message import Buffer, Kind, Message, encode
 from .monitor import open_monitor
 from .parts import cut, refuse_longer_frames
@@ -35,23 +36,9 @@ _REFUSALS = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak the protocol of the host lane",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the connection ended before it was accepted",
 }
-_WATCHED = zmq.EVENT_DISCONNECTED
+_WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
 for _event in _REFUSALS:
     _WATCHED |= _event
-
-
-def set_heartbeat(socket: zmq.Socket, timeout_s: float) -> None:
-    """Ping a connection so that a peer that is silent for `timeout_s` is noticed, at most an eighth later.
-
-    Never earlier: a pause that is shorter must lose nothing. The time begins with the first ping that is not
-    answered; what the peer is told to do about our silence (TTL) counts from the ping before it.
-    """
-    milliseconds = int(timeout_s * 1000)
-    interval = max(50, milliseconds // 8)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, interval)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, milliseconds)
-    ttl = milliseconds + interval + 99  # is kept in tenths of a second, and at most so many
-    socket.setsockopt(zmq.HEARTBEAT_TTL, min(ttl, 6553500))
 
 
 @dataclass(slots=True)
@@ -80,6 +67,7 @@ class Outbox:
         peer_timeout_s: float,
         wait_limit_s: float,
         check_all: bool,
+        pulse: Pulse,
         telemetry: Telemetry,
         trace: Trace,
     ) -> None:
@@ -93,6 +81,8 @@ class Outbox:
         self._telemetry, self._trace = telemetry, trace
         self._channels: dict[Kind, _Channel] = {}
         self._lost_at: float | None = None
+        self._other_end: OtherEnd | None = None
+        self._pulse = pulse
         self._refused: str | None = None
         self._last_sent: tuple[Kind, int] | None = None
         self._next_check = 0.0
@@ -100,11 +90,16 @@ class Outbox:
         self._context, self._identity = context, f"{stage}/{port}".encode()
         self._keys, self._peer_key = keys, peer_key
         self._in_parts = keys is not None  # between nodes
-        self._socket = context.socket(zmq.DEALER)
+        try:
+            self._socket = context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise self._cannot_connect(error) from None
         try:
             self._connect()
-        except BaseException:
+        except BaseException as error:
             self._socket.close(linger=0)  # a context that has an open socket cannot be terminated
+            if isinstance(error, zmq.ZMQError):
+                raise self._cannot_connect(error) from None
             raise
 
     def _connect(self) -> None:
@@ -114,7 +109,7 @@ class Outbox:
         socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued, in bytes too
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
         socket.setsockopt(zmq.IPV6, 1)
-        set_heartbeat(socket, self._peer_timeout_s)
+        keep_talking(socket, self._peer_timeout_s)
         if self._keys is not None:
             refuse_longer_frames(socket)
             socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public)
@@ -126,6 +121,13 @@ class Outbox:
         except BaseException:
             self.monitor.close()
             raise
+
+    def _cannot_connect(self, error: zmq.ZMQError) -> TransportError:
+        return TransportError(
+            f"{self._where}: cannot connect to stage {self.peer} at {self.endpoint} "
+            f"({zmq.strerror(error.errno or 0)}); set SGLANG_NPU_PP_HOST of that stage to an address of its "
+            "node, or see that this process may open more files (ulimit -n)."
+        )
 
     def send(self, message: Message) -> None:
         """Push `message`; returns at once unless the window is full.
@@ -183,6 +185,14 @@ class Outbox:
             )
         if self._lost_at is not None and now - self._lost_at >= SETTLE_S:
             raise self.lost()
+        if self._silent_s() >= self._peer_timeout_s:
+            raise self.lost()
+
+    def _silent_s(self) -> float:
+        """How long the peer has not shown that it runs, while this process did."""
+        if self._other_end is None:
+            return 0.0
+        return min(self._other_end.silent_s(), self._pulse.awake_s)
 
     def lost(self) -> PeerLostError:
         how = (
@@ -201,8 +211,12 @@ class Outbox:
 
     def read_monitor(self) -> None:
         while self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)["event"]
-            if event == zmq.EVENT_DISCONNECTED:
+            said = recv_monitor_message(self.monitor)
+            event = said["event"]
+            if event == zmq.EVENT_CONNECTED:
+                self._other_end = OtherEnd(said["value"])
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._other_end = None
                 self._lost_at = self._lost_at or time.monotonic()
             elif event in _REFUSALS:
                 self._refused = _REFUSALS[event]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +35,6 @@ from sglang_npu_pp.transport import host_lane
 from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
-from sglang_npu_pp.transport.outbox import set_heartbeat
 
 from .harness import (
     Call,
@@ -659,18 +660,64 @@ def test_a_stopped_and_a_killed_peer_are_noticed_by_who_waits_and_by_who_only_se
     team.dismiss(victim)
 
 
-@pytest.mark.parametrize("timeout_s", [0.5, 5.0, 6000.0])
-def test_a_pause_that_is_shorter_than_the_time_out_is_no_loss(timeout_s: float) -> None:
-    """What ZeroMQ is told, in ms: it counts from a ping, and the peer from the one before."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        set_heartbeat(socket, timeout_s)
-        interval, limit, peers_limit = (
-            int(socket.getsockopt(option))
-            for option in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT, zmq.HEARTBEAT_TTL)
-        )
-    assert interval <= timeout_s * 1000 / 8
-    assert limit >= timeout_s * 1000
-    assert peers_limit >= min(timeout_s * 1000 + interval, 6553500)
+@transports
+def test_ranks_that_are_stopped_together_and_continued_lose_nobody(team: Team, transport: str) -> None:
+    """Longer than the time-out: a suspended machine, a paused container, Ctrl-Z."""
+    victims = [team.recruit(), team.recruit()]
+    timeout_s = 0.5
+    team.open_lanes(victims, Settings(host_transport=transport, peer_timeout_s=timeout_s, wait_limit_s=60))
+    for _ in range(3):
+        calls = [rank.start(stay_for, 2.0) for rank in victims]
+        for call in calls:
+            assert call.note() == "here"
+        for rank in victims:
+            os.kill(rank.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        for rank in victims:
+            await_state(rank.pid, "T")
+        while time.monotonic() - begin < 3 * timeout_s:
+            select.select([], [], [], 0.1)
+        for rank in victims:
+            os.kill(rank.pid, signal.SIGCONT)
+        results(calls)
+    assert victims[0].call(send, 1, Kind.OUTPUT, "still") == 1
+    assert victims[1].call(receive, 0, Kind.OUTPUT, range(1)) == ["still"]
+    for rank in victims:
+        team.dismiss(rank)
+
+
+@transports
+def test_a_peer_that_is_stopped_alone_is_lost_and_a_shorter_pause_is_none(team: Team, transport: str) -> None:
+    victim = team.recruit()
+    team.open_lanes(
+        [team.ranks[0], victim], Settings(host_transport=transport, peer_timeout_s=2, wait_limit_s=60)
+    )
+    looking = team.ranks[0].start(stay_for, 3.0)
+    assert looking.note() == "here"
+    os.kill(victim.pid, signal.SIGSTOP)
+    select.select([], [], [], 1.0)
+    os.kill(victim.pid, signal.SIGCONT)
+    looking.result()
+    looking = team.ranks[0].start(stay_for, 60.0)
+    assert looking.note() == "here"
+    os.kill(victim.pid, signal.SIGSTOP)
+    with pytest.raises(PeerLostError, match="stage 0 rank 0: stage 1 is gone: .* was silent for 2 s"):
+        looking.result()
+    team.dismiss(victim)
+
+
+def stay_for(here: Here, seconds: float) -> None:
+    """As a scheduler that waits for requests; stopped time does not count."""
+    here.note("here")
+    for _ in range(int(seconds / 0.1)):
+        here.lane.inbox.pump(100)
+        here.lane.check()
+
+
+def await_state(pid: int, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
+        assert time.monotonic() < deadline, f"process {pid} is not {state}"
 
 
 @transports
@@ -795,6 +842,31 @@ def test_an_address_of_another_machine_is_named(host: str) -> None:
     sentence = fails_to_open(lane(host=host), alone_with(FAR_AWAY))
     assert f"the host lane cannot listen on {host}:any port (" in sentence
     assert "set SGLANG_NPU_PP_HOST to an address of this node" in sentence
+
+
+def test_a_peer_that_says_an_address_that_is_none_is_named_at_once() -> None:
+    """Its connection cannot be made; what was made before does not keep the process from ending."""
+    card = msgspec.structs.replace(FAR_AWAY, tcp="tcp://*:5000", key=KeyPair.generate().public)
+    sentence = fails_to_open(lane(), alone_with(card))
+    assert sentence.startswith("stage 0 rank 0: cannot connect to stage 1 at tcp://*:5000 (Invalid argument)")
+    assert "SGLANG_NPU_PP_HOST" in sentence
+
+
+def open_with_few_descriptors(here: Here, spare: int) -> str:
+    used = len(os.listdir("/proc/self/fd"))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, hard))
+    card = Card(1, "another machine", tcp="tcp://127.0.0.1:1", key=KeyPair.generate().public)
+    return fails_to_open(lane(start_limit_s=0.2), alone_with(card))
+
+
+@pytest.mark.parametrize("spare", [3, 10, 20, 40])
+def test_a_process_that_may_open_no_more_files_is_told_so(team: Team, spare: int) -> None:
+    victim = team.recruit()
+    sentence = victim.call(open_with_few_descriptors, spare)
+    assert "may open " in sentence
+    assert "ulimit -n" in sentence
+    team.dismiss(victim)
 
 
 def test_ipc_between_nodes_is_refused() -> None:

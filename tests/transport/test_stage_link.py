@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,6 +96,43 @@ def take_filled(here: Here, count: int) -> None:
 def test_the_source_may_be_overwritten_behind_a_push(team: Team, lanes: str) -> None:
     a, b = open_links(team, 2, lanes, slots=2)
     results([a.start(push_and_spoil, 12), b.start(take_filled, 12)])
+
+
+NESTED = ("object", "array in an object", "nested in a dict", "array in a dict")
+
+
+def push_and_spoil_nested(here: Here, how: str, nbytes: int) -> None:
+    array = np.zeros(nbytes, dtype=np.uint8)
+    tensor = torch.zeros(nbytes, dtype=torch.uint8)
+    if how == "object":
+        here.link.push(Kind.OBJECT, 1, {"features": [tensor]})
+    elif how == "array in an object":
+        here.link.push(Kind.REQUESTS, 1, [array])
+    else:
+        here.link.push_tensors(Kind.TENSORS, 1, {"x": [tensor] if how == "nested in a dict" else array})
+    array[:] = 1
+    tensor.fill_(1)
+
+
+def count_spoiled(here: Here, how: str) -> int:
+    if how == "object":
+        found = here.link.post(Kind.OBJECT, 0).wait_values()["features"][0]
+    elif how == "array in an object":
+        found = here.link.post(Kind.REQUESTS, 0).wait_values()[0]
+    else:
+        found = here.link.post(Kind.TENSORS, 0).wait()["x"]
+        found = found[0] if isinstance(found, list) else found
+    return int(np.asarray(found).sum())
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("how", NESTED)
+def test_values_may_be_overwritten_behind_a_push(team: Team, how: str, transport: str) -> None:
+    """Arrays and tensors inside other values, of sizes at which ZeroMQ could have taken their memory."""
+    for nbytes in (1 << 17, 1 << 20, 32 << 20):
+        a, b = team.open_lanes(2, Settings(host_transport=transport, wait_limit_s=20))
+        a.call(push_and_spoil_nested, how, nbytes)
+        assert b.call(count_spoiled, how) == 0
 
 
 def push_value(here: Here, peer: int, *values: Any) -> None:

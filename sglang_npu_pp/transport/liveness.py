@@ -1,0 +1,113 @@
+"""Whether the process at the other end of a connection runs, judged so that our own pauses do not count.
+
+ZeroMQ's heartbeats end a connection when a timer runs out, and a timer also runs out while this process is
+stopped: a server whose processes were all suspended together, and continued, would have lost its peers. So
+heartbeats only make sure here that bytes come all the time, and silence is measured by the kernel, which goes
+on counting, and forgiven for as long as this process was not awake itself.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import zmq
+
+BEAT_S = 0.1
+GAP_S = 0.4  # a thread that comes so late was stopped, or could not have a core or Python's lock
+NEVER_MS = 2**31 - 1
+_LAST_DATA_RECEIVED = struct.Struct("52xI")  # of struct tcp_info: ms since the last byte came
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
+
+
+class Pulse:
+    """For how long this process has been awake, by a thread that does nothing but come back."""
+
+    def __init__(self) -> None:
+        self._awake_since = self._last_beat = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    @property
+    def awake_s(self) -> float:
+        now = time.monotonic()
+        if now - self._last_beat > GAP_S:  # whoever asks is quicker than the thread behind a pause
+            return 0.0
+        return now - self._awake_since
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            now = time.monotonic()
+            if now - self._last_beat > GAP_S:
+                self._awake_since = now
+            self._last_beat = now
+
+
+def keep_talking(connection: zmq.Socket, timeout_s: float) -> None:
+    """Let the other end answer several times in `timeout_s`, as long as it runs; no answer ends nothing."""
+    connection.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(timeout_s * 1000) // 8))
+    connection.setsockopt(zmq.HEARTBEAT_TIMEOUT, NEVER_MS)
+
+
+class OtherEnd:
+    """The process at the other end of a connection of ours, whose descriptor ZeroMQ owns."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._stopped_since: float | None = None
+        self._pid = 0
+        with suppress(OSError):
+            if self._family() == socket.AF_UNIX:
+                self._pid = _CREDENTIALS.unpack(self._option(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+    def silent_s(self) -> float:
+        """Seconds since it has shown that it runs: over TCP by its bytes, on this node by its state.
+
+        0 when that cannot be known, as of a connection that is ending; ZeroMQ tells that.
+        """
+        if self._pid:
+            return self._stopped_s()
+        with suppress(OSError, struct.error):
+            if self._family() in (socket.AF_INET, socket.AF_INET6):
+                return (
+                    _LAST_DATA_RECEIVED.unpack(self._option(socket.IPPROTO_TCP, socket.TCP_INFO, 56))[0] / 1e3
+                )
+        return 0.0
+
+    def _stopped_s(self) -> float:
+        now = time.monotonic()
+        if not _is_stopped(self._pid):
+            self._stopped_since = None
+            return 0.0
+        if self._stopped_since is None:
+            self._stopped_since = now
+        return now - self._stopped_since
+
+    def _family(self) -> int:
+        return int.from_bytes(self._option(socket.SOL_SOCKET, socket.SO_DOMAIN, 4), "little")
+
+    def _option(self, level: int, name: int, length: int) -> bytes:
+        """Of the descriptor as it is: one of our own for it would keep the connection open."""
+        borrowed = socket.socket(fileno=self._descriptor)
+        try:
+            return borrowed.getsockopt(level, name, length)
+        finally:
+            borrowed.detach()
+
+
+def _is_stopped(pid: int) -> bool:
+    """By a signal or a debugger."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
