@@ -16,6 +16,8 @@ import msgspec
 from .errors import AgreementError
 
 _KEY = "sglang_npu_pp/statement/{}"
+_VERDICT = "sglang_npu_pp/verdict"
+_ARBITER = 0  # reads all statements; with every rank reading every other's, 256 take seconds
 
 
 class KeyValueStore(Protocol):
@@ -34,29 +36,56 @@ Statement = dict[str, str]
 """What a rank says of itself, as name -> value; all ranks must say the same."""
 
 
+class Verdict(msgspec.Struct):
+    """What the arbiter found: ranks that made no statement in time, and what not all others say alike."""
+
+    silent: list[int] = []
+    differences: list[str] = []
+
+
 def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statement, limit_s: float) -> None:
     """Return when every rank of the world has made an equal statement.
 
-    Raises AgreementError when one is missing after `limit_s` seconds or says something else.
+    Rank 0 reads all statements and tells the others what it found. Raises AgreementError when one is missing
+    after `limit_s` seconds or says something else.
     """
     store.set(_KEY.format(rank), msgspec.json.encode(statement).decode())
+    if rank == _ARBITER:
+        verdict = _judge(store, world_size, limit_s)
+        store.set(_VERDICT, msgspec.json.encode(verdict).decode())
+    else:
+        verdict = _await_verdict(store, world_size, limit_s)
+    if verdict.silent:
+        raise AgreementError(
+            f"rank {rank}: after {limit_s:g} s there is no word from rank "
+            f"{', '.join(map(str, verdict.silent))}; "
+            "install sglang-npu-pp for every rank and give all of them the same SGLANG_NPU_PP."
+        )
+    if verdict.differences:
+        raise AgreementError(
+            f"rank {rank}: the ranks do not run the same pipeline ({'; '.join(verdict.differences)}); "
+            "make versions and settings equal on all nodes."
+        )
+
+
+def _judge(store: KeyValueStore, world_size: int, limit_s: float) -> Verdict:
     keys = [_KEY.format(other) for other in range(world_size)]
     try:
         store.wait(keys, timedelta(seconds=limit_s))
     except RuntimeError:
-        silent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-        raise AgreementError(
-            f"rank {rank}: after {limit_s:g} s there is no word from rank {', '.join(silent)}; "
-            "install sglang-npu-pp for every rank and give all of them the same SGLANG_NPU_PP."
-        ) from None
+        return Verdict(silent=[other for other, key in enumerate(keys) if not store.check([key])])
     decoder = msgspec.json.Decoder(Statement)
-    statements = [decoder.decode(store.get(key)) for key in keys]
-    found = differences(statements)
-    if found:
-        raise AgreementError(
-            f"rank {rank}: the ranks do not run the same pipeline ({'; '.join(found)}); "
-            "make versions and settings equal on all nodes."
-        )
+    return Verdict(differences=differences([decoder.decode(store.get(key)) for key in keys]))
+
+
+def _await_verdict(store: KeyValueStore, world_size: int, limit_s: float) -> Verdict:
+    """The arbiter may have begun later, and then needs some time to read: it gets as long again."""
+    try:
+        store.wait([_VERDICT], timedelta(seconds=2 * limit_s))
+    except RuntimeError:
+        silent = [other for other in range(world_size) if not store.check([_KEY.format(other)])]
+        return Verdict(silent=silent or [_ARBITER])
+    return msgspec.json.decode(store.get(_VERDICT), type=Verdict)
 
 
 def differences(statements: list[Statement]) -> list[str]:

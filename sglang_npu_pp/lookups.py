@@ -24,6 +24,7 @@ import aiohttp
 import msgspec
 
 CONNECTIONS_PER_HOST = 8
+LONGEST_ANSWER = 4 << 20  # bytes; of thousands of rooms some 100 KiB
 LONGEST_REASON = 200  # characters of an answer that are worth repeating
 TOO_EARLY = (408, 425, 429)  # of the 4xx only these say that the same question may be answered later
 CLOSE_LIMIT_S = 5.0
@@ -88,6 +89,7 @@ class Lookups:
     def __init__(self, patience: Patience | None = None) -> None:
         self._patience = patience or Patience()
         self._states: dict[Question, _State] = {}
+        self._lock = threading.Lock()  # of the dictionary; what is known of a question is assigned at once
         self.counters: Counter[str] = Counter()
         self._client: aiohttp.ClientSession | None = None
         self._loop = asyncio.new_event_loop()
@@ -124,12 +126,14 @@ class Lookups:
 
     def failed(self) -> list[Question]:
         """The questions that will have no answer."""
-        known = [(question, state.outcome) for question, state in self._states.items()]
+        with self._lock:
+            known = [(question, state.outcome) for question, state in self._states.items()]
         return [question for question, outcome in known if outcome is not None and outcome.failure]
 
     def forget(self, question: Question) -> None:
         """Drop what is known; one that is under way goes on, for nobody."""
-        self._states.pop(question, None)
+        with self._lock:
+            self._states.pop(question, None)
 
     def close(self) -> None:
         """Give up what is under way, close connections, end the thread. Calling it again changes nothing."""
@@ -145,7 +149,9 @@ class Lookups:
         return outcome is not None and time.monotonic() - outcome.known_since > self._patience.total_s
 
     def _start(self, question: Question) -> None:
-        state = self._states[question] = _State()
+        state = _State()
+        with self._lock:
+            self._states[question] = state
 
         async def run() -> None:
             state.outcome = await self._find_out(question)
@@ -188,7 +194,7 @@ class Lookups:
             async with client.request(
                 question.method, question.url, data=question.body, headers=headers, timeout=limit
             ) as response:
-                text = await response.text()
+                text = await _read(response)
         except TimeoutError:
             raise _RepeatableError(f"it took longer than {limit_s:.1f} s") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
@@ -215,6 +221,16 @@ class Lookups:
         if self._client is not None:
             await self._client.close()
         await self._loop.shutdown_default_executor()  # it looks host names up
+
+
+async def _read(response: aiohttp.ClientResponse) -> str:
+    """The text of an answer; whoever sends more than a bootstrap server has to say is not read to its end."""
+    body = b""
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > LONGEST_ANSWER:
+            raise LookupFailedError(f"the answer is longer than {LONGEST_ANSWER >> 20} MiB")
+    return body.decode("utf-8", errors="replace")
 
 
 def _decode(text: str, expects: str | None) -> Any:

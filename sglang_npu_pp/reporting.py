@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 from .settings import Settings
-from .telemetry import Telemetry, render_table
+from .telemetry import Snapshot, Telemetry, render_table
 from .trace import RankTrace, Trace
 from .transport.clock import UNMEASURED, LinkClock
 
@@ -25,18 +26,32 @@ class Reporter:
     ) -> None:
         self._settings, self._telemetry, self._trace, self._clock = settings, telemetry, trace, clock
         self._finished = False
-        for directory in (settings.telemetry_dir, settings.trace_dir):
-            if directory is not None:
-                directory.mkdir(parents=True, exist_ok=True)
 
     def report(self) -> None:
+        """Never raises: it is called by signal handlers and on the way to the end, which goes on."""
         snapshot = self._telemetry.snapshot()
         logger.info("sglang-npu-pp, time of this rank:\n%s", render_table([snapshot]))
-        if self._settings.trace_dir is not None:
-            trace = RankTrace.of(self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns)
-            trace.write(self._settings.trace_dir)
-        if self._settings.telemetry_dir is not None:
-            snapshot.write(self._settings.telemetry_dir)
+        trace = RankTrace.of(self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns)
+        self._write(trace, self._settings.trace_dir, "SGLANG_NPU_PP_TRACE")
+        self._write(snapshot, self._settings.telemetry_dir, "SGLANG_NPU_PP_TELEMETRY_DIR")
+
+    def _write(self, what: Snapshot | RankTrace, directory: Path | None, variable: str) -> None:
+        if directory is None:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            what.write(directory)
+        except Exception as error:
+            logger.error(
+                "sglang-npu-pp: stage %d rank %d cannot write to %s (%s: %s) and goes on; set %s to a "
+                "directory that it can write.",
+                what.stage,
+                what.rank,
+                directory,
+                type(error).__name__,
+                error,
+                variable,
+            )
 
     def finish(self) -> None:
         """Report once, at the end."""
