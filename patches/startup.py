@@ -30,7 +30,7 @@ from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.token_return import PORT, TokenReturn
 from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport.clock import measure_clock
-from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups
+from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups, slot_bytes_for
 from sglang_npu_pp.transport.exchange import process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import PROTOCOL
@@ -159,7 +159,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     clock = measure_clock(host_lane, settings.start_limit_s)
     link = StageLink(
         host_lane,
-        _open_device_lane(group, streams, stage, rank, settings),
+        _open_device_lane(scheduler, parallel, streams, settings),
         telemetry=telemetry,
         trace=trace,
         clock=clock,
@@ -192,23 +192,39 @@ def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
 
 
 def _open_device_lane(
-    group: Any, streams: DeviceStreams, stage: int, rank: int, settings: Settings
+    scheduler: Any, parallel: Any, streams: DeviceStreams, settings: Settings
 ) -> DeviceLane | None:
     """Device tensors need it; on CPU it is used only when asked for, over gloo."""
+    group, where = parallel.pp_group, f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
     wanted = settings.proxy_lane
     if wanted == "host" or (wanted == "auto" and not streams.asynchronous):
         return None
     backend = None if streams.asynchronous else "gloo"
-    previous, following = create_neighbour_groups(group.ranks, stage, backend)
+    previous, following = create_neighbour_groups(group.ranks, parallel.pp_rank, backend)
     lane = DeviceLane(
         previous=previous,
         following=following,
         device=group.device,
         slots=settings.slots,
-        where=f"stage {stage} rank {rank}",
+        where=where,
+        slot_bytes=_slot_bytes(scheduler, parallel),
     )
     lane.warm_up()
+    logger.info(
+        "sglang-npu-pp: %s: the device lane has reserved %.1f MB for its slots",
+        where,
+        lane.reserved_bytes / 1e6,
+    )
     return lane
+
+
+def _slot_bytes(scheduler: Any, parallel: Any) -> int:
+    """Of the proxies of the largest prefill, which SGLang's KV pool is then measured beside."""
+    arguments, model = scheduler.server_args, scheduler.model_config
+    tokens = arguments.chunked_prefill_size
+    if tokens is None or tokens <= 0:  # no chunks
+        tokens = arguments.max_prefill_tokens
+    return slot_bytes_for(tokens, model.hidden_size, model.dtype.itemsize, parallel.attn_tp_size)
 
 
 def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn | None:

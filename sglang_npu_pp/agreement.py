@@ -8,6 +8,7 @@ simply the rank whose statement does not come.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -17,7 +18,9 @@ from .errors import AgreementError
 
 _KEY = "sglang_npu_pp/statement/{}"
 _VERDICT = "sglang_npu_pp/verdict"
+_HEARD = "sglang_npu_pp/heard/{}"
 _ARBITER = 0  # reads all statements; with every rank reading every other's, 256 take seconds
+_HEARD_LIMIT_S = 5.0  # the process of rank 0 has the store: when it ends, nobody can read the verdict
 
 
 class KeyValueStore(Protocol):
@@ -53,8 +56,11 @@ def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statem
     if rank == _ARBITER:
         verdict = _judge(store, world_size, limit_s)
         store.set(_VERDICT, msgspec.json.encode(verdict).decode())
+        if verdict.silent or verdict.differences:
+            _let_others_hear(store, world_size, verdict)
     else:
         verdict = _await_verdict(store, world_size, limit_s)
+        store.set(_HEARD.format(rank), "")
     if verdict.silent:
         raise AgreementError(
             f"rank {rank}: after {limit_s:g} s there is no word from rank "
@@ -76,6 +82,12 @@ def _judge(store: KeyValueStore, world_size: int, limit_s: float) -> Verdict:
         return Verdict(silent=[other for other, key in enumerate(keys) if not store.check([key])])
     decoder = msgspec.json.Decoder(Statement)
     return Verdict(differences=differences([decoder.decode(store.get(key)) for key in keys]))
+
+
+def _let_others_hear(store: KeyValueStore, world_size: int, verdict: Verdict) -> None:
+    others = [other for other in range(world_size) if other not in (_ARBITER, *verdict.silent)]
+    with suppress(RuntimeError):
+        store.wait([_HEARD.format(other) for other in others], timedelta(seconds=_HEARD_LIMIT_S))
 
 
 def _await_verdict(store: KeyValueStore, world_size: int, limit_s: float) -> Verdict:

@@ -89,7 +89,7 @@ class Lookups:
     def __init__(self, patience: Patience | None = None) -> None:
         self._patience = patience or Patience()
         self._states: dict[Question, _State] = {}
-        self._lock = threading.Lock()  # of the dictionary; what is known of a question is assigned at once
+        self._lock = threading.Lock()  # of what several threads change; an outcome is assigned at once
         self.counters: Counter[str] = Counter()
         self._client: aiohttp.ClientSession | None = None
         self._loop = asyncio.new_event_loop()
@@ -105,7 +105,7 @@ class Lookups:
         """
         state = self._states.get(question)
         if state is None or self._is_old(state):
-            self._start(question)
+            self._start(question, known=state)
             return None
         outcome = state.outcome
         if outcome is None:
@@ -148,9 +148,11 @@ class Lookups:
         outcome = state.outcome
         return outcome is not None and time.monotonic() - outcome.known_since > self._patience.total_s
 
-    def _start(self, question: Question) -> None:
+    def _start(self, question: Question, known: _State | None) -> None:
         state = _State()
         with self._lock:
+            if self._states.get(question) is not known:
+                return  # another thread was faster
             self._states[question] = state
 
         async def run() -> None:
@@ -159,7 +161,8 @@ class Lookups:
         self._submit(run())
 
     def _submit(self, work: Any) -> None:
-        self.counters["questions"] += 1
+        with self._lock:
+            self.counters["questions"] += 1
         asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _find_out(self, question: Question) -> _Outcome:
@@ -188,7 +191,9 @@ class Lookups:
 
     async def _attempt(self, question: Question, limit_s: float) -> Any:
         client = self._connected_client()
-        headers = {"Content-Type": "application/json"} if question.body is not None else None
+        headers = {"Accept-Encoding": "identity"}
+        if question.body is not None:
+            headers["Content-Type"] = "application/json"
         limit = aiohttp.ClientTimeout(total=limit_s)
         try:
             async with client.request(
@@ -210,7 +215,8 @@ class Lookups:
         """Made on the asking thread, to whose loop it belongs. No proxy of the environment is used."""
         if self._client is None:
             connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS_PER_HOST)
-            self._client = aiohttp.ClientSession(connector=connector)
+            # What was packed may become a thousand times as long.
+            self._client = aiohttp.ClientSession(connector=connector, auto_decompress=False)
         return self._client
 
     async def _shut_down(self) -> None:

@@ -109,21 +109,24 @@ class Settings:
         "_WINDOW",
         "16",
         _number(int, 4, 4096, "messages"),
-        "messages of one kind that may be in flight to one peer before the sender waits",
+        "messages of one kind that may be in flight to one peer before the sender waits; raised when the "
+        "microbatch slots need more",
         shared=True,
     )
     window_mb: int = _setting(
         "_WINDOW_MB",
         "512",
         _number(int, 1, 65536, "MiB"),
-        "bytes (MiB) of one kind that may be in flight to one peer before the sender waits",
+        "bytes (MiB) of one kind that may be in flight to one peer before the sender waits; one message for "
+        "each microbatch slot may be, whatever its size",
         shared=True,
     )
     slots: int = _setting(
         "_SLOTS",
         "4",
         _number(int, 2, 64, "slots"),
-        "send slots and receive slots of the device lane, each as large as the largest message",
+        "send slots and receive slots of the device lane, each with room for the largest prefill, reserved "
+        "at start",
         shared=True,
     )
     checksum: str = _setting(

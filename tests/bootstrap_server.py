@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -16,6 +17,8 @@ import requests
 from scripts.lib.ports import HOST, free_ports
 
 LIMIT_S = 30.0
+MUCH = 256 << 20  # bytes
+PACKED = gzip.compress(b" " * (16 << 20))
 
 
 class BootstrapServer:
@@ -23,7 +26,8 @@ class BootstrapServer:
 
     `behind`: the address of a real one, whose answers it hands on instead. `behaviour`: "well"; "slow": no
     answer until `release`; "error": HTTP 500; "refuse": HTTP 404; "garbage": 200 and no JSON; "starting":
-    HTTP 503. `seen` are the paths that were asked for, `registered` the rooms.
+    HTTP 503; "endless": an answer of any length, and `sent_bytes` says how much of it was taken; "packed": a
+    short answer that becomes a long one. `seen` are the paths that were asked for, `registered` the rooms.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class BootstrapServer:
         self.stages, self.page_size, self.behind = stages, page_size, behind
         self.behaviour = "well"
         self.seen: list[str] = []
+        self.sent_bytes = 0
         self.registered: dict[int, int] = {}
         self.more: dict[str, Any] = {}  # what else stands in the description of the prefill server
         self._released = threading.Event()
@@ -94,6 +99,9 @@ class BootstrapServer:
         behaviour = self.behaviour
         if behaviour == "slow":
             self._released.wait(LIMIT_S)
+        if behaviour in ("endless", "packed"):
+            self._answer_too_much(handler, behaviour)
+            return
         status = {"error": 500, "refuse": 404, "starting": 503}.get(behaviour, 200)
         text = "{" if behaviour == "garbage" else json.dumps(self._answer(handler.path, body))
         data = text.encode() if status == 200 else behaviour.encode()
@@ -104,6 +112,20 @@ class BootstrapServer:
             handler.wfile.write(data)
         except OSError:
             return  # who asked is gone
+
+    def _answer_too_much(self, handler: BaseHTTPRequestHandler, behaviour: str) -> None:
+        packed = behaviour == "packed"
+        part = PACKED if packed else b" " * (64 << 10)
+        length = len(part) if packed else MUCH
+        with suppress(OSError):  # who asked has enough
+            handler.send_response(200)
+            if packed:
+                handler.send_header("Content-Encoding", "gzip")
+            handler.send_header("Content-Length", str(length))
+            handler.end_headers()
+            for _ in range(length // len(part)):
+                handler.wfile.write(part)
+                self.sent_bytes += len(part)
 
     def _answer(self, path: str, body: Any) -> Any:
         parts = urlsplit(path)

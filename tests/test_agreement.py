@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from sglang_npu_pp import agreement
 from sglang_npu_pp.agreement import Statement, agree
 from sglang_npu_pp.errors import AgreementError
 
 SAME = {"sglang": "0.5.21", "path": "asynchronous"}
 
 
-def run(statements: list[Statement | None], limit_s: float = 20) -> list[BaseException | None]:
+class CountingStore:
+    """A real store, and how often each of its verbs was used by all ranks together."""
+
+    def __init__(self, store: Any, used: Counter[str]) -> None:
+        self._store, self._used = store, used
+
+    def __getattr__(self, verb: str) -> Any:
+        self._used[verb] += 1
+        return getattr(self._store, verb)
+
+
+def run(
+    statements: list[Statement | None], limit_s: float = 20, used: Counter[str] | None = None
+) -> list[BaseException | None]:
     """What every rank that makes a statement (not None) got."""
+    counter = Counter[str]() if used is None else used
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30))
 
     def rank(index: int) -> BaseException | None:
         statement = statements[index]
         if statement is None:
             return None
-        store = dist.TCPStore("127.0.0.1", master.port, is_master=False, timeout=timedelta(seconds=30))
+        client = dist.TCPStore("127.0.0.1", master.port, is_master=False, timeout=timedelta(seconds=30))
+        store = CountingStore(client, counter)
         size = len(statements)
         try:
             agree(store, rank=index, world_size=size, statement=statement, limit_s=limit_s)
@@ -36,6 +54,29 @@ def run(statements: list[Statement | None], limit_s: float = 20) -> list[BaseExc
 
 def test_equal_statements_agree() -> None:
     assert run([SAME, dict(SAME), dict(SAME)]) == [None, None, None]
+
+
+def test_the_store_is_asked_a_few_times_a_rank() -> None:
+    """Every rank once read every statement: 65,536 questions to one store among 256 ranks."""
+    ranks, used = 48, Counter[str]()
+    assert run([SAME] * ranks, used=used) == [None] * ranks
+    assert used.total() <= 5 * ranks
+
+
+def test_the_first_rank_of_a_bad_verdict_ends_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process has the store, from which the others read what was wrong."""
+    ended: list[int] = []
+    let_others_hear = agreement._let_others_hear
+
+    def noted(*arguments: Any) -> None:
+        let_others_hear(*arguments)
+        assert sum(arguments[0].check([agreement._HEARD.format(rank)]) for rank in (1, 2)) == 2
+        ended.append(0)
+
+    monkeypatch.setattr(agreement, "_let_others_hear", noted)
+    errors = run([SAME, {**SAME, "path": "upstream"}, SAME])
+    assert all(isinstance(error, AgreementError) for error in errors)
+    assert ended == [0]
 
 
 def test_a_different_value_is_named_on_every_rank() -> None:

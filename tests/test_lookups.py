@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -123,6 +126,44 @@ def test_a_failure_says_what_was_asked_and_what_was_wrong(
     assert why in text
     assert quick.failed() == [question]
     assert quick.counters["failures"] == 1
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(patient: Lookups, server: BootstrapServer) -> None:
+    """It once took memory for as long as an attempt may last."""
+    server.behaviour = "endless"
+    question = Question(layout(server.address).url, expects="room")
+    assert reason(patient, question).endswith("the answer is longer than 4 MiB")
+    server.kill()  # which waits for nothing: the connection is closed
+    assert server.sent_bytes < 32 << 20  # with what fits into the buffers of both sockets
+
+
+def test_an_answer_that_unpacks_to_much_is_not_unpacked(quick: Lookups, server: BootstrapServer) -> None:
+    server.behaviour = "packed"
+    assert "the answer is not JSON" in reason(quick, layout(server.address))
+    assert quick.counters["answers"] == 0
+
+
+def test_threads_may_ask_and_look_at_the_failures_at_once() -> None:
+    """Each question is asked once, and who looks while others ask finds no half of anything."""
+    lookups = Lookups(Patience(total_s=0.01, attempt_s=0.01))
+    address = dead_address()
+    questions = [Question(f"http://{address}/{number}") for number in range(400)]
+
+    def ask(order: list[Question]) -> None:
+        for question in order:
+            with suppress(LookupFailedError):
+                lookups.ask(question)
+            lookups.failed()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask, [questions, questions, questions[::-1], questions[::-1]]))
+    finally:
+        sys.setswitchinterval(interval)
+        lookups.close()
+    assert len(lookups._states) == len(questions)
 
 
 def test_a_dead_server_fails_the_question(quick: Lookups) -> None:

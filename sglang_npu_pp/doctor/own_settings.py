@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..errors import SettingsError
 from ..settings import PREFIX, Settings, load_settings
+from ..transport.device_lane import slot_bytes_for
 from .findings import Finding, Level
 
 
@@ -24,7 +25,20 @@ def check(environ: Mapping[str, str]) -> tuple[Settings, list[Finding]]:
             good[variable] = text
             findings.append(Finding(Level.OK, variable, text))
     settings = load_settings(good)
-    return settings, [_mode(settings), *findings]
+    return settings, [_mode(settings), *findings, _device_slots(settings)]
+
+
+def _device_slots(settings: Settings) -> Finding:
+    tokens, hidden = 8192, 7168
+    middle_stage = 2 * settings.slots * slot_bytes_for(tokens, hidden, item_bytes=2)
+    return Finding(
+        Level.NOTE,
+        "device memory",
+        f"on an accelerator {settings.slots} slots to send and {settings.slots} to receive are reserved "
+        "before SGLang measures its KV pool, each chunked_prefill_size x hidden size x dtype x 2 tensors / "
+        f"TP ranks: {middle_stage / 1e9:.1f} GB on a middle stage for {tokens} x {hidden} in bfloat16 and "
+        "TP 1",
+    )
 
 
 def _mode(settings: Settings) -> Finding:

@@ -11,6 +11,7 @@ program needs the data.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,11 @@ from ..streams import DeviceStreams
 from ..telemetry import ChannelCounters
 from .message import TensorSpec, dtype_name, torch_dtype
 
+logger = logging.getLogger("sglang_npu_pp")
+
 ALIGNMENT = 512  # bytes; what allocators of accelerators give, and copy engines like
 _WARM_UP_BYTES = ALIGNMENT
+PROXY_TENSORS = 2  # hidden states and residual; few models send other ones
 
 
 def create_neighbour_groups(
@@ -76,16 +80,20 @@ def unpack(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, torch
 
 @dataclass
 class _Slot:
-    """A buffer that is reused. Grows to the largest message it has held."""
+    """A buffer that is reused."""
 
-    buffer: torch.Tensor | None = None
+    buffer: torch.Tensor
     work: Any = None  # the transfer that last used it
     freed: Any = None  # event behind the last reader of a received message
 
-    def room(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        if self.buffer is None or self.buffer.numel() < nbytes:
-            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return self.buffer[:nbytes]
+
+def slot_bytes_for(tokens: int, hidden_size: int, item_bytes: int, ranks: int = 1) -> int:
+    """Bytes of a message with the hidden states and the residual of `tokens` tokens.
+
+    `ranks`: tensor-parallel ranks that send a slice each.
+    """
+    tensor = -(-tokens * hidden_size * item_bytes // ranks)
+    return PROXY_TENSORS * (-(-tensor // ALIGNMENT) * ALIGNMENT)
 
 
 class Receive:
@@ -115,15 +123,51 @@ class DeviceLane:
         device: torch.device | str,
         slots: int,
         where: str,
+        slot_bytes: int = 0,
     ) -> None:
-        """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage)."""
+        """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage).
+
+        `slot_bytes` are reserved for each slot, so that whoever measures the device's memory later counts
+        them. A slot grows to a message that is larger, and says so.
+        """
         self._previous, self._following = previous, following
         self._streams = DeviceStreams(device)
         self.device_type = self._streams.device.type
         self._sending, self._receiving = self._streams.new_stream(), self._streams.new_stream()
         self._where = where
-        self._send_slots = deque(_Slot() for _ in range(slots))
-        self.free_receive_slots = deque(_Slot() for _ in range(slots))
+        self._slot_bytes = self._said_bytes = slot_bytes
+        self._send_slots = self._reserve(slots if following is not None else 0)
+        with self._streams.use(self._receiving):
+            self.free_receive_slots = self._reserve(slots if previous is not None else 0)
+        self.reserved_bytes = slot_bytes * (len(self._send_slots) + len(self.free_receive_slots))
+
+    def _reserve(self, slots: int) -> deque[_Slot]:
+        return deque(_Slot(self._new_buffer(self._slot_bytes)) for _ in range(slots))
+
+    def _new_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._streams.device)
+
+    def _room(self, slot: _Slot, nbytes: int) -> torch.Tensor:
+        """The first bytes of a slot, for use on the current stream."""
+        if slot.buffer.numel() < nbytes:
+            if nbytes > self._said_bytes:
+                self._say_too_large(nbytes)
+            # It was made on another stream, which would get the memory back at once.
+            self._streams.used_here(slot.buffer)
+            slot.buffer = self._new_buffer(nbytes)
+        return slot.buffer[:nbytes]
+
+    def _say_too_large(self, nbytes: int) -> None:
+        """Once for each doubling."""
+        self._said_bytes = 2 * nbytes
+        logger.warning(
+            "%s: a message of %.1f MB does not fit into the slots of %.1f MB that the device lane has "
+            "reserved; they grow, by memory that SGLang has not counted: lower --mem-fraction-static if that "
+            "is tight.",
+            self._where,
+            nbytes / 1e6,
+            self._slot_bytes / 1e6,
+        )
 
     def warm_up(self) -> None:
         """One small message each way of the chain, so that the communicators exist before the first
@@ -152,7 +196,7 @@ class DeviceLane:
         slot = self._send_slots.popleft()
         self._send_slots.append(slot)
         self._wait_until_sent(slot, counters)
-        buffer = slot.room(nbytes, self._streams.device)
+        buffer = self._room(slot, nbytes)
         for spec in specs:
             source = tensors[spec.name].reshape(-1)
             target = buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype)
@@ -177,7 +221,7 @@ class DeviceLane:
             if slot.freed is not None:
                 self._streams.wait_for(slot.freed)
             # Behind that wait, because a slot that grows gives its old buffer back to this stream.
-            buffer = slot.room(nbytes, self._streams.device)
+            buffer = self._room(slot, nbytes)
             work = dist.irecv(buffer, group=self._previous, group_src=0)
         slot.work = work
         return Receive(self, slot, buffer, work)

@@ -13,7 +13,7 @@ from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
 from .message import Buffer, Header, Kind, Message, decode, read_header
 from .outbox import CREDIT, POLL_MS
-from .parts import join
+from .parts import Blocks, join
 from .window import Bounds, CreditMeter
 
 
@@ -53,6 +53,7 @@ class Inbox:
         self.greeted: set[bytes] = set()
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
+        self._blocks = Blocks()
         self._where, self._bounds, self._wait_limit_s = where, bounds, wait_limit_s
         self._check_all, self._authenticate = check_all, authenticate
         self._telemetry, self._trace = telemetry, trace
@@ -127,7 +128,8 @@ class Inbox:
         try:
             buffers: list[Buffer] = [frame.buffer for frame in frames]
             if socket in self._in_parts:
-                buffers = join(buffers)
+                del frames  # which would keep every part until the last one is copied
+                buffers = join(buffers, self._blocks)
             header = read_header(buffers[0])
             if header.source != stage:
                 raise MessageError(f"It claims to come from stage {header.source}.")

@@ -31,7 +31,7 @@ LINGER_MS = 1000
 SETTLE_S = 0.5  # a server that is being stopped kills its ranks one after another: not an error yet
 
 # Why a peer does not let us in, by the event that says so.
-_REFUSALS = {
+_REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "authentication failed",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak the protocol of the host lane",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the connection ended before it was accepted",

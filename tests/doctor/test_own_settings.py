@@ -34,3 +34,12 @@ def test_every_wrong_one_is_named_as_the_server_names_it() -> None:
 def test_the_mode_is_said(mode: str | None, level: Level) -> None:
     _, findings = own_settings.check({} if mode is None else {"SGLANG_NPU_PP": mode})
     assert (findings[0].subject, findings[0].level) == ("mode", level)
+
+
+@pytest.mark.parametrize(("slots", "gigabytes"), [("4", "1.9"), ("2", "0.9")])
+def test_what_the_device_slots_take_is_said(slots: str, gigabytes: str) -> None:
+    """Four slots of 235 MB each way were what a middle stage once grew to in silence."""
+    _, findings = own_settings.check({"SGLANG_NPU_PP_SLOTS": slots})
+    (found,) = [finding for finding in findings if finding.subject == "device memory"]
+    assert f"{slots} slots to send and {slots} to receive" in found.text
+    assert f"{gigabytes} GB on a middle stage for 8192 x 7168 in bfloat16" in found.text

@@ -140,13 +140,18 @@ def _standing_on(node: str | None) -> Iterator[None]:
         host_lane.node_identity = original
 
 
-def open_device_lane(here: Here, ranks: Sequence[int], stage: int, slots: int) -> None:
+def open_device_lane(here: Here, ranks: Sequence[int], stage: int, slots: int, slot_bytes: int = 0) -> None:
     """Add a device lane over the team's process group to an open link."""
     if not dist.is_initialized():
         raise AssertionError("the team has no process group; Team(..., process_group=True)")
     previous, following = create_neighbour_groups(ranks, stage)
     lane = DeviceLane(
-        previous=previous, following=following, device=here.device, slots=slots, where=f"stage {stage} rank 0"
+        previous=previous,
+        following=following,
+        device=here.device,
+        slots=slots,
+        where=f"stage {stage} rank 0",
+        slot_bytes=slot_bytes,
     )
     lane.warm_up()
     here.link = StageLink(here.lane, lane, telemetry=here.telemetry, trace=here.trace)
@@ -405,13 +410,15 @@ class Team:
         settings: Settings | None = None,
         *,
         slots: int = 4,
+        slot_bytes: int = 0,
         arrival: Sequence[int] | None = None,
     ) -> list[Rank]:
         """Host lanes and between neighbours a device lane; the stages begin in the order of `arrival`."""
         chosen = self.open_lanes(stages, settings)
         indices = [rank.index for rank in chosen]
         calls = [
-            chosen[stage].start(open_device_lane, indices, stage, slots) for stage in arrival or range(stages)
+            chosen[stage].start(open_device_lane, indices, stage, slots, slot_bytes)
+            for stage in arrival or range(stages)
         ]
         calls += [rank.start(keep_pace, rank.index) for rank in self.ranks if rank not in chosen]
         results(calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.streams import PassedEvent
-from sglang_npu_pp.transport.device_lane import ALIGNMENT, DeviceLane, pack_layout, unpack
+from sglang_npu_pp.transport.device_lane import ALIGNMENT, DeviceLane, pack_layout, slot_bytes_for, unpack
 from sglang_npu_pp.transport.message import byte_view
 
 from .harness import Here, Team, results
@@ -123,11 +124,73 @@ def test_messages_arrive_though_their_sources_are_overwritten(
     results([a.start(send_messages, messages), b.start(receive_messages, messages, at_once)])
 
 
-def test_slots_grow_with_the_messages(team: Team) -> None:
-    a, b = team.open_links(2, slots=2)
+def slot_buffers(here: Here) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Address and bytes of the memory behind the send slots and the receive slots."""
+    lane = device_lane(here)
+    sending, receiving = (
+        sorted((slot.buffer.data_ptr(), slot.buffer.numel()) for slot in slots)
+        for slots in (lane._send_slots, lane.free_receive_slots)
+    )
+    return sending, receiving
+
+
+def test_a_message_that_fits_into_what_is_reserved_needs_no_memory(team: Team) -> None:
+    ranks = team.open_links(3, slots=2, slot_bytes=4 * MEBIBYTE)
+    before = [rank.call(slot_buffers) for rank in ranks]
+    assert [[len(slots) for slots in each] for each in before] == [[2, 0], [2, 2], [0, 2]]
+    assert all(size == 4 * MEBIBYTE for each in before for slots in each for _, size in slots)
+    sizes = [10, 4 * MEBIBYTE, 5, 3 * MEBIBYTE]
+    messages = [{"t": Sample(torch.uint8, (size,), seed)} for seed, size in enumerate(sizes)]
+    results(
+        [
+            ranks[0].start(send_messages, messages),
+            ranks[1].start(pass_on, messages),
+            ranks[2].start(receive_messages, messages, 2),
+        ]
+    )
+    assert [rank.call(slot_buffers) for rank in ranks] == before
+
+
+def warnings_of_sending(here: Here, messages: list[dict[str, Sample]]) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sglang_npu_pp").addHandler(handler)
+    try:
+        send_messages(here, messages)
+    finally:
+        logging.getLogger("sglang_npu_pp").removeHandler(handler)
+    return said
+
+
+def test_slots_grow_to_a_larger_message_and_say_so(team: Team) -> None:
+    """Once for each doubling."""
+    a, b = team.open_links(2, slots=2, slot_bytes=MEBIBYTE)
     sizes = [10, 3 * MEBIBYTE, 5, 100, 4 * MEBIBYTE, 4 * MEBIBYTE, 1, 8 * MEBIBYTE]
     messages = [{"t": Sample(torch.uint8, (size,), seed)} for seed, size in enumerate(sizes)]
-    results([a.start(send_messages, messages), b.start(receive_messages, messages, 2)])
+    said, _ = results([a.start(warnings_of_sending, messages), b.start(receive_messages, messages, 2)])
+    assert said == [
+        f"stage 0 rank 0: a message of {megabytes} MB does not fit into the slots of 1.0 MB that the device "
+        "lane has reserved; they grow, by memory that SGLang has not counted: lower --mem-fraction-static "
+        "if that is tight."
+        for megabytes in ("3.1", "8.4")
+    ]
+
+
+@given(
+    tokens=st.integers(1, 300),
+    hidden=st.integers(1, 300),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    ranks=st.sampled_from([1, 2, 4]),
+)
+def test_hidden_states_and_residual_fit_into_a_slot(
+    tokens: int, hidden: int, dtype: torch.dtype, ranks: int
+) -> None:
+    """Also when each rank sends a slice, which those send whole that cannot be cut."""
+    sent = tokens * hidden // ranks if tokens * hidden % ranks == 0 else 0
+    tensors = {name: torch.zeros(sent, dtype=dtype) for name in ("hidden_states", "residual")}
+    _, nbytes = pack_layout(tensors, {})
+    assert nbytes <= slot_bytes_for(tokens, hidden, dtype.itemsize, ranks)
 
 
 def pass_on(here: Here, messages: list[dict[str, Sample]]) -> None:
