@@ -227,6 +227,7 @@ class HostLane:
             for outbox in missing:
                 outbox.read_welcome()
                 outbox.check()
+            self.check()
 
     def _not_connected(self, missing: list[Outbox], absent: set[bytes]) -> TransportError:
         names = [f"stage {outbox.peer} at {outbox.endpoint} did not answer" for outbox in missing]

@@ -12,7 +12,7 @@ from ..errors import MessageError, SequenceError, WaitLimitError
 from ..telemetry import ChannelCounters, Telemetry
 from ..trace import Trace
 from .message import Buffer, Header, Kind, Message, decode, read_header
-from .outbox import CREDIT, POLL_MS
+from .outbox import CREDIT, POLL_MS, port_of
 from .parts import Blocks, join
 from .window import Bounds, CreditMeter
 
@@ -50,7 +50,7 @@ class Inbox:
         trace: Trace,
     ) -> None:
         self.on_arrival: Callable[[Message], None] = lambda message: None
-        self.greeted: set[bytes] = set()
+        self.greeted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
         self._blocks = Blocks()
@@ -163,7 +163,7 @@ class Inbox:
             self._telemetry.refused += 1
             return
         self._stages[identity] = stage
-        self.greeted.add(identity)
+        self.greeted.add(port_of(identity))
         socket.send_multipart([identity, CREDIT.pack(Kind.HELLO, 0, 0)])
 
     def _check_number(self, channel: _Channel, header: Header) -> None:

@@ -30,15 +30,24 @@ POLL_MS = 100  # how often a wait looks whether the peer is still there
 LINGER_MS = 1000
 SETTLE_S = 0.5  # a server that is being stopped kills its ranks one after another: not an error yet
 
-# Why a peer does not let us in, by the event that says so.
+# Why a peer does not let us in and never will, by the event that says so.
 _REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "authentication failed",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak the protocol of the host lane",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the connection ended before it was accepted",
 }
-_WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+_ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_WATCHED = zmq.EVENT_CONNECTED | _ENDED
 for _event in _REFUSALS:
     _WATCHED |= _event
+
+
+def connection_identity(stage: int, port: str, attempt: int) -> bytes:
+    return f"{stage}/{port}/{attempt}".encode()
+
+
+def port_of(identity: bytes) -> bytes:
+    """What a stage says which connection this is, whichever attempt: b"STAGE/PORT"."""
+    return b"/".join(identity.split(b"/")[:2])
 
 
 @dataclass(slots=True)
@@ -50,7 +59,12 @@ class _Channel:
 
 
 class Outbox:
-    """Sends to one peer. Owned by one thread."""
+    """Sends to one peer. Owned by one thread.
+
+    Until the peer has welcomed it a connection that ends is made again: a peer that cannot have Python's lock
+    for long, while it loads something, lets the time for a handshake pass. From then on its end is the end of
+    the lane, because messages may be lost with it.
+    """
 
     def __init__(
         self,
@@ -81,17 +95,22 @@ class Outbox:
         self._telemetry, self._trace = telemetry, trace
         self._channels: dict[Kind, _Channel] = {}
         self._lost_at: float | None = None
+        self._connected = self._was_connected = False  # now, ever
+        self._attempt = 0
         self._other_end: OtherEnd | None = None
         self._pulse = pulse
         self._refused: str | None = None
         self._last_sent: tuple[Kind, int] | None = None
         self._next_check = 0.0
         self._abandoned = False
-        self._context, self._identity = context, f"{stage}/{port}".encode()
+        self._context, self._port = context, port
         self._keys, self._peer_key = keys, peer_key
         self._in_parts = keys is not None  # between nodes
+        self._open_socket()
+
+    def _open_socket(self) -> None:
         try:
-            self._socket = context.socket(zmq.DEALER)
+            self._socket = self._context.socket(zmq.DEALER)
         except zmq.ZMQError as error:
             raise self._cannot_connect(error) from None
         try:
@@ -104,7 +123,9 @@ class Outbox:
 
     def _connect(self) -> None:
         socket = self._socket
-        socket.setsockopt(zmq.ROUTING_ID, self._identity)
+        # Of each attempt its own: the peer may not know yet that the one before has ended.
+        identity = connection_identity(self._stage, self._port, self._attempt)
+        socket.setsockopt(zmq.ROUTING_ID, identity)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued, in bytes too
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
@@ -183,10 +204,26 @@ class Outbox:
                 f"{self._where}: stage {self.peer} at {self.endpoint} refused our connection "
                 f"({self._refused}); make sure that all ranks were started together."
             )
+        if not self.welcomed:
+            self._repeat_the_attempt()
+            return
         if self._lost_at is not None and now - self._lost_at >= SETTLE_S:
             raise self.lost()
         if self._silent_s() >= self._peer_timeout_s:
             raise self.lost()
+
+    def _repeat_the_attempt(self) -> None:
+        """If it has ended. Who lets the handshake pass still listens; where nobody listens any more, the
+        process has ended."""
+        if self._lost_at is None:
+            return
+        if self._was_connected and not self._connected:
+            raise self.lost()
+        self.close()
+        self._attempt += 1
+        self._lost_at, self._connected = None, False
+        self._open_socket()
+        self.say(Kind.HELLO)
 
     def _silent_s(self) -> float:
         """How long the peer has not shown that it runs, while this process did."""
@@ -215,7 +252,8 @@ class Outbox:
             event = said["event"]
             if event == zmq.EVENT_CONNECTED:
                 self._other_end = OtherEnd(said["value"])
-            elif event == zmq.EVENT_DISCONNECTED:
+                self._connected = self._was_connected = True
+            elif event & _ENDED:
                 self._other_end = None
                 self._lost_at = self._lost_at or time.monotonic()
             elif event in _REFUSALS:

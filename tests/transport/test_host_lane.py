@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import select
@@ -31,7 +32,7 @@ from sglang_npu_pp.errors import (
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.trace import Trace
-from sglang_npu_pp.transport import host_lane
+from sglang_npu_pp.transport import doorkeeper, host_lane
 from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
@@ -550,9 +551,68 @@ def test_a_peer_with_another_key_than_its_card_says_is_not_connected(team: Team)
     assert "stage 1 rank 0: stage 0 at tcp://127.0.0.1:" in str(error)
     assert "refused our connection (authentication failed)" in str(error)
     error = failure(honest)
-    assert isinstance(error, TransportError)
+    assert isinstance(error, PeerLostError)  # the other one has ended by then
     assert "stage 0 rank 0" in str(error)
     assert "stage 1" in str(error)
+
+
+# --- a rank that cannot have Python's lock -------------------------------------------------------
+
+
+def hold_pythons_lock(seconds: float) -> None:
+    """As a library does that is loaded, or that computes without giving the lock back."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+def open_a_port_late(here: Here, seconds: float) -> list[int]:
+    """The handshake of whoever connects meanwhile asks a thread of ours, which waits for the lock."""
+    here.note("not yet")
+    hold_pythons_lock(seconds)
+    return sorted(here.lane.open_port("late", senders=[1]))
+
+
+def open_a_port(here: Here) -> int:
+    """How often the connection was made."""
+    outboxes = here.lane.open_port("late", senders=[1])
+    here.closers += [outbox.close for outbox in outboxes.values()]
+    return 1 + outboxes[0]._attempt
+
+
+def limit_handshakes(here: Here, limit_ms: int) -> None:
+    doorkeeper.HANDSHAKE_LIMIT_MS = limit_ms
+
+
+@pytest.fixture
+def absent(team: Team) -> Iterator[Rank]:
+    """A rank that may hold Python's lock for long; it disconnects after 0.3 s who has not shown its key."""
+    rank = team.recruit()
+    rank.call(limit_handshakes, 300)
+    yield rank
+    team.dismiss(rank)
+
+
+def test_a_peer_without_pythons_lock_is_connected_when_it_has_it_again(team: Team, absent: Rank) -> None:
+    """Longer than the time-out for lost peers, and than the limit of a handshake."""
+    settings = Settings(host_transport="tcp", peer_timeout_s=0.5, wait_limit_s=20)
+    _, other = team.open_lanes([absent, team.ranks[1]], settings)
+    late = absent.start(open_a_port_late, 2.0)
+    assert late.note() == "not yet"
+    assert other.call(open_a_port) > 1
+    assert late.result() == []
+    other.call(send, 0, Kind.OUTPUT, "still")
+    assert absent.call(receive, 1, Kind.OUTPUT, [0]) == ["still"]
+
+
+def test_a_peer_that_ends_before_it_lets_us_in_is_lost_at_once(team: Team, absent: Rank) -> None:
+    """And not when the limit of the start is over."""
+    settings = Settings(host_transport="tcp", start_limit_s=100)
+    _, other = team.open_lanes([absent, team.ranks[1]], settings)
+    assert absent.start(open_a_port_late, 60.0).note() == "not yet"
+    opening = other.start(open_a_port)
+    os.kill(absent.pid, signal.SIGKILL)
+    error = failure(opening)
+    assert isinstance(error, PeerLostError)
+    assert str(error).startswith("stage 1 rank 0: stage 0 is gone")
 
 
 # --- damage by a peer --------------------------------------------------------------------------

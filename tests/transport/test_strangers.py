@@ -6,6 +6,7 @@ The rank that is attacked is a process of its own, whose memory and descriptors 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import socket
 import struct
@@ -32,7 +33,7 @@ from sglang_npu_pp.transport.endpoints import KeyPair
 from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message, encode
 from sglang_npu_pp.transport.parts import PART_BYTES
 
-from .harness import Here, Rank, Team, open_host_lane, results, telemetry_of
+from .harness import Here, Rank, Team, open_host_lane, receive, results, telemetry_of
 from .test_host_lane import (
     announce_endpoint,
     assert_serving,
@@ -114,6 +115,27 @@ def test_a_scanner_of_ports_is_counted(ranks: list[Rank], address: Address, said
         connect(address, said).close()
     await_refused(ranks[0], 20)
     assert_serving(ranks[0], ranks[1])
+
+
+def answer_after_a_long_call(here: Here, seconds: float) -> None:
+    """A call that does not give Python's lock back, so that no thread of this process listens to anything."""
+    here.note("begins")
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+    here.lane.send(1, Message(Kind.OBJECT, values="done"))
+
+
+def test_a_flood_while_pythons_lock_is_taken_does_not_stop_the_network_thread(team: Team) -> None:
+    """ZeroMQ waited for a thread of ours to hear of each of them, and sent no heartbeat for so long."""
+    settings = Settings(host_transport="tcp", wait_limit_s=60, peer_timeout_s=1)
+    attacked, peer = team.open_lanes(2, settings)
+    address = address_of(attacked.call(endpoint_of)[0])
+    answering = attacked.start(answer_after_a_long_call, 6.0)
+    assert answering.note() == "begins"
+    waiting = peer.start(receive, 0, Kind.OBJECT, [0])
+    for _ in range(2000):
+        connect(address, b"").close()
+    assert results([waiting, answering], limit_s=60)[0] == ["done"]
+    assert_serving(attacked, peer)
 
 
 def test_without_a_stranger_nothing_is_counted(ranks: list[Rank]) -> None:
