@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from scripts.lib.server import Server
 from sglang_npu_pp.__main__ import main
+from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.telemetry import read_snapshots, render_table
 from sglang_npu_pp.timeline import EXPOSED, analyse
 from sglang_npu_pp.trace import read_traces
@@ -83,6 +86,34 @@ def test_a_client_that_disconnects_ends_its_request(patched: Server) -> None:
         if not any(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads):
             return
     pytest.fail("the requests of disconnected clients are still running")
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_server_that_was_suspended_for_longer_than_the_time_out_goes_on(
+    patched: Server, busy: bool
+) -> None:
+    """A suspended machine, a paused container, Ctrl-Z: all of its processes stop, and go on together."""
+    request: dict[str, Any] = {
+        "input_ids": battery.prompt(40),
+        "sampling_params": {"ignore_eos": True, "max_new_tokens": 300, "temperature": 0},
+        "stream": True,
+    }
+    whole = battery.stream(patched, **request)[-1]
+    with ExitStack() as stack:
+        if busy:
+            response = stack.enter_context(patched.post("/generate", request, stream=True))
+            lines = (line for line in response.iter_lines() if line.startswith(b"data: {"))
+            next(lines)
+        patched.freeze()
+        try:
+            stopped = time.monotonic()
+            while time.monotonic() - stopped < Settings().peer_timeout_s + 1:
+                time.sleep(0.1)
+        finally:
+            patched.thaw()
+        if busy:
+            assert json.loads(list(lines)[-1][6:])["text"] == whole
+    assert battery.stream(patched, **request)[-1] == whole
 
 
 def test_a_prompt_that_is_too_long_is_refused(patched: Server) -> None:
