@@ -6,7 +6,6 @@ server would (TCP, CURVE, on the address and port of the settings), and measure 
 
 from __future__ import annotations
 
-import socket
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -17,7 +16,6 @@ import sglang_npu_pp
 from ..agreement import Statement, differences
 from ..errors import ContractError, PipelineError
 from ..patches import installed
-from ..patches.startup import address_towards_master
 from ..settings import Settings, load_settings
 from ..telemetry import Telemetry
 from ..trace import Trace
@@ -56,7 +54,7 @@ def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, 
     host = test.host or "*"
     try:
         with Rendezvous(host, test.port, test.key, listens=test.listens, limit_s=limit_s) as rendezvous:
-            statements = _exchange_statements(rendezvous, test, settings)
+            statements = _exchange_statements(rendezvous, settings)
             dialled = statements[1].pop(_DIALLED)
             findings += [
                 Finding(Level.WRONG, "versions and settings", f"{each}; make them equal on all nodes.")
@@ -106,7 +104,8 @@ def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled
         settings=settings,
         telemetry=Telemetry(test.stage, 0),
         trace=Trace(),
-        host=settings.host or (test.host or dialled if test.listens else _towards(test)),
+        host=settings.host or (test.host if test.listens else ""),
+        master=f"{dialled}:{test.port}",
         port=settings.port + test.stage if settings.port else 0,
     )
     try:
@@ -116,7 +115,7 @@ def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled
         lane.close()
 
 
-def _exchange_statements(rendezvous: Rendezvous, test: PeerTest, settings: Settings) -> list[Statement]:
+def _exchange_statements(rendezvous: Rendezvous, settings: Settings) -> list[Statement]:
     try:
         release = installed.release()
     except ContractError:
@@ -129,11 +128,7 @@ def _exchange_statements(rendezvous: Rendezvous, test: PeerTest, settings: Setti
         "torch_npu": str(version_of("torch_npu")),
         **settings.shared_values(),
     }
-    if not test.listens:
-        mine[_DIALLED] = socket.gethostbyname(test.host) if ":" not in test.host else test.host
+    if rendezvous.dialled:
+        mine[_DIALLED] = rendezvous.dialled
     decoder = msgspec.json.Decoder(Statement)
     return [decoder.decode(each) for each in rendezvous.exchange(msgspec.json.encode(mine))]
-
-
-def _towards(test: PeerTest) -> str:
-    return address_towards_master(f"{test.host}:{test.port}")
