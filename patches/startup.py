@@ -203,16 +203,15 @@ def _own_port(scheduler: Any, parallel: Any, first: int) -> int:
     """The port of this rank, 0 for any. Data-parallel replicas have worlds, and ranks, of their own."""
     if not first:
         return 0
-    ranks = _ranks(scheduler, parallel)
-    apart = scheduler.server_args.dp_size > 1 and ranks.attn_dp_size == 1
-    replica = (ranks.dp_rank or 0) if apart else 0
-    port = first + replica * dist.get_world_size() + dist.get_rank()
-    if port > LAST_PORT:
+    ranks, replicas = _ranks(scheduler, parallel), scheduler.server_args.dp_size
+    apart = replicas > 1 and ranks.attn_dp_size == 1
+    replica, replicas = (ranks.dp_rank or 0, replicas) if apart else (0, 1)
+    if first + replicas * dist.get_world_size() - 1 > LAST_PORT:  # on all ranks, though some would find one
         raise SettingsError(
             f"stage {parallel.pp_rank} rank {parallel.tp_rank}: SGLANG_NPU_PP_PORT={first} leaves no port "
             "for each rank; set it lower."
         )
-    return port
+    return first + replica * dist.get_world_size() + dist.get_rank()
 
 
 def _slots(scheduler: Any, parallel: Any) -> int:

@@ -48,7 +48,7 @@ class PeerTest:
 
 
 def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings and the measurement. Both sides get the same."""
+    """Findings and the measurement, which is the same on both sides."""
     findings: list[Finding] = []
     limit_s = test.limit_s if test.listens else ANSWER_LIMIT_S
     host = test.host or "*"
@@ -62,13 +62,13 @@ def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, 
             ]
             if statements[0].get(_PROTOCOL) != statements[1].get(_PROTOCOL):
                 return findings, {}
-            report = _measure(rendezvous, test, _agreed(settings, statements[0]), dialled)
+            report, endpoint = _measure(rendezvous, test, _agreed(settings, statements[0]), dialled)
     except PipelineError as error:
         return [*findings, Finding(Level.WRONG, "link", str(error))], {}
     forwards = (test.forward_ms,) if test.forward_ms else FORWARDS_MS
     depths = {forward: report.depth(forward, test.stages) for forward in forwards}
     findings += [
-        Finding(Level.OK, "link", str(report)),
+        Finding(Level.OK, "link", f"{report}; the other node answers at {endpoint}"),
         Finding(Level.OK, "--pp-async-batch-depth", _suggestion(depths, test.stages)),
     ]
     suggested = {f"{forward:g}": depth for forward, depth in depths.items()}
@@ -95,8 +95,11 @@ def _agreed(settings: Settings, listener: Statement) -> Settings:
     return replace(settings, **{**shared, **limits, "host_transport": "tcp"})
 
 
-def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str) -> LinkReport:
-    """Open a host lane as a server would, and measure it. Raises PipelineError."""
+def _measure(
+    rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str
+) -> tuple[LinkReport, str]:
+    """Open a host lane as a server would, and measure it; also where the other side answered. Raises
+    PipelineError."""
     lane = HostLane(
         stage=test.stage,
         stages=2,
@@ -110,7 +113,7 @@ def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled
     )
     try:
         lane.open(rendezvous.exchange)
-        return measure(lane, ANSWER_LIMIT_S)
+        return measure(lane, ANSWER_LIMIT_S), lane.endpoint_of(1 - test.stage)
     finally:
         lane.close()
 

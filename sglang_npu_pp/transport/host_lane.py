@@ -319,6 +319,10 @@ class HostLane:
         """Whether that stage is on this node, where copying bytes is cheaper than a collective."""
         return self._cards[stage].node == self._cards[self.stage].node
 
+    def endpoint_of(self, stage: int) -> str:
+        """Where that stage is reached."""
+        return self._endpoints[stage]
+
     def send(self, peer: int, message: Message) -> None:
         """Push `message` to stage `peer`. See Outbox.send."""
         self._outboxes[peer].send(message)

@@ -124,4 +124,6 @@ def test_the_lane_comes_up_at_an_address_that_the_other_node_reaches(
 
     section, table = alone(run)
     assert section["data"]["one_way_s"] > 0
+    address = f"[{IPV6[0]}]" if listen.startswith("[") else "10.79.0.1"
+    assert f"the other node answers at tcp://{address}:" in " ".join(table.split())
     assert "Nothing is wrong" in table

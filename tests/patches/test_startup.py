@@ -36,8 +36,10 @@ def test_ports_are_counted_on_over_replicas() -> None:
 
 
 def test_a_range_that_is_not_there_is_refused() -> None:
-    with pytest.raises(SettingsError, match="SGLANG_NPU_PP_PORT=65530 leaves no port for each rank"):
-        port_of(65530, dp_size=2, dp_rank=1)
+    assert port_of(65528, dp_size=2, dp_rank=1) == 65535
+    for replica in range(2):  # all end, and none waits for another
+        with pytest.raises(SettingsError, match="SGLANG_NPU_PP_PORT=65529 leaves no port for each rank"):
+            port_of(65529, dp_size=2, dp_rank=replica)
 
 
 def judged(here: Here, sentences: list[str | None]) -> str:
