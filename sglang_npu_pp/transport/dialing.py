@@ -21,9 +21,10 @@ from .monitor import open_monitor
 
 STAGGER_S = 0.5  # until the next attempt is started; twice as long when all have been tried
 MOST_AT_ONCE = 3  # of one peer: descriptors are counted (host_lane.DESCRIPTORS_A_PEER)
+ANSWER_S = 15.0  # for a peer that accepts the connection, and may be held up by an import
 _RETRY_MS = 200
 _POLL_MS = 50
-_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 def reach(
@@ -74,7 +75,7 @@ class _Dial:
             self._start(now)
         for attempt in self.under_way:
             attempt.look()
-            if attempt.accepted:
+            if attempt.connected:
                 self._accepted.add(attempt.endpoint)
             if attempt.succeeded:
                 return attempt.endpoint
@@ -82,9 +83,12 @@ class _Dial:
 
     def _start(self, now: float) -> None:
         if len(self.under_way) == MOST_AT_ONCE:
-            oldest = self.under_way.pop(0)
-            oldest.close()
-            self._next.append(oldest.endpoint)
+            worst = next((each for each in self.under_way if not each.connected), self.under_way[0])
+            if worst.connected and now - worst.began < ANSWER_S:
+                return
+            self.under_way.remove(worst)
+            worst.close()
+            self._next.append(worst.endpoint)
         self.under_way.append(_Attempt(self._context, self._next.popleft(), self._keys, self._card.key))
         self._due = now + STAGGER_S * 2 ** (self._started // len(self._card.tcp))
         self._started += 1
@@ -106,7 +110,8 @@ class _Attempt:
 
     def __init__(self, context: zmq.Context, endpoint: str, keys: KeyPair, peer_key: bytes) -> None:
         self.endpoint = endpoint
-        self.accepted = self.succeeded = False
+        self.began = time.monotonic()
+        self.connected = self.succeeded = False
         self._socket = context.socket(zmq.DEALER)
         try:
             self._socket.setsockopt(zmq.LINGER, 0)
@@ -125,8 +130,10 @@ class _Attempt:
     def look(self) -> None:
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)["event"]
-            self.accepted |= event == zmq.EVENT_CONNECTED
-            self.succeeded |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.succeeded = True
+            else:
+                self.connected = event == zmq.EVENT_CONNECTED
 
     def close(self) -> None:
         self._socket.monitor(None, 0)

@@ -77,6 +77,7 @@ def test_what_does_not_answer_or_is_another_is_passed_over(network: Network) -> 
 def test_the_last_of_many_is_found(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many descriptors as for a few."""
     monkeypatch.setattr(dialing, "STAGGER_S", 0.05)
+    monkeypatch.setattr(dialing, "ANSWER_S", 0.2)
     wrong = [network.mute() for _ in range(MOST_AT_ONCE)] + [network.nothing() for _ in range(MOST_AT_ONCE)]
     right = network.peer()
     most = 0
@@ -90,6 +91,26 @@ def test_the_last_of_many_is_found(network: Network, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dialing._Dial, "_start", counted)
     assert network.reach(*wrong, right) == right
     assert most == MOST_AT_ONCE
+
+
+def test_a_peer_that_accepts_and_is_busy_keeps_its_chance(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose Python is held up by an import: what does not even accept makes room first."""
+    monkeypatch.setattr(dialing, "STAGGER_S", 0.05)
+    busy = [network.mute() for _ in range(2)]
+    right = network.peer()
+    closed: list[str] = []
+    close = dialing._Attempt.close
+
+    def noted(attempt: dialing._Attempt) -> None:
+        closed.append(attempt.endpoint)
+        close(attempt)
+
+    monkeypatch.setattr(dialing._Attempt, "close", noted)
+    nowhere = [network.nothing() for _ in range(3)]
+    assert network.reach(*busy, *nowhere, right) == right
+    assert closed[:3] == nowhere, "these made room"
 
 
 def test_a_peer_that_listens_late_is_found(network: Network) -> None:
