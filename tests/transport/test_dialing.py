@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import zmq
@@ -150,8 +149,7 @@ def test_every_peer_that_is_missing_is_named_and_nothing_stays_open(network: Net
     nowhere = {stage: (network.nothing(), network.nothing()) for stage in (1, 2)}
     cards = [Card(stage, "there", tcp=tcp, key=THEIRS.public) for stage, tcp in nowhere.items()]
     here = Card(3, "there", tcp=(network.peer(), network.peer()), key=THEIRS.public)
-    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(TransportError, match="stage 1 did not answer at .* and stage 2 did not answer at"):
         reach(network.context, [*cards, here], OURS, where="stage 0 rank 0", limit_s=1.5)
     assert reach(network.context, [here], OURS, where="", limit_s=LIMIT_S) == {3: here.tcp[0]}
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4  # what ZeroMQ's threads still close
+    # A socket that was left open would keep the fixture's context from ending.
