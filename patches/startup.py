@@ -10,15 +10,19 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
-import os
-import socket
 from typing import Any
 
 import torch.distributed as dist
 
 import sglang_npu_pp
 from sglang_npu_pp.agreement import agree
-from sglang_npu_pp.errors import ContractError
+from sglang_npu_pp.errors import (
+    ContractError,
+    DifferenceError,
+    PipelineError,
+    SettingsError,
+    TransportError,
+)
 from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
@@ -39,6 +43,8 @@ from sglang_npu_pp.transport.stage_link import StageLink
 from .dp_metadata import open_metadata
 from .groups import attach_link
 from .pipeline import AsyncPipeline, current, set_current
+
+LAST_PORT = 65535
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -84,7 +90,12 @@ def _start(scheduler: Any) -> None:
     if reason is not None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
         return
-    pipeline = _start_pipeline(scheduler, parallel, settings)
+    telemetry = Telemetry(parallel.pp_rank, parallel.tp_rank)
+    trace = Trace(enabled=settings.trace_dir is not None)
+    host_lane = _open_host_lane(scheduler, parallel, settings, telemetry, trace)
+    if host_lane is None:
+        return
+    pipeline = _start_pipeline(scheduler, parallel, settings, telemetry, trace, host_lane)
     set_current(pipeline)
     atexit.register(pipeline.close)  # the other stages then know that this one left on purpose
     if settings.idle_sleep == "1" and pipeline.metadata is None:
@@ -136,26 +147,91 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
     )
 
 
-def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncPipeline:
-    group = parallel.pp_group
-    stage, stages, rank = parallel.pp_rank, parallel.pp_size, parallel.tp_rank
-    telemetry = Telemetry(stage, rank)
-    trace = Trace(enabled=settings.trace_dir is not None)
-    streams = DeviceStreams(group.device)
-    depth = scheduler.server_args.pp_async_batch_depth
-    slots = stages + depth
+def _open_host_lane(
+    scheduler: Any, parallel: Any, settings: Settings, telemetry: Telemetry, trace: Trace
+) -> HostLane | None:
+    """None: it cannot be opened everywhere, and `auto` then serves on upstream's path.
+
+    Upstream's groups may use other addresses, ports and files than we do: where it starts, so must we.
+    """
+    stage, rank = parallel.pp_rank, parallel.tp_rank
     host_lane = HostLane(
         stage=stage,
-        stages=stages,
+        stages=parallel.pp_size,
         rank=rank,
         settings=settings,
         telemetry=telemetry,
         trace=trace,
-        host=settings.host or address_towards_master(scheduler.server_args.dist_init_addr),
-        port=settings.port + dist.get_rank() if settings.port else 0,
-        slots=slots,
+        host=settings.host,
+        master=scheduler.server_args.dist_init_addr,
+        port=_own_port(scheduler, parallel, settings.port),
+        slots=_slots(scheduler, parallel),
     )
-    host_lane.open(process_group_exchange(group.cpu_group))
+    failure: PipelineError | None = None
+    try:
+        host_lane.open(process_group_exchange(parallel.pp_group.cpu_group))
+    except PipelineError as error:
+        failure = error
+    failure = failure_of_any_rank(failure, f"stage {stage} rank {rank}", settings.start_limit_s)
+    if failure is None:
+        return host_lane
+    host_lane.close()
+    if settings.mode == "require":
+        raise failure
+    logger.warning("sglang-npu-pp: stage %d rank %d stays on upstream's path: %s", stage, rank, failure)
+    return None
+
+
+def failure_of_any_rank(
+    failure: PipelineError | None, where: str, start_limit_s: float
+) -> PipelineError | None:
+    """Our own, another rank's, or None on all ranks. Raises AgreementError when a rank does not say."""
+    try:
+        agree(
+            dist.PrefixStore("sglang_npu_pp/host_lane", dist.distributed_c10d._get_default_store()),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            statement={"the host lane": "open" if failure is None else str(failure)},
+            limit_s=2 * start_limit_s,  # a rank that could not open it has tried for the limit
+        )
+    except DifferenceError as error:
+        return failure or TransportError(f"{where}: not all ranks could open their host lane. {error}")
+    return failure
+
+
+def _own_port(scheduler: Any, parallel: Any, first: int) -> int:
+    """The port of this rank, 0 for any. Data-parallel replicas have worlds, and ranks, of their own."""
+    if not first:
+        return 0
+    ranks, replicas = _ranks(scheduler, parallel), scheduler.server_args.dp_size
+    apart = replicas > 1 and ranks.attn_dp_size == 1
+    replica, replicas = (ranks.dp_rank or 0, replicas) if apart else (0, 1)
+    if first + replicas * dist.get_world_size() - 1 > LAST_PORT:  # on all ranks, though some would find one
+        raise SettingsError(
+            f"stage {parallel.pp_rank} rank {parallel.tp_rank}: SGLANG_NPU_PP_PORT={first} leaves no port "
+            "for each rank; set it lower."
+        )
+    return first + replica * dist.get_world_size() + dist.get_rank()
+
+
+def _slots(scheduler: Any, parallel: Any) -> int:
+    """Microbatches that may be in flight."""
+    return parallel.pp_size + scheduler.server_args.pp_async_batch_depth
+
+
+def _start_pipeline(
+    scheduler: Any,
+    parallel: Any,
+    settings: Settings,
+    telemetry: Telemetry,
+    trace: Trace,
+    host_lane: HostLane,
+) -> AsyncPipeline:
+    group = parallel.pp_group
+    stage, rank = parallel.pp_rank, parallel.tp_rank
+    streams = DeviceStreams(group.device)
+    depth = scheduler.server_args.pp_async_batch_depth
+    slots = _slots(scheduler, parallel)
     clock = measure_clock(host_lane, settings.start_limit_s)
     link = StageLink(
         host_lane,
@@ -187,8 +263,13 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
 
 def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
     """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
-    dp_rank = getattr(scheduler, "ps", parallel).dp_rank  # up to 0.5.20 the scheduler keeps it
+    dp_rank = _ranks(scheduler, parallel).dp_rank
     return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
+
+
+def _ranks(scheduler: Any, parallel: Any) -> Any:
+    """What knows the data-parallel ranks: up to 0.5.20 the scheduler's own."""
+    return getattr(scheduler, "ps", parallel)
 
 
 def _open_device_lane(
@@ -232,21 +313,6 @@ def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn |
     last = link.stages - 1
     outboxes = link.host_lane.open_port(PORT, senders=[last]) if streams.asynchronous else None
     return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None
-
-
-def address_towards_master(master: str | None) -> str:
-    """The address of this node on the interface that SGLang's distributed set-up uses.
-
-    `master`: host and port that the nodes were given; None on a single node.
-    """
-    for variable in ("SGLANG_HOST_IP", "HOST_IP"):
-        if os.environ.get(variable):
-            return os.environ[variable]
-    host = master.rsplit(":", 1)[0].strip("[]") if master else "127.0.0.1"
-    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing; asks the routing table which address would be used
-        return probe.getsockname()[0]
 
 
 def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:

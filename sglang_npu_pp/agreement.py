@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from .errors import AgreementError
+from .errors import AgreementError, DifferenceError
 
 _KEY = "sglang_npu_pp/statement/{}"
 _VERDICT = "sglang_npu_pp/verdict"
@@ -50,7 +50,7 @@ def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statem
     """Return when every rank of the world has made an equal statement.
 
     Rank 0 reads all statements and tells the others what it found. Raises AgreementError when one is missing
-    after `limit_s` seconds or says something else.
+    after `limit_s` seconds, DifferenceError when it says something else.
     """
     store.set(_KEY.format(rank), msgspec.json.encode(statement).decode())
     if rank == _ARBITER:
@@ -68,7 +68,7 @@ def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statem
             "install sglang-npu-pp for every rank and give all of them the same SGLANG_NPU_PP."
         )
     if verdict.differences:
-        raise AgreementError(
+        raise DifferenceError(
             f"rank {rank}: the ranks do not run the same pipeline ({'; '.join(verdict.differences)}); "
             "make versions and settings equal on all nodes."
         )

@@ -21,6 +21,10 @@ class AgreementError(PipelineError):
     """The ranks of this server do not all run the same plugin in the same way."""
 
 
+class DifferenceError(AgreementError):
+    """All ranks have made their statement, and not all say the same."""
+
+
 class TransportError(PipelineError):
     """A lane could not be opened: directory, port, key or connection."""
 

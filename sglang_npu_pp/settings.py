@@ -91,13 +91,15 @@ class Settings:
         "_HOST",
         "",
         str,
-        "address the host lane binds for other nodes; empty: the one that reaches the SGLang master",
+        "address, interface or host name of this node at which the host lane listens for other nodes; empty: "
+        "all addresses that could be right, those that gloo would use first",
     )
     port: int = _setting(
         "_PORT",
         "0",
         _number(int, 0, 65535, "a TCP port"),
-        "first port of the host lane, plus the world rank; 0: any free port",
+        "first port of the host lane, plus the rank, counted on over data-parallel replicas; "
+        "0: any free port",
     )
     ipc_dir: Path | None = _setting(
         "_IPC_DIR",

@@ -78,7 +78,8 @@ class Server:
     sessions of its own, with a temporary directory of its own. With `nnodes` > 1 it starts that
     many launchers, as if each were on another machine; node i > 0 writes to `<log>.node<i>`.
 
-    `env` and `args` come after the defaults and win over them, `node_env` over both for one node.
+    `env` and `args` come after the defaults and win over them, `node_env` and `node_args` over both for one
+    node. "{init_port}" in `node_args` becomes the port of --dist-init-addr.
     `node_prefix` is what a node's command line begins with (a network namespace to enter), `master` the
     address of node 0 as the others see it.
     """
@@ -96,6 +97,7 @@ class Server:
         python: Path | str = sys.executable,
         nnodes: int = 1,
         node_env: Mapping[int, Mapping[str, str]] | None = None,
+        node_args: Mapping[int, Sequence[str]] | None = None,
         node_prefix: Mapping[int, Sequence[str]] | None = None,
         master: str = HOST,
         port: int | None = None,
@@ -111,6 +113,7 @@ class Server:
         self.args = tuple(args)
         self.env = dict(env or {})
         self.node_env = dict(node_env or {})
+        self.node_args = dict(node_args or {})
         self.node_prefix, self.master = dict(node_prefix or {}), master
         (self._nccl_port,) = free_ports(1)
         (self._init_port,) = free_ports(1, with_also=DERIVED_FROM_INIT_PORT)
@@ -159,11 +162,13 @@ class Server:
         command += ["--model-path", str(self.model)]
         command += [*self.device.arguments, "--tp-size", str(self.tp), "--pp-size", str(self.pp)]
         command += ["--host", HOST, "--port", str(self._node_ports[node])]
-        command += ["--nccl-port", str(self._nccl_port)]
+        if "--dp-size" not in self.args or "--enable-dp-attention" in self.args:  # each replica needs its own
+            command += ["--nccl-port", str(self._nccl_port)]
         if self.nnodes > 1:
             command += ["--nnodes", str(self.nnodes), "--node-rank", str(node)]
             command += ["--dist-init-addr", f"{self.master}:{self._init_port}"]
-        return [*command, *(() if self.device.real else SMALL_MODEL_ARGS), *self.args]
+        of_node = [one.format(init_port=self._init_port) for one in self.node_args.get(node, ())]
+        return [*command, *(() if self.device.real else SMALL_MODEL_ARGS), *self.args, *of_node]
 
     def shell_command(self) -> str:
         """The command that starts the same server from a shell, environment included."""

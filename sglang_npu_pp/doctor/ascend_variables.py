@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 
+from ..transport.addresses import matching
 from .findings import Finding, Level
 
 Environ = Mapping[str, str]
@@ -252,7 +253,7 @@ def _expansion_mode(environ: Environ) -> Finding:
 # --- where it connects ---------------------------------------------------------------------------
 
 
-def _interface(name: str) -> Rule:
+def _interface(name: str, means: Callable[[str, list[str]], list[str]]) -> Rule:
     def rule(environ: Environ) -> Finding:
         text = environ.get(name, "").strip()
         if not text:
@@ -262,7 +263,7 @@ def _interface(name: str) -> Rule:
                 "not set; with several interfaces and nodes name the one between the nodes",
             )
         here = [interface for _, interface in socket.if_nameindex()]
-        if _names_one_of(text, here):
+        if means(text, here):
             return Finding(Level.OK, name, text)
         return Finding(
             Level.WRONG, name, f"{text!r} is no interface of this machine, which has {', '.join(here)}."
@@ -271,11 +272,10 @@ def _interface(name: str) -> Rule:
     return rule
 
 
-def _names_one_of(text: str, interfaces: list[str]) -> bool:
-    """Exactly, or by its beginning, as HCCL allows ("eth", "=eth0", "^docker" for all but those)."""
-    names = [part.strip() for part in text.lstrip("^=").split(",")]
-    matching = [here for here in interfaces if any(here.startswith(name) for name in names)]
-    return len(matching) < len(interfaces) if text.startswith("^") else bool(matching)
+def _exactly(text: str, interfaces: list[str]) -> list[str]:
+    """Gloo takes whole names only, separated by commas; all have to exist."""
+    names = [part.strip() for part in text.split(",")]
+    return names if set(names) <= set(interfaces) else []
 
 
 RULES: tuple[Rule, ...] = (
@@ -290,6 +290,6 @@ RULES: tuple[Rule, ...] = (
     _task_queue,
     _blocking_wait,
     _expansion_mode,
-    _interface("HCCL_SOCKET_IFNAME"),
-    _interface("GLOO_SOCKET_IFNAME"),
+    _interface("HCCL_SOCKET_IFNAME", matching),
+    _interface("GLOO_SOCKET_IFNAME", _exactly),
 )

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import PipelineError
 from ..imports import import_without_devices
+from ..transport.addresses import listening_addresses
 from .findings import Level, Section, as_json, count, render
 from .layout import Layout
 
@@ -34,6 +36,9 @@ def add(commands: Any) -> None:
     server.add_argument("--pp-size", type=int, default=2, metavar="N", help="stages (2)")
     server.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes (1)")
     server.add_argument("--node-rank", type=int, default=0, metavar="N", help="number of this one (0)")
+    server.add_argument(
+        "--dp-size", type=int, default=1, metavar="N", help="replicas (1); 1 with --enable-dp-attention"
+    )
     server.add_argument("--dist-init-addr", metavar="HOST:PORT", help="of the first node")
     link = parser.add_argument_group("link test")
     side = link.add_mutually_exclusive_group()
@@ -56,7 +61,12 @@ def run(options: argparse.Namespace) -> int:
         # versions.py tries torch_npu in a process of its own.
         examine = import_without_devices("sglang_npu_pp.doctor.examine").examine
         layout = Layout(
-            options.tp_size, options.pp_size, options.nnodes, options.node_rank, options.dist_init_addr
+            options.tp_size,
+            options.pp_size,
+            options.nnodes,
+            options.node_rank,
+            options.dist_init_addr,
+            options.dp_size,
         )
         peer_test = _peer_test(options)
     except ValueError as error:
@@ -113,10 +123,23 @@ def _peer_test(options: argparse.Namespace) -> PeerTest | None:
     )
     rendezvous.key_pair(test.key)
     if listens and key is None:
-        where = f"{host or 'HOST'}:{port}"
+        where = _bracketed(_to_dial(host), port)
         command = f"python -m sglang_npu_pp doctor --peer {where} --key {test.key}"
         print(f"On the other node, within {options.limit:g} s:\n  {command}\n", file=sys.stderr, flush=True)
     return test
+
+
+def _to_dial(host: str) -> str:
+    """What the other node is told of where this one listens: an address, which an interface is not there."""
+    try:
+        found = listening_addresses(host, master=None, one_node=False, where="doctor")
+    except PipelineError:
+        return host  # which the link test says better
+    return found[0]
+
+
+def _bracketed(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _address(text: str, needs_host: bool) -> tuple[str, int]:

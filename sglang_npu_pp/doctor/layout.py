@@ -7,18 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """What the server is started with: --tp-size, --pp-size, --nnodes, --node-rank, --dist-init-addr."""
+    """What the server is started with: --tp-size, --pp-size, --nnodes, --node-rank, --dist-init-addr,
+    --dp-size (replicas, not data-parallel attention)."""
 
     tp_size: int = 1
     pp_size: int = 2
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None
+    dp_size: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tp_size, self.pp_size, self.nnodes) < 1 or not 0 <= self.node_rank < self.nnodes:
+        sizes = (self.tp_size, self.pp_size, self.nnodes, self.dp_size)
+        if min(sizes) < 1 or not 0 <= self.node_rank < self.nnodes:
             raise ValueError(
-                "--tp-size, --pp-size and --nnodes are at least 1, --node-rank is below --nnodes."
+                "--tp-size, --pp-size, --dp-size and --nnodes are at least 1, --node-rank is below --nnodes."
             )
         if self.world_size % self.nnodes:
             raise ValueError(f"{self.world_size} ranks cannot be spread evenly over {self.nnodes} nodes.")
@@ -30,7 +33,13 @@ class Layout:
         return self.tp_size * self.pp_size
 
     @property
-    def ranks_here(self) -> range:
-        """World ranks of this node: they are numbered stage by stage, and nodes take them in order."""
+    def ranks_here(self) -> list[int]:
+        """World ranks of this node, counted on from replica to replica: ranks are numbered stage by stage,
+        and nodes take them in order."""
         each = self.world_size // self.nnodes
-        return range(self.node_rank * each, (self.node_rank + 1) * each)
+        first = self.node_rank * each
+        return [
+            replica * self.world_size + rank
+            for replica in range(self.dp_size)
+            for rank in range(first, first + each)
+        ]

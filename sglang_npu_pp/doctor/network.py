@@ -5,17 +5,16 @@ from __future__ import annotations
 import fcntl
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 import zmq
 
 from ..errors import TransportError
-from ..patches.startup import address_towards_master
 from ..settings import Settings
+from ..transport.addresses import is_loopback, listening_addresses, own_interfaces, towards
 from ..transport.endpoints import SocketDirectory, bind_ipc, bind_tcp
 from .findings import Finding, Level
 from .layout import Layout
@@ -63,12 +62,11 @@ def _read(name: str, fact: str) -> str:
 
 def check(settings: Settings, layout: Layout) -> list[Finding]:
     """Opens what the server would open, and closes it."""
-    found = list(interfaces())
-    findings = [Finding(Level.OK, each.name, str(each)) for each in found]
+    findings = [Finding(Level.OK, each.name, str(each)) for each in interfaces()]
     if settings.host_transport != "tcp":
         findings.append(_directory(settings))
     if settings.host_transport == "tcp" or layout.nnodes > 1:
-        findings += _ports(settings, layout, found)
+        findings += _ports(settings, layout)
     return findings
 
 
@@ -88,44 +86,35 @@ def _directory(settings: Settings) -> Finding:
     )
 
 
-def _ports(settings: Settings, layout: Layout, found: list[Interface]) -> list[Finding]:
-    try:
-        host = settings.host or address_towards_master(layout.dist_init_addr)
-    except OSError as error:
-        text = (
-            f"no address of this node leads to {layout.dist_init_addr} ({error.strerror}); give one that "
-            "exists, or set SGLANG_NPU_PP_HOST."
-        )
+def _ports(settings: Settings, layout: Layout) -> list[Finding]:
+    if layout.nnodes > 1 and not towards(layout.dist_init_addr):
+        text = f"no address of this node leads to {layout.dist_init_addr}; give one that exists."
         return [Finding(Level.WRONG, "address", text)]
     ports = [settings.port + rank if settings.port else 0 for rank in layout.ranks_here]
     try:
+        hosts = listening_addresses(
+            settings.host, master=layout.dist_init_addr, one_node=layout.nnodes == 1, where="doctor"
+        )
         with ExitStack() as stack:
             context = stack.enter_context(zmq.Context())
             for port in ports:
-                bind_tcp(stack.enter_context(context.socket(zmq.ROUTER)), host, port, "doctor")
+                bind_tcp(stack.enter_context(context.socket(zmq.ROUTER)), hosts, port, "doctor")
     except TransportError as error:
         return [Finding(Level.WRONG, "ports", str(error))]
-    return [_bound_to(host, layout, found), _range(settings, ports)]
+    return [_bound_to(hosts, layout), _range(settings, ports)]
 
 
-def _bound_to(host: str, layout: Layout, found: list[Interface]) -> Finding:
-    name = next((each.name for each in found if each.address == host), "an interface")
-    if layout.nnodes > 1 and _is_loopback(host):
+def _bound_to(hosts: Sequence[str], layout: Layout) -> Finding:
+    interface = {address: name for name, addresses in own_interfaces().items() for address in addresses}
+    named = ", ".join(f"{host} ({interface.get(host, 'an interface')})" for host in hosts)
+    if layout.nnodes > 1 and all(map(is_loopback, hosts)):
         return Finding(
             Level.WRONG,
             "address",
-            f"the host lane would listen on {host}, which no other node reaches; set SGLANG_NPU_PP_HOST to "
-            "the address of this node, or --dist-init-addr to one of the first node that is not the "
-            "loopback.",
+            f"the host lane would listen on {named}, which no other node reaches; set SGLANG_NPU_PP_HOST to "
+            "the address or interface of this node between the nodes.",
         )
-    return Finding(Level.OK, "address", f"the host lane listens on {host} ({name})")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return Finding(Level.OK, "address", f"the host lane listens on {named}; peers try in this order")
 
 
 def _range(settings: Settings, ports: list[int]) -> Finding:
@@ -137,4 +126,5 @@ def _range(settings: Settings, ports: list[int]) -> Finding:
             f"any free one of {low} to {high}; behind a firewall set SGLANG_NPU_PP_PORT, and open that port "
             "and the next ones, one a rank",
         )
-    return Finding(Level.OK, "ports", f"{ports[0]} to {ports[-1]} are free here")
+    numbers = ", ".join(map(str, ports)) if len(ports) < 9 else f"{ports[0]} to {ports[-1]}"
+    return Finding(Level.OK, "ports", f"{numbers}: free here")

@@ -6,7 +6,6 @@ server would (TCP, CURVE, on the address and port of the settings), and measure 
 
 from __future__ import annotations
 
-import socket
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -17,7 +16,6 @@ import sglang_npu_pp
 from ..agreement import Statement, differences
 from ..errors import ContractError, PipelineError
 from ..patches import installed
-from ..patches.startup import address_towards_master
 from ..settings import Settings, load_settings
 from ..telemetry import Telemetry
 from ..trace import Trace
@@ -50,13 +48,13 @@ class PeerTest:
 
 
 def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings and the measurement. Both sides get the same."""
+    """Findings and the measurement, which is the same on both sides."""
     findings: list[Finding] = []
     limit_s = test.limit_s if test.listens else ANSWER_LIMIT_S
     host = test.host or "*"
     try:
         with Rendezvous(host, test.port, test.key, listens=test.listens, limit_s=limit_s) as rendezvous:
-            statements = _exchange_statements(rendezvous, test, settings)
+            statements = _exchange_statements(rendezvous, settings)
             dialled = statements[1].pop(_DIALLED)
             findings += [
                 Finding(Level.WRONG, "versions and settings", f"{each}; make them equal on all nodes.")
@@ -64,13 +62,13 @@ def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, 
             ]
             if statements[0].get(_PROTOCOL) != statements[1].get(_PROTOCOL):
                 return findings, {}
-            report = _measure(rendezvous, test, _agreed(settings, statements[0]), dialled)
+            report, endpoint = _measure(rendezvous, test, _agreed(settings, statements[0]), dialled)
     except PipelineError as error:
         return [*findings, Finding(Level.WRONG, "link", str(error))], {}
     forwards = (test.forward_ms,) if test.forward_ms else FORWARDS_MS
     depths = {forward: report.depth(forward, test.stages) for forward in forwards}
     findings += [
-        Finding(Level.OK, "link", str(report)),
+        Finding(Level.OK, "link", f"{report}; the other node answers at {endpoint}"),
         Finding(Level.OK, "--pp-async-batch-depth", _suggestion(depths, test.stages)),
     ]
     suggested = {f"{forward:g}": depth for forward, depth in depths.items()}
@@ -97,8 +95,11 @@ def _agreed(settings: Settings, listener: Statement) -> Settings:
     return replace(settings, **{**shared, **limits, "host_transport": "tcp"})
 
 
-def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str) -> LinkReport:
-    """Open a host lane as a server would, and measure it. Raises PipelineError."""
+def _measure(
+    rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str
+) -> tuple[LinkReport, str]:
+    """Open a host lane as a server would, and measure it; also where the other side answered. Raises
+    PipelineError."""
     lane = HostLane(
         stage=test.stage,
         stages=2,
@@ -106,17 +107,18 @@ def _measure(rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled
         settings=settings,
         telemetry=Telemetry(test.stage, 0),
         trace=Trace(),
-        host=settings.host or (test.host or dialled if test.listens else _towards(test)),
+        host=settings.host or (test.host if test.listens else ""),
+        master=f"{dialled}:{test.port}",
         port=settings.port + test.stage if settings.port else 0,
     )
     try:
         lane.open(rendezvous.exchange)
-        return measure(lane, ANSWER_LIMIT_S)
+        return measure(lane, ANSWER_LIMIT_S), lane.endpoint_of(1 - test.stage)
     finally:
         lane.close()
 
 
-def _exchange_statements(rendezvous: Rendezvous, test: PeerTest, settings: Settings) -> list[Statement]:
+def _exchange_statements(rendezvous: Rendezvous, settings: Settings) -> list[Statement]:
     try:
         release = installed.release()
     except ContractError:
@@ -129,11 +131,7 @@ def _exchange_statements(rendezvous: Rendezvous, test: PeerTest, settings: Setti
         "torch_npu": str(version_of("torch_npu")),
         **settings.shared_values(),
     }
-    if not test.listens:
-        mine[_DIALLED] = socket.gethostbyname(test.host) if ":" not in test.host else test.host
+    if rendezvous.dialled:
+        mine[_DIALLED] = rendezvous.dialled
     decoder = msgspec.json.Decoder(Statement)
     return [decoder.decode(each) for each in rendezvous.exchange(msgspec.json.encode(mine))]
-
-
-def _towards(test: PeerTest) -> str:
-    return address_towards_master(f"{test.host}:{test.port}")

@@ -18,6 +18,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from ..errors import TransportError
+from ..transport.addresses import listening_addresses
 from ..transport.endpoints import KeyPair, KnownKeys
 
 ANSWER_LIMIT_S = 30.0
@@ -45,19 +46,19 @@ class Rendezvous:
     """The connection; a context manager. `exchange` is what `HostLane.open` needs, for stages 0 and 1."""
 
     def __init__(self, host: str, port: int, key: str, *, listens: bool, limit_s: float) -> None:
-        """`host`, `port`: where this side listens ("*": everywhere), or where the other one does. `limit_s`:
+        """`host`, `port`: where this side listens ("*": everywhere; an address, interface or name of this
+        node), or where the other one does, whose address is then in `dialled`. `limit_s`:
         longest wait for the other side, in seconds; it then answers within ANSWER_LIMIT_S. Raises
         TransportError if the port is taken or cannot be reached."""
         self._name, self._listens, self._limit_s = f"{host}:{port}", listens, limit_s
         self._met = False
         keys = key_pair(key)
-        if not listens:
-            _reach(host, port)
+        self.dialled = "" if listens else _reach(host, port)
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.REP if listens else zmq.REQ)
         self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.IPV6, ":" in host)
+        self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MESSAGE_LIMIT)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         if listens:
@@ -65,7 +66,7 @@ class Rendezvous:
         else:
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public)
-            self._socket.connect(_endpoint(host, port))
+            self._socket.connect(_endpoint(self.dialled, port))
 
     def _listen(self, host: str, port: int, keys: KeyPair) -> None:
         self._authenticator = ThreadAuthenticator(self._context)
@@ -73,12 +74,14 @@ class Rendezvous:
         self._authenticator.configure_curve_callback("*", KnownKeys(keys.public))
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         try:
-            self._socket.bind(_endpoint(host, port))
-        except zmq.ZMQError as error:
+            for address in _to_listen_on(host):
+                self._socket.bind(_endpoint(address, port))
+        except (zmq.ZMQError, TransportError) as error:
             self.close()
+            reason = zmq.strerror(error.errno or 0) if isinstance(error, zmq.ZMQError) else str(error)
             raise TransportError(
-                f"the doctor cannot listen on {self._name} ({zmq.strerror(error.errno or 0)}); give --listen "
-                "a free port and an address of this node."
+                f"the doctor cannot listen on {self._name} ({reason}); give --listen a free port and an "
+                "address of this node."
             ) from None
 
     def exchange(self, data: bytes) -> list[bytes]:
@@ -123,17 +126,24 @@ class Rendezvous:
         self.close()
 
 
+def _to_listen_on(host: str) -> list[str]:
+    if host == "*":
+        return [host]
+    return listening_addresses(host, master=None, one_node=False, where="doctor")
+
+
 def _endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def _reach(host: str, port: int) -> None:
-    """Tell an unreachable port from a wrong key: ZeroMQ would try again in silence in both cases."""
+def _reach(host: str, port: int) -> str:
+    """The address that answers. Tells an unreachable port from a wrong key: ZeroMQ would try again in silence
+    in both cases."""
     deadline = time.monotonic() + _REACH_S
     while True:
         try:
-            socket.create_connection((host, port), timeout=_REACH_S).close()
-            return
+            with socket.create_connection((host, port), timeout=_REACH_S) as connection:
+                return str(connection.getpeername()[0])
         except OSError as error:
             if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
                 raise TransportError(

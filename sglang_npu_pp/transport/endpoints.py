@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from ..errors import TransportError
 
 IPC_PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path that libzmq can use
 
+logger = logging.getLogger("sglang_npu_pp")
+
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
     """What a rank tells the other stages of its pipeline about itself."""
@@ -23,8 +27,9 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     stage: int
     node: str  # equal for two ranks exactly when a unix socket of one is visible to the other
     ipc: str = ""  # endpoint for ranks of the same node
-    tcp: str = ""  # endpoint for ranks of other nodes
+    tcp: tuple[str, ...] = ()  # endpoints for ranks of other nodes, in the order in which they are tried
     key: bytes = b""  # CURVE public key, Z85
+    failure: str = ""  # why it cannot listen, in the sentence with which it fails itself
 
 
 @dataclass(frozen=True)
@@ -93,25 +98,47 @@ class SocketDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def bind_tcp(socket: zmq.Socket, host: str, port: int, where: str) -> str:
-    """Bind to `host` and `port` (0: any free one) and return the endpoint that peers connect to."""
-    name = f"[{host}]" if ":" in host else host
-    try:
-        if ":" in host:
-            socket.setsockopt(zmq.IPV6, 1)
-        socket.bind(f"tcp://{name}:{port or '*'}")
-    except zmq.ZMQError as error:
-        advice = (
-            "set SGLANG_NPU_PP_PORT to a free range, or to 0"
-            if error.errno == errno.EADDRINUSE
-            else "set SGLANG_NPU_PP_HOST to an address of this node that the others can reach"
+def bind_tcp(socket: zmq.Socket, hosts: Sequence[str], port: int, where: str) -> tuple[str, ...]:
+    """Bind to `port` (0: any free one) of each address, and return the endpoints that peers connect to.
+
+    Several addresses are several chances: one that cannot be bound is left out. Raises TransportError, with
+    every reason, if none can.
+    """
+    endpoints = []
+    errors: dict[str, zmq.ZMQError] = {}
+    for host in hosts:
+        try:
+            endpoints.append(_bind_one(socket, host, port))
+        except zmq.ZMQError as error:
+            errors[host] = error
+    tried = ", ".join(
+        f"{_bracketed(host)}:{port or 'any port'} ({zmq.strerror(error.errno or 0)})"
+        for host, error in errors.items()
+    )
+    if not endpoints:
+        raise TransportError(f"{where}: the host lane cannot listen on {tried}; {_advice(errors.values())}.")
+    if errors:
+        logger.warning("%s: the host lane does not listen on %s", where, tried)
+    return tuple(endpoints)
+
+
+def _bind_one(socket: zmq.Socket, host: str, port: int) -> str:
+    socket.setsockopt(zmq.IPV6, ":" in host)
+    socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
+    return f"tcp://{_bracketed(host)}:{socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(':', 1)[1]}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _advice(errors: Iterable[zmq.ZMQError]) -> str:
+    if any(error.errno == errno.EADDRINUSE for error in errors):
+        return (
+            "set SGLANG_NPU_PP_PORT to a range that is free on this node, one port for each rank of each "
+            "replica, or to 0"
         )
-        raise TransportError(
-            f"{where}: the host lane cannot listen on {host}:{port or 'any port'} "
-            f"({zmq.strerror(error.errno or 0)}); {advice}."
-        ) from None
-    endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-    return f"tcp://{name}:{endpoint.rsplit(':', 1)[1]}"
+    return "set SGLANG_NPU_PP_HOST to an address or interface of this node that the others can reach"
 
 
 def bind_ipc(socket: zmq.Socket, directory: SocketDirectory, where: str) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..errors import TransportError
 from .host_lane import Exchange
 
-CARD_BYTES = 1024  # far more than a card needs; a fixed size makes one round enough
+CARD_BYTES = 2048  # more than a card with 16 addresses needs; a fixed size makes one round enough
 _LENGTH_BYTES = 2
 
 

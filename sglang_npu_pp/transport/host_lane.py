@@ -24,6 +24,8 @@ from ..errors import TransportError
 from ..settings import Settings
 from ..telemetry import Telemetry
 from ..trace import Trace
+from .addresses import LOOPBACK, listening_addresses
+from .dialing import reach
 from .doorkeeper import Doorkeeper
 from .endpoints import Card, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
 from .inbox import Inbox
@@ -39,6 +41,7 @@ Exchange = Callable[[bytes], list[bytes]]
 MAIN_PORT = "main"
 DESCRIPTORS = 32  # of sockets that listen, their monitors, the authenticator, ZeroMQ's own
 DESCRIPTORS_A_PEER = 12  # connections both ways, on two ports, and their monitors
+FAILURE_CHARACTERS = 400  # of a sentence that the other stages are told; a card has little room
 TERMINATION_LIMIT_S = 5.0  # for messages that linger, 1 s each at most
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -56,17 +59,19 @@ class HostLane:
         settings: Settings,
         telemetry: Telemetry,
         trace: Trace,
-        host: str = "127.0.0.1",
+        host: str = LOOPBACK,
+        master: str | None = None,
         port: int = 0,
         slots: int = 1,
     ) -> None:
-        """`host` and `port` say where TCP listens (0: any free port) if a peer is on another node.
+        """`host`, `master` and `port` (0: any free one) say where TCP listens if a peer is on another node:
+        see `addresses.listening_addresses`.
 
         `slots`: microbatches of the loops that use the lane; equal on all stages.
         """
         self.stage, self.stages, self.rank = stage, stages, rank
         self._settings, self._telemetry, self._trace = settings, telemetry, trace
-        self._host, self._port = host, port
+        self._host, self._master, self._port = host, master, port
         self._where = f"stage {stage} rank {rank}"
         self.bounds = Bounds.for_loops(settings.window, settings.window_bytes, slots)
         self._check_all = settings.checksum == "full"
@@ -79,6 +84,7 @@ class HostLane:
         self._sockets: list[zmq.Socket] = []
         self._doorkeepers: dict[zmq.Socket, Doorkeeper] = {}  # of the socket for other nodes
         self._cards: list[Card] = []
+        self._endpoints: dict[int, str] = {}  # at which the peers answered
         self._outboxes: dict[int, Outbox] = {}
         self._inbox: Inbox | None = None
         self._watched: list[Callable[[], None]] = []
@@ -93,7 +99,6 @@ class HostLane:
         Every stage of the pipeline calls it. Raises TransportError, naming who is missing.
         """
         try:
-            self._check_descriptors()
             self._bind(exchange)
             self._inbox = Inbox(
                 self._sockets,
@@ -106,6 +111,7 @@ class HostLane:
                 telemetry=self._telemetry,
                 trace=self._trace,
             )
+            self._endpoints = self._find_endpoints()
             self._outboxes = self.open_port(MAIN_PORT, senders=range(self.stages))
         except BaseException:
             self.close()
@@ -153,14 +159,32 @@ class HostLane:
             self._directory.clear()
 
     def _bind(self, exchange: Exchange) -> None:
-        node = node_identity()
-        if self._settings.host_transport == "tcp":
-            node = f"{node}|{self.stage}"  # everyone is another node
-        mine = Card(stage=self.stage, node=node, key=self._keys.public)
-        cards = _exchange_cards(exchange, mine)
+        """Listen, and tell the other stages where, or why not: they wait for this card."""
+        identity = node_identity()
+        apart = self._settings.host_transport == "tcp"  # as if every stage were on another node
+        node = f"{identity}|{self.stage}" if apart else identity
+        cards = _exchange_cards(exchange, Card(stage=self.stage, node=node, key=self._keys.public))
         self._known.keys.update(card.key for card in cards)  # before anyone learns where to connect to
-        nodes = [card.node for card in cards]
-        ipc = tcp = ""
+        one_node = all(card.node in (identity, f"{identity}|{card.stage}") for card in cards)
+        failure: TransportError | None = None
+        ipc: str = ""
+        tcp: tuple[str, ...] = ()
+        try:
+            self._check_descriptors()
+            ipc, tcp = self._listen(node, [card.node for card in cards], one_node)
+        except TransportError as error:
+            failure = error
+        said = str(failure)[:FAILURE_CHARACTERS] if failure else ""
+        self._cards = _exchange_cards(exchange, Card(self.stage, node, ipc, tcp, self._keys.public, said))
+        if failure is not None:
+            raise failure
+        if failures := [card.failure for card in self._cards if card.failure]:
+            raise TransportError(f"{self._where}: another stage cannot listen. {' '.join(failures)}")
+
+    def _listen(self, node: str, nodes: list[str], one_node: bool) -> tuple[str, tuple[str, ...]]:
+        """The endpoints for ranks of this node and of others, as far as there are any."""
+        ipc: str = ""
+        tcp: tuple[str, ...] = ()
         if self._settings.host_transport == "ipc" and len(set(nodes)) > 1:
             raise TransportError(
                 f"{self._where}: SGLANG_NPU_PP_HOST_TRANSPORT=ipc, but the stages are on several "
@@ -170,6 +194,7 @@ class HostLane:
             self._directory = SocketDirectory(self._settings.ipc_dir, self._where)
             ipc = bind_ipc(self._new_router(), self._directory, self._where)
         if len(set(nodes)) > 1:
+            hosts = listening_addresses(self._host, master=self._master, one_node=one_node, where=self._where)
             router = self._new_router()
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
@@ -179,9 +204,8 @@ class HostLane:
             refuse_longer_frames(router)
             self._doorkeepers[router] = Doorkeeper(router, self._telemetry)
             self.watch(self._doorkeepers[router].check)
-            tcp = bind_tcp(router, self._host, self._port, self._where)
-        mine = Card(self.stage, node, ipc, tcp, self._keys.public)
-        self._cards = _exchange_cards(exchange, mine)
+            tcp = bind_tcp(router, hosts, self._port, self._where)
+        return ipc, tcp
 
     def _new_router(self) -> zmq.Socket:
         router = self._context.socket(zmq.ROUTER)
@@ -189,6 +213,32 @@ class HostLane:
         router.setsockopt(zmq.RCVHWM, 0)  # the windows of the senders bound what is queued
         self._sockets.append(router)
         return router
+
+    def _find_endpoints(self) -> dict[int, str]:
+        """Stage -> endpoint of every peer; of those that told several addresses, the first that answers."""
+        found, several = {}, []
+        for card in self._cards:
+            if card.stage == self.stage:
+                continue
+            if self.is_local(card.stage):
+                found[card.stage] = card.ipc
+            elif len(card.tcp) > 1:
+                several.append(card)
+            else:
+                found[card.stage] = "".join(card.tcp)
+        answered = reach(
+            self._context, several, self._keys, where=self._where, limit_s=self._settings.start_limit_s
+        )
+        for card in several:
+            if (endpoint := answered[card.stage]) != card.tcp[0]:
+                logger.info(
+                    "sglang-npu-pp: %s: stage %d answers at %s, and not at %s, which it named first",
+                    self._where,
+                    card.stage,
+                    endpoint,
+                    ", ".join(card.tcp[: card.tcp.index(endpoint)]),
+                )
+        return found | answered
 
     def _connect(self, card: Card, port: str) -> Outbox:
         local = card.node == self._cards[self.stage].node
@@ -198,7 +248,7 @@ class HostLane:
             rank=self.rank,
             peer=card.stage,
             port=port,
-            endpoint=card.ipc if local else card.tcp,
+            endpoint=self._endpoints[card.stage],
             keys=None if local else self._keys,
             peer_key=card.key,
             bounds=self.bounds,
@@ -231,7 +281,9 @@ class HostLane:
 
     def _not_connected(self, missing: list[Outbox], absent: set[bytes]) -> TransportError:
         names = [f"stage {outbox.peer} at {outbox.endpoint} did not answer" for outbox in missing]
-        names += [f"stage {name.split(b'/')[0].decode()} did not connect to us" for name in absent]
+        told = ", ".join(self._cards[self.stage].tcp)
+        at = f" at {told}" if told else ""
+        names += [f"stage {name.split(b'/')[0].decode()} did not connect to us{at}" for name in absent]
         return TransportError(
             f"{self._where}: after {self._settings.start_limit_s:g} s {' and '.join(names)}; "
             "look at that stage's log, and see that the stages reach each other's ports "
@@ -267,6 +319,10 @@ class HostLane:
     def is_local(self, stage: int) -> bool:
         """Whether that stage is on this node, where copying bytes is cheaper than a collective."""
         return self._cards[stage].node == self._cards[self.stage].node
+
+    def endpoint_of(self, stage: int) -> str:
+        """Where that stage is reached."""
+        return self._endpoints[stage]
 
     def send(self, peer: int, message: Message) -> None:
         """Push `message` to stage `peer`. See Outbox.send."""

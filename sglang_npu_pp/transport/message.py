@@ -27,7 +27,7 @@ import torch
 
 from ..errors import MessageError
 
-PROTOCOL = 4
+PROTOCOL = 5
 INLINE_BYTES = 16 << 10  # smaller buffers lie in frame 0: copying them is cheaper than a frame for each
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")

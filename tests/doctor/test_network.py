@@ -13,6 +13,7 @@ from sglang_npu_pp.doctor import network
 from sglang_npu_pp.doctor.findings import Finding, Level
 from sglang_npu_pp.doctor.layout import Layout
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.transport import addresses
 
 TCP = Settings(host_transport="tcp")
 
@@ -56,7 +57,7 @@ def test_a_port_in_use_is_named_as_the_server_names_it(taken_port: int) -> None:
     finding = named(network.check(settings, Layout(pp_size=2)), "ports")
     assert finding.level is Level.WRONG
     assert f"the host lane cannot listen on 127.0.0.1:{taken_port}" in finding.text
-    assert "set SGLANG_NPU_PP_PORT to a free range" in finding.text
+    assert "set SGLANG_NPU_PP_PORT to a range that is free on this node" in finding.text
 
 
 def test_only_the_ports_of_ranks_on_this_node_count(taken_port: int) -> None:
@@ -69,8 +70,9 @@ def test_only_the_ports_of_ranks_on_this_node_count(taken_port: int) -> None:
 def test_a_free_range_is_said() -> None:
     (port,) = free_ports(1)
     findings = network.check(Settings(host_transport="tcp", port=port), Layout(pp_size=1))
-    assert named(findings, "ports").text == f"{port} to {port} are free here"
-    assert named(findings, "address").text == "the host lane listens on 127.0.0.1 (lo)"
+    assert named(findings, "ports").text == f"{port}: free here"
+    address = named(findings, "address").text
+    assert address == "the host lane listens on 127.0.0.1 (lo); peers try in this order"
 
 
 def test_any_port_is_said_with_what_a_firewall_needs() -> None:
@@ -81,26 +83,43 @@ def test_any_port_is_said_with_what_a_firewall_needs() -> None:
 
 def test_an_address_that_no_other_node_reaches_is_wrong() -> None:
     layout = Layout(pp_size=2, nnodes=2, dist_init_addr="127.0.0.1:5000")
-    finding = named(network.check(Settings(), layout), "address")
+    finding = named(network.check(Settings(host="127.0.0.1"), layout), "address")
     assert finding.level is Level.WRONG
-    assert "127.0.0.1, which no other node reaches; set SGLANG_NPU_PP_HOST" in finding.text
+    assert "127.0.0.1 (lo), which no other node reaches; set SGLANG_NPU_PP_HOST" in finding.text
+
+
+def test_a_name_that_is_the_loopback_here_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's installer makes it of a machine's own name; gloo then uses the interface that is named."""
+    monkeypatch.setattr(addresses, "own_interfaces", lambda: {"lo": ["127.0.0.1"], "eth0": ["127.0.0.9"]})
+    monkeypatch.setattr(addresses, "is_loopback", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(network, "is_loopback", lambda address: address == "127.0.0.1")
+    layout = Layout(pp_size=2, nnodes=2, dist_init_addr="127.0.1.1:5000")
+    finding = named(network.check(Settings(), layout), "address")
+    assert finding.level is Level.OK
+    assert "127.0.0.9" in finding.text
 
 
 def test_an_address_of_another_machine_is_named_as_the_server_names_it() -> None:
-    finding = named(network.check(Settings(host="192.0.2.1", host_transport="tcp"), Layout()), "ports")
+    finding = named(network.check(Settings(host="198.51.100.1", host_transport="tcp"), Layout()), "ports")
     assert finding.level is Level.WRONG
-    assert "set SGLANG_NPU_PP_HOST to an address of this node" in finding.text
+    assert "set SGLANG_NPU_PP_HOST to an address or interface of this node" in finding.text
 
 
 def test_a_name_that_is_none_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resolve(master: str | None) -> str:  # so that no name server is asked
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(network, "address_towards_master", resolve)
+    monkeypatch.setattr(addresses, "_resolved", lambda name: [])  # so that no name server is asked
     layout = Layout(pp_size=2, nnodes=2, dist_init_addr="nowhere:5000")
     finding = named(network.check(Settings(), layout), "address")
     assert finding.level is Level.WRONG
-    assert "leads to nowhere:5000 (Name or service not known)" in finding.text
+    assert finding.text == "no address of this node leads to nowhere:5000; give one that exists."
+
+
+def test_every_replica_has_ports_of_its_own() -> None:
+    layout = Layout(pp_size=2, dp_size=2)
+    assert layout.ranks_here == [0, 1, 2, 3]
+    assert Layout(pp_size=2, dp_size=2, nnodes=2, node_rank=1, dist_init_addr="a:1").ranks_here == [1, 3]
+    (port,) = free_ports(1, with_also=(1, 2, 3))
+    findings = network.check(Settings(host_transport="tcp", port=port), layout)
+    assert named(findings, "ports").text == f"{port}, {port + 1}, {port + 2}, {port + 3}: free here"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_two_ranks_may_share_a_directory(ipc_dir: Path) -> None:
 def test_an_endpoint_says_what_a_peer_connects_to(host: str, name: str) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as near, context.socket(zmq.DEALER) as far:
         try:
-            endpoint = bind_tcp(near, host, 0, "stage 0 rank 0")
+            (endpoint,) = bind_tcp(near, [host], 0, "stage 0 rank 0")
         except Exception as error:
             if host == "::1":
                 pytest.skip(f"this machine has no IPv6 loopback: {error}")

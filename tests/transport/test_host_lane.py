@@ -329,7 +329,7 @@ def trap(tmp_path: Path) -> Path:
 def endpoint_of(here: Here) -> tuple[str, bytes]:
     """TCP endpoint and public key of this rank."""
     card = here.lane._cards[here.lane.stage]
-    return card.tcp, card.key
+    return card.tcp[0], card.key
 
 
 class Stranger:
@@ -464,8 +464,8 @@ def announce_endpoint(here: Here, exchange: Exchange) -> Exchange:
         cards = exchange(data)
         if calls == 2:
             card = msgspec.msgpack.decode(data, type=Card)
-            here.note(card.ipc or card.tcp)
-            here.store.get(f"go on, {card.ipc or card.tcp}")
+            here.note(card.ipc or card.tcp[0])
+            here.store.get(f"go on, {card.ipc or card.tcp[0]}")
         return cards
 
     return wrapped
@@ -512,13 +512,13 @@ def test_a_stage_that_connects_at_once_is_known_already(team: Team) -> None:
     opening = team.ranks[0].start(open_host_lane, name, 0, 2, settings, wrap_exchange=announce_endpoint)
     exchange = store_exchange(team.store, name, 1, 2)
     keys = KeyPair.generate()
-    mine = Card(1, "another machine", tcp=f"tcp://127.0.0.1:{free_ports(1)[0]}", key=keys.public)
+    mine = Card(1, "another machine", tcp=(f"tcp://127.0.0.1:{free_ports(1)[0]}",), key=keys.public)
     for _ in range(2):
         theirs = msgspec.msgpack.decode(exchange(msgspec.msgpack.encode(mine))[0], type=Card)
-    assert opening.note() == theirs.tcp  # and there it waits until we say so
-    with stranger(theirs.tcp, b"1/main", keys=keys, server_key=theirs.key) as peer:
+    assert opening.note() == theirs.tcp[0]  # and there it waits until we say so
+    with stranger(theirs.tcp[0], b"1/main", keys=keys, server_key=theirs.key) as peer:
         assert peer.is_let_in()
-        team.store.set(f"go on, {theirs.tcp}", "")
+        team.store.set(f"go on, {theirs.tcp[0]}", "")
         assert isinstance(failure(opening), TransportError)  # nobody listens at our own address
 
 
@@ -891,22 +891,34 @@ def test_an_ipc_directory_whose_path_is_too_long_is_named_and_left_empty(ipc_dir
 
 def test_a_port_in_use_is_named() -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as other:
-        port = int(bind_tcp(other, "127.0.0.1", 0, "").rpartition(":")[2])
+        (endpoint,) = bind_tcp(other, ["127.0.0.1"], 0, "")
+        port = int(endpoint.rpartition(":")[2])
         sentence = fails_to_open(lane(port=port), alone_with(FAR_AWAY))
     assert f"the host lane cannot listen on 127.0.0.1:{port} (Address already in use)" in sentence
-    assert "set SGLANG_NPU_PP_PORT to a free range, or to 0" in sentence
+    assert "set SGLANG_NPU_PP_PORT to a range that is free on this node" in sentence
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
-def test_an_address_of_another_machine_is_named(host: str) -> None:
-    sentence = fails_to_open(lane(host=host), alone_with(FAR_AWAY))
-    assert f"the host lane cannot listen on {host}:any port (" in sentence
-    assert "set SGLANG_NPU_PP_HOST to an address of this node" in sentence
+def test_an_address_of_another_machine_is_named() -> None:
+    sentence = fails_to_open(lane(host="198.51.100.1"), alone_with(FAR_AWAY))
+    assert "the host lane cannot listen on 198.51.100.1:any port (" in sentence
+    assert "set SGLANG_NPU_PP_HOST to an address or interface of this node" in sentence
+
+
+def test_a_name_that_is_nothing_here_is_named() -> None:
+    sentence = fails_to_open(lane(host="no.such.host.invalid"), alone_with(FAR_AWAY))
+    assert sentence.startswith("stage 0 rank 0: SGLANG_NPU_PP_HOST='no.such.host.invalid' is no address, no ")
+
+
+def test_a_stage_that_cannot_listen_tells_the_others_why() -> None:
+    """They would wait for its card for as long as gloo waits."""
+    card = msgspec.structs.replace(FAR_AWAY, failure="stage 1 rank 0: no.")
+    sentence = fails_to_open(lane(), alone_with(card))
+    assert sentence == "stage 0 rank 0: another stage cannot listen. stage 1 rank 0: no."
 
 
 def test_a_peer_that_says_an_address_that_is_none_is_named_at_once() -> None:
     """Its connection cannot be made; what was made before does not keep the process from ending."""
-    card = msgspec.structs.replace(FAR_AWAY, tcp="tcp://*:5000", key=KeyPair.generate().public)
+    card = msgspec.structs.replace(FAR_AWAY, tcp=("tcp://*:5000",), key=KeyPair.generate().public)
     sentence = fails_to_open(lane(), alone_with(card))
     assert sentence.startswith("stage 0 rank 0: cannot connect to stage 1 at tcp://*:5000 (Invalid argument)")
     assert "SGLANG_NPU_PP_HOST" in sentence
@@ -916,7 +928,7 @@ def open_with_few_descriptors(here: Here, spare: int) -> str:
     used = len(os.listdir("/proc/self/fd"))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, hard))
-    card = Card(1, "another machine", tcp="tcp://127.0.0.1:1", key=KeyPair.generate().public)
+    card = Card(1, "another machine", tcp=("tcp://127.0.0.1:1",), key=KeyPair.generate().public)
     return fails_to_open(lane(start_limit_s=0.2), alone_with(card))
 
 
@@ -947,7 +959,7 @@ def test_a_stage_that_does_not_answer_is_named_when_the_limit_is_over(ipc_dir: P
 
 def test_a_stage_that_is_not_there_is_named() -> None:
     nowhere = msgspec.structs.replace(
-        FAR_AWAY, tcp=f"tcp://127.0.0.1:{free_ports(1)[0]}", key=KeyPair.generate().public
+        FAR_AWAY, tcp=(f"tcp://127.0.0.1:{free_ports(1)[0]}",), key=KeyPair.generate().public
     )
     sentence = fails_to_open(lane(start_limit_s=0.5), alone_with(nowhere))
     assert sentence.startswith("stage 0 rank 0: ")
