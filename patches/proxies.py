@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.token_return import copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
@@ -58,7 +60,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     pipeline.link.release(launched)
     if pipeline.is_last:
         if not skipped:
-            _return_tokens(scheduler, pipeline, mb_id, launched)
+            _return_tokens(scheduler, pipeline, mb_id)
     elif not prebuilt:
         # On the forward stream: the next forward may overwrite the tensors once they are packed.
         with scheduler.forward_stream_ctx:
@@ -90,12 +92,15 @@ def _gather_group(scheduler: Any) -> Any:
     return scheduler.attn_tp_group if getattr(scheduler, "require_attn_tp_allgather", True) else None
 
 
-def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int, launched: Any) -> None:
+def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int) -> None:
     assert pipeline.token_return is not None
     launch = pipeline.launched[mb_id]
     assert launch.device_outputs is not None
-    copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, launched)
-    pipeline.token_return.post(copy, mb_id, launch.iteration)
+    with torch.profiler.record_function("send_res_dict_to_next_stage"):  # upstream's name in profiles
+        with scheduler.forward_stream_ctx:
+            produced = pipeline.streams.record()  # upstream packs outputs behind its own event
+        copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, produced)
+        pipeline.token_return.post(copy, mb_id, launch.iteration)
 
 
 _PLAN = "goes when upstream has split phases (sglang #19582) and sends right after the launch"

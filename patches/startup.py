@@ -8,7 +8,6 @@ up to 0.5.20 the groups are made by the model runner, later by the scheduler.
 from __future__ import annotations
 
 import atexit
-import inspect
 import logging
 from typing import Any
 
@@ -42,7 +41,8 @@ from sglang_npu_pp.transport.stage_link import StageLink
 
 from .dp_metadata import open_metadata
 from .groups import attach_link
-from .pipeline import AsyncPipeline, current, set_current
+from .idle import sleep_when_idle
+from .pipeline import AsyncPipeline, current, has_pipeline, leave_to_upstream, set_current
 
 LAST_PORT = 65535
 
@@ -89,17 +89,19 @@ def _start(scheduler: Any) -> None:
     _agree_with_all_ranks(settings, reason)
     if reason is not None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
+        leave_to_upstream()
         return
     telemetry = Telemetry(parallel.pp_rank, parallel.tp_rank)
     trace = Trace(enabled=settings.trace_dir is not None)
     host_lane = _open_host_lane(scheduler, parallel, settings, telemetry, trace)
     if host_lane is None:
+        leave_to_upstream()
         return
     pipeline = _start_pipeline(scheduler, parallel, settings, telemetry, trace, host_lane)
     set_current(pipeline)
     atexit.register(pipeline.close)  # the other stages then know that this one left on purpose
-    if settings.idle_sleep == "1" and pipeline.metadata is None:
-        _sleep_when_idle(scheduler, parallel)
+    if settings.idle_sleep == "1":
+        sleep_when_idle(scheduler, parallel)
     lane = "host" if pipeline.link.device_lane is None else "device"
     logger.info(
         "sglang-npu-pp: %s; %s of %d stages, proxies on the %s lane, tokens and requests on the host lane",
@@ -228,7 +230,7 @@ def _start_pipeline(
     host_lane: HostLane,
 ) -> AsyncPipeline:
     group = parallel.pp_group
-    stage, rank = parallel.pp_rank, parallel.tp_rank
+    rank = parallel.tp_rank
     streams = DeviceStreams(group.device)
     depth = scheduler.server_args.pp_async_batch_depth
     slots = _slots(scheduler, parallel)
@@ -315,42 +317,22 @@ def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn |
     return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None
 
 
-def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:
-    """As upstream's --sleep-on-idle, which is off by default because its ranks spin on gloo anyway.
-
-    Only the leader of the first stage listens to clients; everyone else waits for it without spinning.
-    Disaggregated servers also poll transfers and are left alone. So are data-parallel attention ranks, which
-    all listen: one that slept would hold up the metadata of the others.
-    """
-    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
-
-    leader = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
-    if (
-        scheduler.idle_sleeper is None
-        and parallel.pp_rank == 0
-        and leader
-        and scheduler.ipc_channels.recv_from_rpc is not None
-        and scheduler.server_args.disaggregation_mode == "null"
-    ):
-        channels = scheduler.ipc_channels
-        options: dict[str, Any] = {}
-        if "can_empty_cache" in inspect.signature(IdleSleeper).parameters:  # 0.5.21 and later
-            options["can_empty_cache"] = lambda: not scheduler._engine_paused
-        sockets = [channels.recv_from_tokenizer, channels.recv_from_rpc]
-        scheduler.idle_sleeper = IdleSleeper(sockets=sockets, **options)
-
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 
 PATCHES = (
     Patch(
-        target="sglang.srt.managers.scheduler:Scheduler.init_idle_sleeper",
+        target=f"{_SCHEDULER}.init_idle_sleeper",
         wrapper=init_idle_sleeper,
         why="lanes must be open and agreed on before the first request; an idle server spins",
-        how="start the pipeline behind upstream's process groups; sleep on the client sockets",
+        how="start the pipeline behind upstream's process groups; sleep on the client sockets while nothing "
+        "has to be polled",
         upstream="vllm #56956 and Megatron #5240 (lazy communicators deadlock); --sleep-on-idle",
         plan="the start stays as long as the lanes do; the sleeper goes when it is the default",
         relies_on=(
             "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.__init__",
             "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.maybe_sleep",
+            f"{_SCHEDULER}.on_idle",
+            f"{_SCHEDULER}.is_fully_idle",
             "sglang.srt.managers.scheduler:dispatch_event_loop",
         ),
     ),
@@ -369,6 +351,7 @@ PATCHES = (
         why="the first list of free pages is made on the default stream and freed when pages are first taken "
         "from it; the schedule stream may not have read it then, since the host no longer waits",
         how="keep a reference to it",
+        when=has_pipeline,
         upstream="vllm #54962 is of this kind; found on simulated Ascend, with freed memory overwritten",
         plan="goes when SGLang makes its pools on the stream that uses them",
     ),
