@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import sglang_npu_pp
 from sglang_npu_pp.agreement import agree
 from sglang_npu_pp.errors import ContractError
-from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter
+from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
 from sglang_npu_pp.reporting import Reporter
@@ -139,7 +140,8 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
 def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncPipeline:
     group = parallel.pp_group
     stage, stages, rank = parallel.pp_rank, parallel.pp_size, parallel.tp_rank
-    telemetry = Telemetry(stage, rank)
+    replica = None if scheduler.server_args.enable_dp_attention else _dp_rank(scheduler, parallel)
+    telemetry = Telemetry(stage, rank, replica=replica)
     trace = Trace(enabled=settings.trace_dir is not None)
     streams = DeviceStreams(group.device)
     depth = scheduler.server_args.pp_async_batch_depth
@@ -176,7 +178,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
             WINDOW_BYTES: host_lane.bounds.nbytes,
             DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
         }
-        Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
+        _export(telemetry, limits, _replica(scheduler, parallel))
     pipeline = AsyncPipeline(link, token_return, streams, slots)
     pipeline.reporter = reporter
     pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
@@ -185,10 +187,24 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
     return pipeline
 
 
+def _export(telemetry: Telemetry, limits: Mapping[Metric, float], labels: Mapping[str, str]) -> None:
+    """Metrics that cannot be shown (a full disk, say) are no reason not to serve."""
+    try:
+        Exporter(telemetry, limits, labels=labels).start()
+    except Exception:
+        logger.exception("sglang-npu-pp: this rank goes on without metrics")
+
+
 def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
     """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
-    dp_rank = getattr(scheduler, "ps", parallel).dp_rank  # up to 0.5.20 the scheduler keeps it
+    dp_rank = _dp_rank(scheduler, parallel)
     return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
+
+
+def _dp_rank(scheduler: Any, parallel: Any) -> int | None:
+    """None where there is one replica. With data-parallel attention all of them are ranks of one group."""
+    found: int | None = getattr(scheduler, "ps", parallel).dp_rank  # up to 0.5.20 the scheduler keeps it
+    return found
 
 
 def _open_device_lane(

@@ -93,8 +93,8 @@ class SocketDirectory:
         reasons = "; ".join(f"{place} ({reason})" for place, reason in problems.items())
         if base is not None and _TOO_LONG in reasons:
             raise TransportError(
-                f"{where}: the socket path {problems[base]}; set SGLANG_NPU_PP_IPC_DIR to a shorter directory, "
-                "or leave it out."
+                f"{where}: the socket path {problems[base]}; set SGLANG_NPU_PP_IPC_DIR to a shorter "
+                "directory, or leave it out."
             )
         raise TransportError(
             f"{where}: cannot make a directory for ipc sockets in {reasons}; "
