@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from sglang_npu_pp.errors import (
     SettingsError,
     TransportError,
 )
-from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter
+from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
 from sglang_npu_pp.reporting import Reporter
@@ -91,7 +92,8 @@ def _start(scheduler: Any) -> None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
         leave_to_upstream()
         return
-    telemetry = Telemetry(parallel.pp_rank, parallel.tp_rank)
+    replica = None if scheduler.server_args.enable_dp_attention else _dp_rank(scheduler, parallel)
+    telemetry = Telemetry(parallel.pp_rank, parallel.tp_rank, replica=replica)
     trace = Trace(enabled=settings.trace_dir is not None)
     host_lane = _open_host_lane(scheduler, parallel, settings, telemetry, trace)
     if host_lane is None:
@@ -254,7 +256,7 @@ def _start_pipeline(
             WINDOW_BYTES: host_lane.bounds.nbytes,
             DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
         }
-        Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
+        _export(telemetry, limits, _replica(scheduler, parallel))
     pipeline = AsyncPipeline(link, token_return, streams, slots)
     pipeline.reporter = reporter
     pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
@@ -263,10 +265,24 @@ def _start_pipeline(
     return pipeline
 
 
+def _export(telemetry: Telemetry, limits: Mapping[Metric, float], labels: Mapping[str, str]) -> None:
+    """Metrics that cannot be shown (a full disk, say) are no reason not to serve."""
+    try:
+        Exporter(telemetry, limits, labels=labels).start()
+    except Exception:
+        logger.exception("sglang-npu-pp: this rank goes on without metrics")
+
+
 def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
     """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
-    dp_rank = _ranks(scheduler, parallel).dp_rank
+    dp_rank = _dp_rank(scheduler, parallel)
     return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
+
+
+def _dp_rank(scheduler: Any, parallel: Any) -> int | None:
+    """None where there is one replica. With data-parallel attention all of them are ranks of one group."""
+    found: int | None = _ranks(scheduler, parallel).dp_rank
+    return found
 
 
 def _ranks(scheduler: Any, parallel: Any) -> Any:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ROWS = ("iteration", "launch", "run on device", "posted", "waited", "arrived", "sent", "back-pressure")
 _ROWS_A_RANK = 1000  # thread ids of one rank: its rows, then its slots
+_STAGES_A_REPLICA = 1000
 _INSTANTS = {
     "post": "posted",
     "post_receive": "posted",
@@ -47,15 +48,20 @@ def chrome_events(trace: RankTrace) -> list[dict[str, Any]]:
 
 def _names(trace: RankTrace, used: set[int]) -> Iterator[dict[str, Any]]:
     def name(what: str, tid: int, **arguments: Any) -> dict[str, Any]:
-        return {"ph": "M", "name": what, "pid": trace.stage, "tid": tid, "args": arguments}
+        return {"ph": "M", "name": what, "pid": _pid(trace), "tid": tid, "args": arguments}
 
-    yield name("process_name", 0, name=f"stage {trace.stage}")
-    yield name("process_sort_index", 0, sort_index=trace.stage)
+    stage = f"stage {trace.stage}"
+    yield name("process_name", 0, name=stage if trace.replica is None else f"replica {trace.replica} {stage}")
+    yield name("process_sort_index", 0, sort_index=_pid(trace))
     for tid in sorted(used):
         row = tid % _ROWS_A_RANK - 1
         label = ROWS[row] if row < len(ROWS) else f"slot {row - len(ROWS)}"
         yield name("thread_name", tid, name=label if trace.rank == 0 else f"{label}, rank {trace.rank}")
         yield name("thread_sort_index", tid, sort_index=tid)
+
+
+def _pid(trace: RankTrace) -> int:
+    return (trace.replica or 0) * _STAGES_A_REPLICA + trace.stage
 
 
 def _tid(trace: RankTrace, row: str, slot: int = 0) -> int:
@@ -112,7 +118,7 @@ def _common(trace: RankTrace, event: Event, row: str, name: str, slot: int = 0) 
     return {
         "name": name,
         "cat": event.kind or row,
-        "pid": trace.stage,
+        "pid": _pid(trace),
         "tid": _tid(trace, row, slot),
         "ts": (event.time_ns + trace.offset_ns) / 1e3,
         "args": {"slot": event.slot, "iteration": event.iteration},

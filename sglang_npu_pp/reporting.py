@@ -1,17 +1,20 @@
-"""When a rank tells what it counted: once at its end, and whenever it is asked (SIGUSR2)."""
+"""When a rank tells what it counted: once at its end, and whenever it is asked (SIGUSR2).
+
+Nothing here may raise: a report is never worth a server.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
-import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from .settings import Settings
 from .telemetry import Snapshot, Telemetry, render_table
+from .termination import Termination
 from .trace import RankTrace, Trace
 from .transport.clock import UNMEASURED, LinkClock
 
@@ -29,11 +32,19 @@ class Reporter:
 
     def report(self) -> None:
         """Never raises: it is called by signal handlers and on the way to the end, which goes on."""
+        with suppress(Exception):  # a log that is closed, say
+            self._report()
+
+    def _report(self) -> None:
         snapshot = self._telemetry.snapshot()
-        logger.info("sglang-npu-pp, time of this rank:\n%s", render_table([snapshot]))
-        trace = RankTrace.of(self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns)
-        self._write(trace, self._settings.trace_dir, "SGLANG_NPU_PP_TRACE")
+        with suppress(Exception):
+            logger.info("sglang-npu-pp, time of this rank:\n%s", render_table([snapshot]))
         self._write(snapshot, self._settings.telemetry_dir, "SGLANG_NPU_PP_TELEMETRY_DIR")
+        if self._settings.trace_dir is not None:
+            trace = RankTrace.of(
+                self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns, snapshot.replica
+            )
+            self._write(trace, self._settings.trace_dir, "SGLANG_NPU_PP_TRACE")
 
     def _write(self, what: Snapshot | RankTrace, directory: Path | None, variable: str) -> None:
         if directory is None:
@@ -60,7 +71,7 @@ class Reporter:
             self.report()
 
     def install(self) -> None:
-        """Report at exit, on SIGTERM (and then end as before), and on SIGUSR2 (and go on).
+        """Report at exit and on SIGUSR2 (and go on); on SIGTERM, where there is something to write.
 
         Signals belong to the main thread and to whoever took them first: a handler that is already
         there stays.
@@ -70,10 +81,6 @@ class Reporter:
             return
         if signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR2, lambda signum, frame: self.report())
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._end)
-
-    def _end(self, signum: int, frame: Any) -> None:
-        self.finish()
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
+        if self._settings.telemetry_dir is not None or self._settings.trace_dir is not None:
+            with suppress(Exception):  # the default action ends it then, without a report
+                Termination(self.finish).install()

@@ -105,7 +105,7 @@ class Settings:
         "_IPC_DIR",
         "",
         _optional_path,
-        "directory in which the ipc sockets are made; empty: the system's temporary directory",
+        "directory in which the ipc sockets are made; empty: the temporary one, or another if it is too long",
     )
     window: int = _setting(
         "_WINDOW",

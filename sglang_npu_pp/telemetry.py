@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .whole_file import write_whole
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Telemetry:
     refused: int = 0  # frames from strangers and messages that could not be read
     refused_connections: int = 0  # from the network, of which nobody showed a key of this server
     started: float = field(default_factory=time.monotonic)
+    replica: int | None = None  # where data-parallel replicas each have a stage 0 and a rank 0
 
     def sending(self, kind: str) -> ChannelCounters:
         return self.sent.setdefault(kind, ChannelCounters())
@@ -67,6 +71,7 @@ class Telemetry:
             phases_s=dict(self.phases_s),
             sent={kind: asdict(counters) for kind, counters in list(self.sent.items())},
             received={kind: asdict(counters) for kind, counters in list(self.received.items())},
+            replica=self.replica,
         )
 
 
@@ -83,26 +88,50 @@ class Snapshot:
     phases_s: dict[str, float]
     sent: dict[str, dict[str, Any]]
     received: dict[str, dict[str, Any]]
+    replica: int | None = None
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Replica (-1: there are none), stage, rank."""
+        return -1 if self.replica is None else self.replica, self.stage, self.rank
 
     def write(self, directory: Path) -> Path:
-        """Write `stage<S>-rank<R>.json`, atomically, and return its path."""
-        path = directory / f"stage{self.stage}-rank{self.rank}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(path)
+        """Write `file_name(...).json`, whole or not at all, and return its path."""
+        path = directory / f"{file_name(self.stage, self.rank, self.replica)}.json"
+        write_whole(path, json.dumps(asdict(self), indent=1).encode())
         return path
 
 
+def file_name(stage: int | str, rank: int, replica: int | None) -> str:
+    """What the files of a rank are called, and those of no other rank of the server: without the suffix."""
+    name = f"stage{stage}-rank{rank}"
+    return name if replica is None else f"replica{replica}-{name}"
+
+
+_A_SNAPSHOT = re.compile(r"(replica\d+-)?stage\d+-rank\d+\.json")
+
+
 def read_snapshots(directory: Path) -> list[Snapshot]:
-    """What the ranks wrote into `directory`, by stage and rank."""
-    found = [Snapshot(**json.loads(path.read_text())) for path in directory.glob("stage*-rank*[0-9].json")]
-    return sorted(found, key=lambda snapshot: (snapshot.stage, snapshot.rank))
+    """What the ranks wrote into `directory`, by replica, stage and rank."""
+    paths = [path for path in directory.iterdir() if _A_SNAPSHOT.fullmatch(path.name)]
+    return sorted((Snapshot(**json.loads(path.read_text())) for path in paths), key=lambda one: one.place)
 
 
 def render_table(snapshots: Sequence[Snapshot]) -> str:
-    """Plain-text table: where the scheduler thread of each stage was, in ms, and what it moved."""
+    """Plain-text table: where the scheduler thread of each stage was, in ms, and what it moved.
+
+    Data-parallel replicas are told apart by a column of their own, where there are any.
+    """
+    replicas = any(snapshot.replica is not None for snapshot in snapshots)
     kinds = ("requests", "proxy", "output")
-    head = ["stage", "rank", "forward", *(f"wait {kind}" for kind in kinds), "back-pressure"]
+    head = [
+        *(["replica"] if replicas else []),
+        "stage",
+        "rank",
+        "forward",
+        *(f"wait {kind}" for kind in kinds),
+        "back-pressure",
+    ]
     rows = [[*head, "messages", "MiB"]]
     for snapshot in snapshots:
         channels = [*snapshot.sent.values(), *snapshot.received.values()]
@@ -114,8 +143,7 @@ def render_table(snapshots: Sequence[Snapshot]) -> str:
         ]
         rows.append(
             [
-                str(snapshot.stage),
-                str(snapshot.rank),
+                *map(str, snapshot.place[0 if replicas else 1 :]),
                 *(f"{1e3 * value:.1f} ms" for value in seconds),
                 str(sum(channel["messages"] for channel in channels)),
                 f"{sum(channel['bytes'] for channel in channels) / 2**20:.2f}",

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the traces are")
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG or SVG (DIR/timeline.png)")
     parser.add_argument("--rank", type=int, default=0, help="tensor-parallel rank to look at (0)")
+    parser.add_argument("--replica", type=int, default=0, help="data-parallel replica to look at (0)")
     parser.add_argument("--iterations", type=_range, metavar="A:B", help="only these scheduler iterations")
     parser.add_argument(
         "--from", type=float, metavar="MS", dest="begin", help="begin here, ms from the first launch"
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if output.suffix not in (".png", ".svg"):
             raise ValueError(f"--output {output} must end in .png or .svg.")
-        whole = analyse(read_traces(options.directory, options.rank))
+        whole = analyse(read_traces(options.directory, options.rank, options.replica))
         part = _chosen(options, whole)
         print(f"{_describe(part)}\n\n{table(part)}")
         _draw(whole.middle(FORWARDS_IN_A_PICTURE) if part is whole else part, whole, output)

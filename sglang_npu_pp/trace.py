@@ -29,6 +29,8 @@ from typing import NamedTuple
 import msgspec
 
 from .chrome_trace import chrome_events
+from .telemetry import file_name
+from .whole_file import write_whole
 
 SUFFIX = ".trace.json"
 
@@ -73,26 +75,22 @@ class RankTrace:
     offset_ns: int  # leads from the times of this node to those of stage 0's
     written_ns: int  # time.monotonic_ns of this node
     events: list[Event]
+    replica: int | None = None  # of data-parallel ones that each have a stage 0 and a rank 0
 
     @classmethod
-    def of(cls, trace: Trace, stage: int, rank: int, offset_ns: int) -> RankTrace:
-        return cls(stage, rank, offset_ns, time.monotonic_ns(), trace.events())
+    def of(cls, trace: Trace, stage: int, rank: int, offset_ns: int, replica: int | None = None) -> RankTrace:
+        return cls(stage, rank, offset_ns, time.monotonic_ns(), trace.events(), replica)
 
     def on_stage_0(self) -> list[Event]:
         """The events, with the times of stage 0's clock."""
         return [event._replace(time_ns=event.time_ns + self.offset_ns) for event in self.events]
 
     def write(self, directory: Path) -> Path:
-        """Write `stage<S>-rank<R>.trace.json` and return its path.
-
-        It is written beside and renamed, so a reader never sees half a file.
-        """
-        path = directory / f"stage{self.stage}-rank{self.rank}{SUFFIX}"
-        partial = path.with_suffix(".partial")
+        """Write `file_name(...).trace.json`, whole or not at all, and return its path."""
+        path = directory / f"{file_name(self.stage, self.rank, self.replica)}{SUFFIX}"
         # Perfetto reads no further than the first key that it does not know: the recorded events come last.
         content = {"traceEvents": chrome_events(self), "recorded": self}
-        partial.write_bytes(msgspec.json.encode(content))
-        partial.replace(path)
+        write_whole(path, msgspec.json.encode(content))
         return path
 
 
@@ -111,7 +109,12 @@ def read_trace(path: Path) -> RankTrace:
         raise ValueError(f"{path} is not a trace that sglang-npu-pp wrote: {error}.") from None
 
 
-def read_traces(directory: Path, rank: int = 0) -> list[RankTrace]:
-    """The traces of one rank of every stage, by stage."""
-    found = [read_trace(path) for path in directory.glob(f"stage*-rank{rank}{SUFFIX}")]
-    return sorted(found, key=lambda trace: trace.stage)
+def read_traces(directory: Path, rank: int = 0, replica: int = 0) -> list[RankTrace]:
+    """The traces of one rank of every stage, by stage.
+
+    `replica`: of which data-parallel one. A server without them is its own replica 0.
+    """
+    paths = list(directory.glob(file_name("*", rank, replica) + SUFFIX))
+    if not paths and replica == 0:
+        paths = list(directory.glob(file_name("*", rank, None) + SUFFIX))
+    return sorted(map(read_trace, paths), key=lambda trace: trace.stage)

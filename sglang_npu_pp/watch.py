@@ -38,7 +38,7 @@ class Watch:
         name: Callable[[psutil.Process], str],
     ) -> None:
         self._started, self._pids, self._limit_s, self._name = started, pids, limit_s, name
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # of what has been seen running
         self._looks = math.ceil(limit_s / POLL_S) + 1
         self._stopped: Counter[int] = Counter()  # looks, not seconds: those pass while we are stopped too
         self._killed: set[BaseProcess] = set()
@@ -60,8 +60,9 @@ class Watch:
         """The process that is lost, if one is. To be called every POLL_S."""
         for pid in tuple(self._pids):
             if self._has_been_stopped(pid):
+                name = self._names.get(pid, "a process of this node")
                 return pid, PeerLostError(
-                    f"{self._names[pid]}: process {pid} has been stopped (SIGSTOP) for {self._limit_s:g} s, "
+                    f"{name}: process {pid} has been stopped (SIGSTOP) for {self._limit_s:g} s, "
                     "so its peers have given it up and this node ends; find out what stopped it, then "
                     "restart the server."
                 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
 from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.telemetry import Telemetry, read_snapshots, render_table
-from sglang_npu_pp.trace import Trace, read_trace
+from sglang_npu_pp.trace import Trace, read_trace, read_traces
 from sglang_npu_pp.transport.clock import LinkClock
 
 
@@ -28,6 +29,40 @@ def test_snapshots_are_read_back_in_the_order_of_stages(tmp_path: Path) -> None:
     for snapshot in written:
         snapshot.write(tmp_path)
     assert read_snapshots(tmp_path) == sorted(written, key=lambda s: (s.stage, s.rank))
+
+
+def test_replicas_have_files_and_lines_of_their_own(tmp_path: Path) -> None:
+    """Each has a stage 0 and a rank 0, and all of them write to one directory."""
+    places = [(replica, stage, rank) for replica in (0, 1) for stage in (0, 1) for rank in (0, 1)]
+    for replica, stage, rank in reversed(places):
+        telemetry, trace = Telemetry(stage, rank, replica=replica), Trace(enabled=True)
+        trace.record("push", iteration=10 * replica + stage)
+        Reporter(Settings(telemetry_dir=tmp_path, trace_dir=tmp_path), telemetry, trace).report()
+    read = read_snapshots(tmp_path)
+    assert [snapshot.place for snapshot in read] == places
+    assert len(list(tmp_path.iterdir())) == 2 * len(places)
+    head, _, *lines = render_table(read).splitlines()
+    assert head.split()[:3] == ["replica", "stage", "rank"]
+    assert [tuple(map(int, line.split()[:3])) for line in lines] == places
+    for replica in (0, 1):
+        traces = read_traces(tmp_path, rank=1, replica=replica)
+        assert [(one.replica, one.stage, one.rank) for one in traces] == [(replica, 0, 1), (replica, 1, 1)]
+        assert [one.events[0].iteration for one in traces] == [10 * replica, 10 * replica + 1]
+
+
+def test_a_server_without_replicas_is_its_own_first(tmp_path: Path) -> None:
+    Reporter(Settings(trace_dir=tmp_path), Telemetry(0, 0), Trace(enabled=True)).report()
+    assert [one.replica for one in read_traces(tmp_path)] == [None]
+    assert read_traces(tmp_path, replica=1) == []
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = filled(0, 0).snapshot().write(tmp_path)
+    content = json.loads(path.read_text())
+    del content["replica"]
+    path.write_text(json.dumps(content))
+    (tmp_path / "stage0-rank0.1.json").write_text("{}")  # of a probe
+    assert [snapshot.place for snapshot in read_snapshots(tmp_path)] == [(-1, 0, 0)]
 
 
 def test_the_table_has_a_line_a_rank_and_says_where_the_time_went() -> None:

@@ -92,6 +92,17 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
         read_trace(path)
 
 
+def test_replicas_are_processes_of_their_own_in_a_viewer(tmp_path: Path) -> None:
+    """Their files can be opened together."""
+    shown = {}
+    for replica in (None, 0, 1):
+        path = RankTrace(1, 0, OFFSET_NS, 20 * MS, RECORDED, replica).write(tmp_path)
+        events = json.loads(path.read_text())["traceEvents"]
+        (pid,) = {event["pid"] for event in events}
+        (shown[pid, replica],) = (e["args"]["name"] for e in events if e["name"] == "process_name")
+    assert shown == {(1, None): "stage 1", (1, 0): "replica 0 stage 1", (1001, 1): "replica 1 stage 1"}
+
+
 def test_slices_are_on_stage_0s_clock_and_what_did_not_end_goes_on(tmp_path: Path) -> None:
     assert shown(written(tmp_path), "X") == {
         ("iteration", "9", 5001, 14),

@@ -21,6 +21,7 @@ import requests
 from scripts.bench.link import EmulatedLink
 from scripts.lib.ports import HOST
 from scripts.lib.server import Server, ServerError
+from sglang_npu_pp.transport.endpoints import DIRECTORY_PREFIX
 
 from .faults import Fault, Target
 
@@ -180,7 +181,9 @@ class Episode:
 
     def _sockets(self) -> list[str]:
         scratch = self.server._scratch
-        return [f"socket {path}" for path in scratch.glob("sglang-npu-pp-*")] if scratch is not None else []
+        return (
+            [f"socket {path}" for path in scratch.glob(f"{DIRECTORY_PREFIX}*")] if scratch is not None else []
+        )
 
     def _segments(self) -> list[str]:
         return [f"shared memory {path.name}" for path in self.server._shared_memory if path.exists()]

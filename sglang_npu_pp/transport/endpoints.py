@@ -6,8 +6,10 @@ import errno
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,9 @@ import zmq
 from ..errors import TransportError
 
 IPC_PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path that libzmq can use
+DIRECTORY_PREFIX = "npp-"  # short: what it adds to a long TMPDIR must stay within the limit
+_SOCKET = "lane"
+_TOO_LONG = f"is longer than {IPC_PATH_LIMIT} bytes"
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -77,25 +82,61 @@ class SocketDirectory:
     """
 
     def __init__(self, base: Path | None, where: str) -> None:
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix="sglang-npu-pp-", dir=base))
-        except OSError as error:
+        """In `base` and nowhere else; None: in the first usable one of `places()`.
+
+        Raises TransportError, with what was wrong with each place, where none can hold a socket.
+        """
+        problems = {}
+        for place in [base] if base is not None else places():
+            try:
+                self.path = _made_in(place)
+            except OSError as error:
+                problems[place] = error.strerror or str(error)
+            else:
+                self.endpoint = f"ipc://{self.path / _SOCKET}"
+                return
+        reasons = "; ".join(f"{place} ({reason})" for place, reason in problems.items())
+        if base is not None and _TOO_LONG in reasons:
             raise TransportError(
-                f"{where}: cannot make a directory for ipc sockets in "
-                f"{base or tempfile.gettempdir()} ({error.strerror}); "
-                "set SGLANG_NPU_PP_IPC_DIR to one that this user can write."
-            ) from None
-        socket_path = self.path / "lane"
-        if len(os.fsencode(socket_path)) > IPC_PATH_LIMIT:
-            self.clear()
-            raise TransportError(
-                f"{where}: the socket path {socket_path} is longer than {IPC_PATH_LIMIT} bytes; "
-                "set SGLANG_NPU_PP_IPC_DIR to a shorter directory."
+                f"{where}: the socket path {problems[base]}; set SGLANG_NPU_PP_IPC_DIR to a shorter "
+                "directory, or leave it out."
             )
-        self.endpoint = f"ipc://{socket_path}"
+        raise TransportError(
+            f"{where}: cannot make a directory for ipc sockets in {reasons}; "
+            "set SGLANG_NPU_PP_IPC_DIR to one that this user can write."
+        )
 
     def clear(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def places() -> list[Path]:
+    """Where the sockets of this user may be: the temporary directory first, as for SGLang's own.
+
+    The others are for a TMPDIR that is too long for a socket, or on a file system that has none.
+    """
+    found = []
+    with suppress(OSError):  # there is none
+        found.append(Path(tempfile.gettempdir()))
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    found += [Path(runtime)] if runtime else []
+    return list(dict.fromkeys([*found, *map(Path, ("/tmp", "/var/tmp", "/dev/shm"))]))
+
+
+def _made_in(place: Path) -> Path:
+    """A new private directory in `place`. Raises OSError where it cannot be, or cannot hold the socket."""
+    path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=place))
+    name = os.fsencode(path / _SOCKET)
+    try:
+        if len(name) > IPC_PATH_LIMIT:
+            raise OSError(errno.ENAMETOOLONG, f"{name.decode(errors='replace')} {_TOO_LONG}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.bind(name)
+        os.unlink(name)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    return path
 
 
 def bind_tcp(socket: zmq.Socket, hosts: Sequence[str], port: int, where: str) -> tuple[str, ...]:

@@ -1,0 +1,131 @@
+"""SIGTERM, for a process that has something to report before it ends.
+
+Without a handler SIGTERM ends a process at once, whatever it does, and with nothing to write it is left like
+that. A handler of Python's runs only when the main thread is back from the C code that it is in, and
+no Python at all runs while that code holds the interpreter's lock. So there are three who may end it:
+
+1. the handler, at once where the main thread runs Python;
+2. a thread, where the main thread is in C code that has released the lock: it reports and ends the process;
+3. a small process beside it, where neither has begun within BEGIN_S, or not ended within REPORT_S: it sends
+   SIGTERM again, which finds the default action, because the kernel has reset it when the first one came.
+
+All hear of the signal by the byte that Python's handler in C writes at once, wherever the main thread is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+TURN_S = 0.2  # until the thread takes the place of a handler that does not run
+BEGIN_S = 1.0  # until the report has begun: Python does not run at all
+REPORT_S = 8.0  # for the report; who stops containers sends SIGKILL after ten seconds
+_BEGUN = b"\0"  # no signal has this number
+
+_BESIDE = """
+import os, select, signal, sys, time
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)  # they may be sent to the whole group
+parent, begin_s, report_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+told = None
+while told is None and os.getppid() == parent:
+    if select.select([0], [], [], 5.0)[0]:
+        byte = os.read(0, 1)
+        told = byte if byte in (b"", bytes([signal.SIGTERM])) else None
+if told:
+    os.write(1, told)
+    end = time.monotonic() + begin_s
+    while os.getppid() == parent and time.monotonic() < end:
+        if select.select([0], [], [], 0.02)[0] and os.read(0, 1) == bytes(1):
+            end = time.monotonic() + report_s
+    if os.getppid() == parent:
+        os.kill(parent, signal.SIGTERM)
+"""
+
+
+class Termination:
+    """Calls `report`, which must not raise, when SIGTERM comes, and then lets it end the process."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report = report
+        self._begun, self._reported = threading.Event(), threading.Event()
+        self._writer = -1  # to the process beside this one
+
+    def install(self) -> bool:
+        """To be called by the main thread. False, with nothing changed, where it cannot be or is not ours."""
+        reset_by_kernel = getattr(ctypes.CDLL(None), "sysv_signal", None)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or reset_by_kernel is None:
+            return False
+        taken = signal.set_wakeup_fd(-1)
+        if taken != -1:  # an event loop, which has to hear of its own signals
+            signal.set_wakeup_fd(taken)
+            return False
+        reader, writer = os.pipe()
+        try:
+            beside = self._start_beside(reader)
+        except OSError:
+            os.close(writer)
+            return False
+        finally:
+            os.close(reader)
+        self._writer = writer
+        os.set_blocking(writer, False)
+        os.register_at_fork(after_in_child=self._forget)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        _reset_when_it_comes(reset_by_kernel)
+        threading.Thread(target=self._run, args=(beside,), name="sigterm", daemon=True).start()
+        return True
+
+    def _start_beside(self, reader: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _BESIDE, str(os.getpid()), str(BEGIN_S), str(REPORT_S)],
+            stdin=reader,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._end()
+
+    def _run(self, beside: subprocess.Popen[bytes]) -> None:
+        assert beside.stdout is not None
+        came = beside.stdout.read(1)
+        ours = signal.getsignal(signal.SIGTERM) == self._on_signal  # or one that came later and took over
+        if came and ours and not self._begun.wait(TURN_S):
+            self._end()
+
+    def _end(self) -> None:
+        if self._begun.is_set():
+            self._reported.wait(REPORT_S)
+        else:
+            self._begun.set()
+            os.write(self._writer, _BEGUN)
+            self._report()
+            self._reported.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _forget(self) -> None:
+        """In a child that goes on without another program: what ends it is not about this process."""
+        with suppress(ValueError):  # something else has set its own
+            signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _reset_when_it_comes(install: Any) -> None:
+    """Have the kernel put the default action back before it calls Python's handler for SIGTERM.
+
+    `install`: sysv_signal(3), which differs from signal(3) in this alone.
+    """
+    get = ctypes.CDLL(None).signal
+    get.restype = install.restype = ctypes.c_void_p
+    get.argtypes = install.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    install(signal.SIGTERM, get(signal.SIGTERM, None))
