@@ -10,14 +10,19 @@ from sglang_npu_pp.patching import Contracts, Patch
 from . import (
     attention,
     bootstrap,
+    decisions,
     disaggregation,
     dp_metadata,
     ending,
+    grammars,
     groups,
+    lora,
     outputs,
     proxies,
+    queue_order,
     requests,
     startup,
+    time_limits,
 )
 
 ABSENT = "absent"  # in contracts.json, in the place of a fingerprint: the release does not have the function
@@ -26,6 +31,11 @@ PATCHES: tuple[Patch, ...] = (
     *startup.PATCHES,
     *groups.PATCHES,
     *requests.PATCHES,
+    *decisions.PATCHES,
+    *time_limits.PATCHES,
+    *grammars.PATCHES,
+    *lora.PATCHES,
+    *queue_order.PATCHES,
     *proxies.PATCHES,
     *outputs.PATCHES,
     *attention.PATCHES,

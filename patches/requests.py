@@ -45,7 +45,7 @@ def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: boo
     pipeline = current()
     if pipeline is None:
         return original(scheduler, data, async_send=async_send)
-    if data is not pipeline.sent_requests and _is_leader():
+    if data is not pipeline.sent_requests and is_leader():
         following = (pipeline.link.stage + 1) % pipeline.link.stages
         pipeline.link.push(Kind.CONSENSUS, following, data)
     return []
@@ -56,7 +56,7 @@ def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
     if pipeline is None:
         return original(scheduler)
     data: Any = []
-    if _is_leader():
+    if is_leader():
         previous = (pipeline.link.stage - 1) % pipeline.link.stages
         data = pipeline.link.post(Kind.CONSENSUS, previous).wait_values()
     return _broadcast_inside_stage(scheduler, data)
@@ -72,7 +72,7 @@ def _broadcast_inside_stage(scheduler: Any, data: Any) -> Any:
     return data
 
 
-def _is_leader() -> bool:
+def is_leader() -> bool:
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()

@@ -177,7 +177,7 @@ def _start_pipeline(scheduler: Any, parallel: Any, settings: Settings) -> AsyncP
             DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
         }
         Exporter(telemetry, limits, labels=_replica(scheduler, parallel)).start()
-    pipeline = AsyncPipeline(link, token_return, streams, slots)
+    pipeline = AsyncPipeline(link, token_return, streams, slots, scheduler)
     pipeline.reporter = reporter
     pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
     if rank == 0:
