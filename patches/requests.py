@@ -28,7 +28,19 @@ def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
     if pipeline is None:
         return original(receiver, **options)
     pipeline.begin_iteration()
-    return original(receiver, **options) if pipeline.link.stage == 0 else pipeline.receive_requests()
+    if pipeline.link.stage == 0:
+        return original(receiver, **options)
+    _meet_at_the_barrier(receiver)
+    return pipeline.receive_requests()
+
+
+def _meet_at_the_barrier(receiver: Any) -> None:
+    """With SGLANG_ENABLE_COLOCATED_BATCH_GEN all ranks of all stages meet in every iteration, so that
+    requests that were held back are let go in the same one. Later stages hold nothing back."""
+    if receiver.input_blocker is not None:
+        barrier = receiver.input_blocker._global_unblock_barrier
+        barrier._noop = True
+        barrier.poll_global_arrived()
 
 
 def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
@@ -95,6 +107,8 @@ PATCHES = (
         relies_on=(
             f"{_RECEIVER}._pull_raw_reqs",
             f"{_RECEIVER}._finalize_shm_features",
+            "sglang.srt.managers.scheduler_input_blocker:SchedulerInputBlocker.handle",
+            "sglang.srt.utils.poll_based_barrier:PollBasedBarrier.poll_global_arrived",
             f"{_SCHEDULER}.ingest_requests",
             f"{_MIXIN}.event_loop_pp",
             f"{_MIXIN}.event_loop_pp_disagg_prefill",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy, SchedulePolicy
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
-from sglang_npu_pp.decisions import Decisions, Told
-from sglang_npu_pp.patches import decisions, lora, pipeline, queue_order
+from sglang_npu_pp.decisions import Decisions, Grammars, Told
+from sglang_npu_pp.patches import decisions, grammars, lora, pipeline, queue_order, time_limits
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patching import AppliedPatches
 
@@ -235,3 +236,68 @@ def test_a_random_order_is_one_on_all_ranks_and_another_in_each_iteration(
         orders.append(shuffled(0))
     assert orders[0] != orders[1]
     assert all(order != sorted(order) for order in orders)
+
+
+# --- time limits, up to 0.5.18 ---------------------------------------------------------------------
+
+
+class Running:
+    """A request that runs."""
+
+    def __init__(self, rid: str) -> None:
+        self.rid = rid
+        self.to_finish: Any = None
+        self.time_stats = SimpleNamespace(wait_queue_entry_time=1.0)
+
+    def finished(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("as_argument", [False, True])  # as in 0.5.15, and in 0.5.18
+def test_only_requests_that_stage_0_named_have_run_too_long(rank: Any, as_argument: bool) -> None:
+    batch = SimpleNamespace(reqs=[Running("named"), Running("another")])
+    given = [batch] if as_argument else []
+    owner = scheduler(running_batch=None if as_argument else batch)
+    rank.told.take([Decisions(1.0, overdue=frozenset({"named"}))])
+    time_limits.abort_on_running_timeout(unused, owner, *given)
+    named, another = batch.reqs
+    assert another.to_finish is None
+    assert "running timeout" in named.to_finish.message
+
+
+def unused(*_: Any) -> None:
+    raise AssertionError("upstream's own clock was asked")
+
+
+def test_only_requests_that_stage_0_named_have_waited_too_long(rank: Any) -> None:
+    """Upstream's function sees no others, and every time is too long."""
+    ended = []
+
+    def upstream(owner: Any) -> None:
+        for one in owner.waiting_queue:
+            if one.time_stats.wait_queue_entry_time < time.perf_counter() - 3600:
+                ended.append(one.rid)
+        owner.waiting_queue = []
+
+    owner = scheduler(waiting_queue=[Running("first"), Running("named"), Running("last")])
+    time_limits.abort_on_waiting_timeout(upstream, owner)
+    assert ended == []
+    rank.told.take([Decisions(1.0, overdue=frozenset({"named"}))])
+    time_limits.abort_on_waiting_timeout(upstream, owner)
+    assert ended == ["named"]
+    assert [one.rid for one in owner.waiting_queue] == ["first", "last"]
+
+
+# --- grammars, in 0.5.15 -----------------------------------------------------------------------------
+
+
+def test_a_grammar_is_ready_where_stage_0_says_so(rank: Any) -> None:
+    """What the rank itself has found does not count; one that was aborted meanwhile has not failed."""
+    queue = [SimpleNamespace(rid=rid, grammar=object()) for rid in "abcd"]
+    queue[3].grammar = None  # aborted
+    told = Grammars(ready=frozenset("b"), failed=frozenset("cd"))
+    assert grammars._indices(queue, told) == ({1, 3}, {2})
+    gathered: list[Any] = [None, None]
+    found = grammars._gathers(({1, 3}, {2}))
+    found.distributed.all_gather_object(gathered, "what this rank has found", group=None)
+    assert gathered == [({1, 3}, {2})] * 2

@@ -31,17 +31,17 @@ LONG_TOKENS = 500
 LONG = greedy(battery.prompt(60, seed=5253), LONG_TOKENS)
 
 *_, NEWEST = RELEASES
-LAYOUTS = [("oldest", 1), (IN_VENV, 2), (NEWEST, 1)]  # release, tp
+LAYOUTS = [("oldest", 1, 2), (IN_VENV, 2, 2), (NEWEST, 1, 4)]  # release, tp, pp
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"{layout[0]}-tp{layout[1]}")
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "{}-tp{}-pp{}".format(*layout))
 def server(request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
-    release, tp = request.param
+    release, tp, pp = request.param
     if release == "oldest":
         yield request.getfixturevalue(release)
         return
     launcher = make_launcher("clocks")
-    yield launcher.start(tp, 2, patched=True, release=RELEASES[release], env=CLOCKS_APART)
+    yield launcher.start(tp, pp, patched=True, release=RELEASES[release], env=CLOCKS_APART)
     launcher.stop_all()
 
 
