@@ -12,14 +12,19 @@ from sglang_npu_pp.patching import Contracts, Patch
 from . import (
     attention,
     bootstrap,
+    decisions,
     disaggregation,
     dp_metadata,
     ending,
+    grammars,
     groups,
+    lora,
     outputs,
     proxies,
+    queue_order,
     requests,
     startup,
+    time_limits,
 )
 from .pipeline import has_pipeline, is_ours
 
@@ -36,6 +41,11 @@ PATCHES: tuple[Patch, ...] = (
     *startup.PATCHES,
     *groups.PATCHES,  # each looks whether its group has lanes
     *_only(has_pipeline, requests.PATCHES),
+    *_only(has_pipeline, decisions.PATCHES),
+    *_only(has_pipeline, time_limits.PATCHES),
+    *_only(has_pipeline, grammars.PATCHES),
+    *_only(has_pipeline, lora.PATCHES),
+    *_only(has_pipeline, queue_order.PATCHES),
     *_only(has_pipeline, proxies.PATCHES),
     *_only(has_pipeline, outputs.PATCHES),
     *_only(has_pipeline, attention.PATCHES),

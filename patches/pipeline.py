@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sglang_npu_pp.decisions import Told
 from sglang_npu_pp.forward_timer import ForwardTimer
 from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.stage_times import DepthAdviser
@@ -71,8 +72,14 @@ class AsyncPipeline:
     """
 
     def __init__(
-        self, link: StageLink, token_return: TokenReturn | None, streams: DeviceStreams, slots: int
+        self,
+        link: StageLink,
+        token_return: TokenReturn | None,
+        streams: DeviceStreams,
+        slots: int,
+        scheduler: Any = None,
     ) -> None:
+        self.scheduler = scheduler  # SGLang's, of this process
         self.link, self.token_return, self.streams = link, token_return, streams
         timed = link.trace.enabled and streams.asynchronous
         self.timer = ForwardTimer(streams, link.trace) if timed else None
@@ -85,6 +92,7 @@ class AsyncPipeline:
         self.transfers = TransferGate(streams, link.trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
         self.sent_requests: list[Any] | None = None
+        self.told = Told()
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
 
     @property
@@ -97,6 +105,7 @@ class AsyncPipeline:
 
     def begin_iteration(self) -> None:
         self.iteration += 1
+        self.told.this_iteration = None
         if self.timer is not None:
             self.timer.collect()
         self.link.trace.record("iteration", "", self.slot, self.iteration)
@@ -107,13 +116,14 @@ class AsyncPipeline:
 
     def send_requests(self, requests: list[Any]) -> None:
         self.sent_requests = requests
-        self.link.push(Kind.REQUESTS, self.link.stage + 1, requests or None, iteration=self.iteration)
+        told = self.told.pass_on(requests)
+        self.link.push(Kind.REQUESTS, self.link.stage + 1, told or None, iteration=self.iteration)
 
     def receive_requests(self) -> list[Any]:
         pending = self.link.post(Kind.REQUESTS, self.link.stage - 1, iteration=self.iteration)
         requests = pending.wait_values() or []
         self.link.refuse_leftovers(Kind.PROXY, self.link.stage - 1, self.iteration)
-        return requests
+        return self.told.take(requests)
 
     def post_proxies(self) -> Pending:
         return self.link.post(

@@ -32,6 +32,7 @@ def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
     pipeline.begin_iteration()
     if pipeline.link.stage == 0:
         return original(receiver, **options)
+    _meet_at_the_barrier(receiver)
     return _receive_as_upstream_counts()(receiver)
 
 
@@ -57,6 +58,15 @@ def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
     return decorated
 
 
+def _meet_at_the_barrier(receiver: Any) -> None:
+    """With SGLANG_ENABLE_COLOCATED_BATCH_GEN all ranks of all stages meet in every iteration, so that
+    requests that were held back are let go in the same one. Later stages hold nothing back."""
+    if receiver.input_blocker is not None:
+        barrier = receiver.input_blocker._global_unblock_barrier
+        barrier._noop = True
+        barrier.poll_global_arrived()
+
+
 def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
     """They leave as this stage leaves them, which is what upstream sends."""
     original(scheduler, requests)
@@ -71,7 +81,7 @@ def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: boo
     pipeline = current()
     if pipeline is None:
         return original(scheduler, data, async_send=async_send)
-    if data is not pipeline.sent_requests and _is_leader():
+    if data is not pipeline.sent_requests and is_leader():
         following = (pipeline.link.stage + 1) % pipeline.link.stages
         pipeline.link.push(Kind.CONSENSUS, following, data)
     return []
@@ -82,7 +92,7 @@ def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
     if pipeline is None:
         return original(scheduler)
     data: Any = []
-    if _is_leader():
+    if is_leader():
         previous = (pipeline.link.stage - 1) % pipeline.link.stages
         data = pipeline.link.post(Kind.CONSENSUS, previous).wait_values()
     return _broadcast_inside_stage(scheduler, data)
@@ -98,7 +108,7 @@ def _broadcast_inside_stage(scheduler: Any, data: Any) -> Any:
     return data
 
 
-def _is_leader() -> bool:
+def is_leader() -> bool:
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
@@ -121,6 +131,8 @@ PATCHES = (
         relies_on=(
             f"{_RECEIVER}._pull_raw_reqs",
             f"{_RECEIVER}._finalize_shm_features",
+            "sglang.srt.managers.scheduler_input_blocker:SchedulerInputBlocker.handle",
+            "sglang.srt.utils.poll_based_barrier:PollBasedBarrier.poll_global_arrived",
             f"{_SCHEDULER}.ingest_requests",
             f"{_MIXIN}.event_loop_pp",
             f"{_MIXIN}.event_loop_pp_disagg_prefill",

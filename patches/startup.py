@@ -257,7 +257,7 @@ def _start_pipeline(
             DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
         }
         _export(telemetry, limits, _replica(scheduler, parallel))
-    pipeline = AsyncPipeline(link, token_return, streams, slots)
+    pipeline = AsyncPipeline(link, token_return, streams, slots, scheduler)
     pipeline.reporter = reporter
     pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
     if rank == 0:

@@ -57,7 +57,8 @@ class Launcher:
         self.started += 1
         folder = self.directory / f"server{self.started}"
         folder.mkdir()
-        paths = [str(PROBE), *([str(release.folder)] if release.folder else [])]
+        # This tree is the one under test, also where another is installed.
+        paths = [str(PROBE), str(ROOT), *([str(release.folder)] if release.folder else [])]
         environment = {
             "SGLANG_NPU_PP": "require" if patched else "0",
             "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder),

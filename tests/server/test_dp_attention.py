@@ -22,6 +22,7 @@ from sglang_npu_pp.telemetry import Snapshot, read_snapshots
 from sglang_npu_pp.trace import Event, read_traces
 
 from . import battery
+from .clocks import OTHERS, Conversation, advance, greedy
 from .conftest import MOE_MODEL, Launcher
 
 pytestmark = pytest.mark.server
@@ -79,17 +80,31 @@ class Patched:
     observed: Observed
     snapshots: list[Snapshot]
     traces: dict[tuple[int, int], list[Event]]  # by stage and rank
+    conversations: list[tuple[Any, Any]]  # what was answered in each, and what to the same without a session
 
 
 @pytest.fixture(scope="module")
 def patched_dp(launcher: Launcher) -> Patched:
-    with launcher.configure(2, 2, patched=True, device=DEVICE, model=MOE_MODEL, args=ARGUMENTS) as server:
+    env = {"PP_PROBE_CLOCKS": "1"}
+    with launcher.configure(
+        2, 2, patched=True, device=DEVICE, model=MOE_MODEL, args=ARGUMENTS, env=env
+    ) as server:
         observed = ask_everything(server)
         server.dump_telemetry()
         folder = server.log.parent
         found = [trace for rank in (0, 1) for trace in read_traces(folder, rank)]
         traces = {(trace.stage, trace.rank): whole_iterations(trace.events) for trace in found}
-        return Patched(observed, read_snapshots(folder), traces)
+        return Patched(observed, read_snapshots(folder), traces, converse(server))
+
+
+def converse(server: Server) -> list[tuple[Any, Any]]:
+    """With each group of ranks, whose later stages then have clocks that are far ahead."""
+    conversations = [Conversation(server, routed_dp_rank=rank) for rank in (0, 1)]
+    for conversation in conversations:
+        conversation.turn()
+    advance(server, OTHERS)
+    turns = [conversation.turn() for conversation in conversations]
+    return [(answer, battery.generate(server, **greedy(asked))["output_ids"]) for asked, answer in turns]
 
 
 def whole_iterations(events: list[Event]) -> list[Event]:
@@ -104,6 +119,11 @@ def test_answers_are_upstreams(upstream: Observed, patched_dp: Patched) -> None:
         before = {str(index): answer for index, answer in enumerate(answers)}
         now = {str(index): answer for index, answer in enumerate(getattr(patched_dp.observed, name))}
         assert not battery.differences(before, now), name
+
+
+def test_a_session_lives_as_long_as_the_first_stage_says(patched_dp: Patched) -> None:
+    for answer, without_session in patched_dp.conversations:
+        assert answer == without_session
 
 
 def test_every_rank_gathers_once_an_iteration(patched_dp: Patched) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from scripts.lib.releases import LLGUIDANCE, RELEASES
 from scripts.lib.server import Server
+from tests.server.clocks import HOUR_S
 from tests.server.conftest import Launcher
 
 from .loads import Pool, make_pool
@@ -14,6 +16,12 @@ from .loads import Pool, make_pool
 # Depth 2 and mixed chunks are the settings in which most of the cases were reported.
 SMALL_POOL = ("--pp-async-batch-depth", "2", "--enable-mixed-chunk", "--max-total-tokens", "6144")
 SLOW_GRAMMARS = {"PP_PROBE_SLOW_GRAMMARS": "0.2,0.5"}  # the second stage is ready later than the first
+OLDEST = next(iter(RELEASES))
+LIMIT_HOURS = 1000  # far beyond what the tests of sessions let pass
+TIME_LIMITS = dict.fromkeys(
+    ("SGLANG_REQ_WAITING_TIMEOUT", "SGLANG_REQ_RUNNING_TIMEOUT"), str(LIMIT_HOURS * HOUR_S)
+)
+CLOCKS_APART = TIME_LIMITS | {"PP_PROBE_STATES": "1", "PP_PROBE_CLOCKS": "1"}
 PROBES = {"PP_PROBE_PHASES": "1", "PP_PROBE_STATES": "1"}
 
 
@@ -35,4 +43,13 @@ def crowded(make_launcher: Callable[[str], Launcher], pool: Pool) -> Iterator[Se
 def four_stages(make_launcher: Callable[[str], Launcher], pool: Pool) -> Iterator[Server]:
     launcher = make_launcher("four-stages")
     yield launcher.start(1, 4, patched=True, env=PROBES | SLOW_GRAMMARS)
+    launcher.stop_all()
+
+
+@pytest.fixture(scope="package")
+def oldest(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
+    """The oldest release that is supported, in which stages decided more alone than in others."""
+    launcher = make_launcher("oldest")
+    env = CLOCKS_APART | SLOW_GRAMMARS
+    yield launcher.start(1, 2, patched=True, release=RELEASES[OLDEST], args=LLGUIDANCE, env=env)
     launcher.stop_all()

@@ -50,3 +50,17 @@ def test_grammars_that_are_ready_at_different_times(
         whole = answer["meta_info"]["finish_reason"]["type"] == "stop"
         assert not whole or re.fullmatch(grammar, answer["text"])
     assert_stages_agree(server)
+
+
+@field_case("sglang-28424")
+def test_the_oldest_release_waits_for_the_first_stage(oldest: Server) -> None:
+    """Its stages did not tell each other which grammars are ready: an unpatched server hung."""
+    with ThreadPoolExecutor(len(GRAMMARS)) as threads:
+        answers = list(
+            threads.map(lambda grammar: battery.generate(oldest, **constrained(grammar)), GRAMMARS)
+        )
+    for grammar, answer in zip(GRAMMARS, answers, strict=True):
+        assert answer["text"].startswith("x"), answer["text"]
+        whole = answer["meta_info"]["finish_reason"]["type"] == "stop"
+        assert not whole or re.fullmatch(grammar, answer["text"])
+    assert_stages_agree(oldest)

@@ -1,0 +1,107 @@
+"""Seam: which LoRA adapters may run next.
+
+A drainer lets no further requests of some adapters in when requests of others have waited for too long, by
+the clock of each rank. And with overlapped loading an adapter may run when its copy to the device has ended,
+which every rank asks its own device.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sglang_npu_pp.patching import Patch, with_names
+
+from .pipeline import current
+
+_DRAINER = "sglang.srt.lora.lora_drainer:LoRADrainer"
+_LOADER = "sglang.srt.lora.lora_overlap_loader:LoRAOverlapLoader"
+_SINCE = "sglang_npu_pp_waits_since"  # attribute of a request: when stage 0 had it waiting first
+_NO_TIME_S = 1e-9  # sets apart those that came at the same told time
+
+
+def update_adapter_stats(
+    original: Any, drainer: Any, waiting_queue: Sequence[Any], running_reqs: Sequence[Any]
+) -> None:
+    """As upstream, and then the longest waits by told time. Equal ones would be told apart by the order of a
+    set, which every process has its own of."""
+    original(drainer, waiting_queue, running_reqs)
+    pipeline = current()
+    if pipeline is None:
+        return
+    for stats in drainer.adapter_to_stats.values():
+        stats.max_wait_time_secs = 0.0
+    for place, request in enumerate(waiting_queue):
+        if not hasattr(request, _SINCE):
+            setattr(request, _SINCE, pipeline.told.now)
+        waited = pipeline.told.now - getattr(request, _SINCE) - place * _NO_TIME_S
+        stats = drainer.adapter_to_stats[request.lora_id]
+        stats.max_wait_time_secs = max(stats.max_wait_time_secs, waited)
+
+
+def update_draining_loras(original: Any, drainer: Any, running_reqs: Sequence[Any]) -> None:
+    """Of adapters that have equally few tokens to go, the same one on all ranks."""
+    function = original if current() is None else with_names(original, min=_first_smallest)
+    function(drainer, running_reqs)
+
+
+def _first_smallest(names: Iterable[Any], key: Callable[[Any], Any]) -> Any:
+    return builtins.min(sorted(names, key=str), key=key)
+
+
+def try_overlap_load_lora(
+    original: Any, loader: Any, lora_id: str | None, running_loras: set[str | None]
+) -> bool:
+    """Whether there is room decides, not whether this rank still copies."""
+    if current() is None:
+        return bool(original(loader, lora_id, running_loras))
+    if not loader.lora_manager.validate_lora_batch({lora_id} | running_loras):
+        return False
+    if not original(loader, lora_id, running_loras):
+        _wait_for_copies(loader)
+        loaded = original(loader, lora_id, running_loras)
+        assert loaded, f"LoRA adapter {lora_id} has room, is copied, and is not loaded"
+    return True
+
+
+def _wait_for_copies(loader: Any) -> None:
+    for event in loader.lora_to_overlap_load_event.values():
+        event.synchronize()
+
+
+_WHY = "stages that differ run other requests"
+_UPSTREAM = "none: with tensor parallelism alone its ranks may differ in this as well"
+_PLAN = "goes when upstream decides on one rank"
+
+PATCHES = (
+    Patch(
+        target=f"{_DRAINER}._update_adapter_stats",
+        wrapper=update_adapter_stats,
+        why=f"every rank takes the time that a request has waited from its own clock; {_WHY}",
+        how="takes it from the times that stage 0 has told",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+    ),
+    Patch(
+        target=f"{_DRAINER}._update_draining_loras",
+        wrapper=update_draining_loras,
+        why=f"which of two adapters with equally much to do is drained, the order of a set says; {_WHY}",
+        how="goes by their names",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+    ),
+    Patch(
+        target=f"{_LOADER}.try_overlap_load_lora",
+        wrapper=try_overlap_load_lora,
+        why=f"an adapter may run as soon as the device of a rank has copied it; {_WHY}",
+        how="waits for the copy of an adapter that there is room for",
+        upstream=_UPSTREAM,
+        plan=_PLAN,
+        relies_on=(
+            f"{_LOADER}._drain_completed_overlap_loads",
+            f"{_LOADER}._try_start_overlap_load",
+            "sglang.srt.lora.lora_manager:LoRAManager.validate_lora_batch",
+        ),
+    ),
+)

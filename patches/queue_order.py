@@ -1,0 +1,60 @@
+"""Seam: orders of requests that a process makes up by itself.
+
+Requests that give way to one of higher priority upstream puts into a set, and queues them again in its
+order: that of addresses, which every process has its own of. Priority and then the time of queueing say what
+runs next, so ranks that queued two of them in another order run other requests. And `--schedule-policy
+random` shuffles with the generator of the process, from which others may draw.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from sglang_npu_pp.patching import Patch
+
+from .pipeline import current
+
+_POLICY = "sglang.srt.managers.schedule_policy:SchedulePolicy"
+
+
+def preempt_to_schedule(original: Any, adder: Any, request: Any, *server_args: Any) -> bool:
+    """`server_args`: up to 0.5.18."""
+    before = len(adder.preempt_list)
+    places = {id(running): place for place, running in enumerate(adder.running_batch.reqs)}
+    preempted = bool(original(adder, request, *server_args))
+    if current() is not None:
+        adder.preempt_list[before:] = sorted(adder.preempt_list[before:], key=lambda one: places[id(one)])
+    return preempted
+
+
+def calc_priority(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
+    from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
+
+    pipeline = current()
+    if pipeline is not None and policy.policy is CacheAgnosticPolicy.RANDOM:
+        random.seed(pipeline.iteration)
+    return original(policy, *args, **kwargs)
+
+
+_UPSTREAM = "none: with tensor parallelism alone its ranks may differ in this as well"
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule",
+        wrapper=preempt_to_schedule,
+        why="requests that give way are queued again in the order of a set; every process has its own",
+        how="in the order of the batch that they ran in",
+        upstream=_UPSTREAM,
+        plan="goes when upstream queues them in one order",
+    ),
+    Patch(
+        target=f"{_POLICY}.calc_priority",
+        wrapper=calc_priority,
+        why="the random policy shuffles with a generator that others may draw from, on one stage only",
+        how="starts the generator anew in each iteration",
+        upstream=_UPSTREAM,
+        plan="goes when upstream's policy has a generator of its own",
+        relies_on=(f"{_POLICY}.__init__", f"{_POLICY}._sort_randomly"),
+    ),
+)

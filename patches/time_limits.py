@@ -1,0 +1,93 @@
+"""Seam: how long a request may wait and run, up to 0.5.18.
+
+`SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT` are two limits in seconds. From 0.5.20 on the
+leader of stage 0 ends what has exceeded one, with an abort in the list of requests. Before, every rank looks
+at its own clock when it makes a batch, and the same request ends on one and runs on another. Here the leader
+looks, and all ranks end the requests that it has named.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from http import HTTPStatus
+from typing import Any
+
+from sglang_npu_pp.decisions import ToldClock
+from sglang_npu_pp.patching import Patch, with_names
+
+from .pipeline import current
+
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_LATER_THAN_ALL = ToldClock(math.inf)
+
+
+def overdue_requests(scheduler: Any) -> frozenset[str]:
+    """Ids of those that all ranks have to end now. Of the running ones, those whose microbatch is next."""
+    from sglang.srt.environ import envs
+
+    if not hasattr(scheduler, "_abort_on_waiting_timeout"):
+        return frozenset()
+    now = time.perf_counter()
+    waiting, running = envs.SGLANG_REQ_WAITING_TIMEOUT.get(), envs.SGLANG_REQ_RUNNING_TIMEOUT.get()
+    found = set()
+    if waiting > 0:
+        entered = {
+            request.rid: request.time_stats.wait_queue_entry_time for request in scheduler.waiting_queue
+        }
+        found |= {rid for rid, since in entered.items() if 0 < since < now - waiting}
+    if running > 0:
+        entered = {
+            request.rid: request.time_stats.forward_entry_time for request in scheduler.running_batch.reqs
+        }
+        found |= {rid for rid, since in entered.items() if 0 < since < now - running}
+    return frozenset(found)
+
+
+def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
+    """Upstream's function, which ends all that it sees, sees those that were named."""
+    pipeline = current()
+    if pipeline is None:
+        original(scheduler)
+        return
+    if not (named := pipeline.told.overdue):
+        return
+    queue = scheduler.waiting_queue
+    scheduler.waiting_queue = [request for request in queue if request.rid in named]
+    with_names(original, time=_LATER_THAN_ALL)(scheduler)
+    scheduler.waiting_queue = [*scheduler.waiting_queue, *(one for one in queue if one.rid not in named)]
+
+
+def abort_on_running_timeout(original: Any, scheduler: Any, *batch: Any) -> None:
+    """`batch`: in 0.5.18 the running batch, which 0.5.15 takes from the scheduler."""
+    pipeline = current()
+    if pipeline is None:
+        original(scheduler, *batch)
+        return
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    (running,) = batch or (scheduler.running_batch,)
+    for request in running.reqs:
+        if request.rid in pipeline.told.overdue and not request.finished():
+            request.to_finish = FINISH_ABORT(
+                "Request running timeout reached.", HTTPStatus.SERVICE_UNAVAILABLE
+            )
+
+
+def _patch(name: str, wrapper: Any, what: str) -> Patch:
+    return Patch(
+        target=f"{_SCHEDULER}.{name}",
+        wrapper=wrapper,
+        why=f"every rank decides by its own clock {what}; stages that differ run other requests",
+        how="ends the requests that stage 0 has named",
+        upstream="0.5.20 (aborts of the leader in the list of requests)",
+        plan="goes with 0.5.18",
+        relies_on=(f"{_SCHEDULER}.get_next_batch_to_run",),
+        optional=True,
+    )
+
+
+PATCHES = (
+    _patch("_abort_on_waiting_timeout", abort_on_waiting_timeout, "what has waited too long"),
+    _patch("_abort_on_running_timeout", abort_on_running_timeout, "what has run too long"),
+)
