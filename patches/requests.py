@@ -14,6 +14,7 @@ from typing import Any
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.transport.message import Kind
 
+from .flushes import obey_notices
 from .pipeline import current
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -28,15 +29,21 @@ def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
     if pipeline is None:
         return original(receiver, **options)
     pipeline.begin_iteration()
-    return original(receiver, **options) if pipeline.link.stage == 0 else pipeline.receive_requests()
+    if pipeline.link.stage > 0:
+        return pipeline.receive_requests()
+    return pipeline.intake.next_list(original(receiver, **options))
 
 
 def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
-    """They leave as this stage leaves them, which is what upstream sends."""
-    original(scheduler, requests)
+    """They leave as this stage leaves them, which is what upstream sends; but before the stages agree on a
+    control request, which is the last of its list (`control.handle`)."""
     pipeline = current()
-    if pipeline is not None and not pipeline.is_last:
-        pipeline.send_requests(requests)
+    if pipeline is None:
+        original(scheduler, requests)
+        return
+    pipeline.requests = requests
+    original(scheduler, obey_notices(scheduler, requests))
+    pipeline.send_requests()
 
 
 def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:

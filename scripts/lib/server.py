@@ -145,7 +145,7 @@ class Server:
         except DeviceUnavailableError as error:
             raise ServerError(str(error)) from None
         partition = None if self.device.real else layer_partition(Path(self.model), self.pp)
-        paths = [variables[PATH] for variables in (self.env, device) if variables.get(PATH)]
+        paths = [each[PATH] for each in (self.env, device, os.environ) if each.get(PATH)]
         return {
             **device,
             **({LAYER_PARTITION_VARIABLE: partition} if partition else {}),

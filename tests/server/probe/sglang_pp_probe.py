@@ -13,7 +13,7 @@ PP_PROBE_RELEASE=X    SGLang calls itself release X
 PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
 PP_PROBE_FAULT_FILE   which fault strikes between two stages, see sglang_pp_faults.py
 PP_PROBE_STATES=1     schedulers say what they hold when they are idle: see sglang_pp_states.py
-PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE
+PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE, PP_PROBE_ONLY_ON_STAGE_0, PP_PROBE_LATE_CLOCK
                       see sglang_pp_phases.py
 """
 
