@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang_npu_pp.patching import Patch
 
-from .pipeline import current
+from .pipeline import AsyncPipeline, current
 
 _WRAPPER = "sglang.srt.managers.scheduler_components.flush_wrapper:SchedulerFlushWrapper"
 
@@ -39,10 +39,12 @@ def check_pending(original: Any, wrapper: Any) -> None:
         pipeline.intake.notices.append(FlushGivenUp())
 
 
-def obey_notices(scheduler: Any, requests: list[Any]) -> list[Any]:
+def obey_notices(pipeline: AsyncPipeline, scheduler: Any, requests: list[Any]) -> list[Any]:
     """Do what stage 0 has decided; returns what is left for upstream."""
     left = [request for request in requests if not isinstance(request, FlushGivenUp)]
-    if len(left) < len(requests) and current().link.stage > 0:  # type: ignore[union-attr]
+    if len(left) == len(requests):
+        return requests
+    if pipeline.link.stage > 0:
         scheduler.flush_wrapper._pending = None
     return left
 

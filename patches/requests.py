@@ -42,7 +42,7 @@ def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -
         original(scheduler, requests)
         return
     pipeline.requests = requests
-    original(scheduler, obey_notices(scheduler, requests))
+    original(scheduler, obey_notices(pipeline, scheduler, requests))
     pipeline.send_requests()
 
 

@@ -9,9 +9,10 @@ PP_PROBE_DIVERGE=ABORTS|FLUSHES|GRAMMARS
                       stages after the first do not hear of aborts or of flush_cache, or decide for
                       themselves which grammars are ready, as releases before 0.5.18 did
 PP_PROBE_ONLY_ON_STAGE_0=1
-                      stages after the first do not have the files of a model whose folder is named so
+                      stages after the first do not have the files of a model, or of a LoRA adapter, whose folder
+                      is named so
 PP_PROBE_LATE_CLOCK=SECONDS
-                      on stages after the first, the clock that limits a flush is late by so much
+                      on stages after the first, a flush sees later that its time is over
 """
 
 from __future__ import annotations
@@ -130,8 +131,13 @@ def hide_files() -> None:
         hidden = ONLY_ON_STAGE_0 in model and stage() > 0
         return original(loader, f"{model}/not-here" if hidden else model, *args)
 
+    def read(original: Callable[..., Any], config: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        hidden = ONLY_ON_STAGE_0 in path and stage() > 0
+        original(config, f"{path}/not-here" if hidden else path, *args, **kwargs)
+
     target = "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights"
     HookRegistry.register(target, prepare, HookType.AROUND)
+    HookRegistry.register("sglang.srt.lora.lora_config.LoRAConfig.__init__", read, HookType.AROUND)
 
 
 def set_clock_back(seconds: float) -> None:
@@ -139,15 +145,16 @@ def set_clock_back(seconds: float) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     class Clock:
-        @staticmethod
-        def monotonic() -> float:
-            return time.monotonic() - (seconds if late else 0)
+        late = False
 
-    late: list[bool] = []
+        @classmethod
+        def monotonic(cls) -> float:
+            return time.monotonic() - (seconds if cls.late else 0)
 
     def check(original: Callable[..., Any], wrapper: Any) -> None:
-        late[:] = [True] * (stage() > 0)
+        Clock.late = stage() > 0
         original(wrapper)
+        Clock.late = False
 
     vars(flush_wrapper)["time"] = Clock
     target = "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.check_pending"
