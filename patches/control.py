@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -36,12 +37,13 @@ from .pipeline import AsyncPipeline, current
 logger = logging.getLogger("sglang_npu_pp")
 
 _REFUSED = "sglang-npu-pp: "
+_RAISED_LIMIT_S = 10.0  # in which ranks of a stage raise the same error, once one of them has
 _NOT_FLUSHED = (
     "the weights were updated, but the prefix cache was not flushed because requests are running or waiting; "
     "finish or abort them, then call /flush_cache"
 )
-# Their handlers wait for the other ranks of the stage. When one of these raises on one rank only, the others
-# wait for it for ever; the server then ends, as upstream's does.
+# Their handlers wait for the other ranks of the stage. When one raises on some ranks only, the others wait
+# for ever; the server then ends, as upstream's does.
 _COLLECTIVE = frozenset(
     (
         "UpdateWeightsFromTensorReqInput",
@@ -98,7 +100,7 @@ def _attempt(pipeline: AsyncPipeline, handler: Any, request: Any) -> Attempt:
     except PipelineError:
         raise
     except Exception as error:
-        if type(request).__name__ in _COLLECTIVE and _ranks_of_a_stage() > 1:
+        if type(request).__name__ in _COLLECTIVE and not _all_ranks_raised(pipeline):
             raise
         logger.exception("sglang-npu-pp: %s failed", type(request).__name__)
         return Attempt(None, replace(here, failure=_in_words(error), raised=True))
@@ -106,6 +108,19 @@ def _attempt(pipeline: AsyncPipeline, handler: Any, request: Any) -> Attempt:
     if not success:
         return Attempt(output, replace(here, failure=_message(output)))
     return Attempt(output, replace(here, value=getattr(output, "parameter", None)))
+
+
+def _all_ranks_raised(pipeline: AsyncPipeline) -> bool:
+    """Whether all ranks of this stage did, so that none waits for another in the handler."""
+    prefix = f"sglang_npu_pp/raised/{pipeline.iteration}/{pipeline.link.stage}"
+    keys = [f"{prefix}/{rank}" for rank in range(_ranks_of_a_stage())]
+    store = dist.distributed_c10d._get_default_store()
+    store.set(keys[pipeline.link.rank], "yes")
+    try:
+        store.wait(keys, timedelta(seconds=_RAISED_LIMIT_S))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _without_consequences(request: Any) -> Any:

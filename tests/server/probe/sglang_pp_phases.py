@@ -9,8 +9,8 @@ PP_PROBE_DIVERGE=ABORTS|FLUSHES|GRAMMARS
                       stages after the first do not hear of aborts or of flush_cache, or decide for
                       themselves which grammars are ready, as releases before 0.5.18 did
 PP_PROBE_ONLY_ON_STAGE_0=1
-                      stages after the first do not have the files of a model, or of a LoRA adapter, whose folder
-                      is named so
+                      stages after the first do not have the files of a model or a LoRA adapter whose
+                      folder is named so
 PP_PROBE_LATE_CLOCK=SECONDS
                       on stages after the first, a flush sees later that its time is over
 """
