@@ -12,6 +12,7 @@ from sglang_npu_pp.patching import Contracts, Patch
 from . import (
     attention,
     bootstrap,
+    control,
     decisions,
     disaggregation,
     dp_metadata,
@@ -42,6 +43,8 @@ PATCHES: tuple[Patch, ...] = (
     *groups.PATCHES,  # each looks whether its group has lanes
     *_only(has_pipeline, requests.PATCHES),
     *_only(has_pipeline, decisions.PATCHES),
+    *_only(has_pipeline, control.PATCHES),
+    *_only(is_ours, control.CLIENT_PATCHES),
     *_only(has_pipeline, time_limits.PATCHES),
     *_only(has_pipeline, grammars.PATCHES),
     *_only(has_pipeline, lora.PATCHES),

@@ -10,8 +10,9 @@ What the loops of 0.5.15 to 0.5.23 poll, and whether a server sleeps in spite of
   servers; rows of data-parallel attention ranks, which all listen, and elastic ranks that join; the second
   tier of a cache, on every stage (write-back, load-back, prefetch, storage; hierarchical cache, LMCache,
   FlexKV, an external linker, HiSparse); the barrier of the input blocker; SGLang's scripted test runtime.
-- While there is none (`_PENDING`): requests that wait for embeddings of an encoder, a flush that waits for
-  idleness, sessions that end by themselves, health checks, of which an idle iteration answers one.
+- While there is none (`_PENDING`): requests that we keep for the next iteration (`intake`), or that wait for
+  embeddings of an encoder, a flush that waits for idleness, sessions that end by themselves, health checks,
+  of which an idle iteration answers one.
 - Always, because upstream does not come to its sleep while there are any (`Scheduler.is_fully_idle`): waiting
   and chunked requests with their adapters (LoRA) and time limits, grammars, batches.
 - Always, because a second is not late: metrics, load and KV events are published before each sleep, and by
@@ -24,6 +25,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+from .pipeline import current
 
 
 def sleep_when_idle(scheduler: Any, parallel: Any) -> None:
@@ -105,6 +108,11 @@ def _is_scripted(scheduler: Any) -> bool:
     return getattr(scheduler.request_receiver, "scripted_scheduler_hook", None) is not None
 
 
+def _keeps_requests(scheduler: Any) -> bool:
+    pipeline = current()
+    return pipeline is not None and pipeline.intake.keeps_some
+
+
 def _waits_for_embeddings(scheduler: Any) -> bool:
     receiver = scheduler.request_receiver.mm_receiver
     return receiver is not None and bool(receiver.waiting_list)
@@ -131,6 +139,7 @@ _ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
     _is_scripted,
 )
 _PENDING: tuple[Callable[[Any], bool], ...] = (
+    _keeps_requests,
     _waits_for_embeddings,
     _has_deferred_flush,
     _has_sessions_that_end,

@@ -18,6 +18,7 @@ from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import PassedEvent
 from sglang_npu_pp.token_return import upload
 
+from .hidden_states import give_hidden_states
 from .pipeline import AsyncPipeline, Launch, current
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -95,6 +96,7 @@ def exchange_outputs(
     if launch.skipped:
         _, result, _ = scheduler._pp_make_skip_output_result(batch, metadata)
         result.next_token_ids = torch.zeros(len(batch.reqs), dtype=torch.int64)
+        give_hidden_states(batch, result, {})
         return None, result, PassedEvent(), []
     ticket = OutputTicket(scheduler, pipeline, next_mb_id, batch, metadata)
     return None, ticket.result, ticket, []
@@ -112,7 +114,9 @@ def _prepare_result(
         else value
         for name, value in values.items()
     }
-    return scheduler._pp_prep_batch_result(batch, metadata, PPProxyTensors(outputs))
+    result = scheduler._pp_prep_batch_result(batch, metadata, PPProxyTensors(outputs))
+    give_hidden_states(batch, result, values)
+    return result
 
 
 def stream_output(original: Any, streamer: Any, reqs: list[Any], *arguments: Any, **options: Any) -> None:

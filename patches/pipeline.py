@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_npu_pp.decisions import Told
 from sglang_npu_pp.forward_timer import ForwardTimer
+from sglang_npu_pp.outcomes import Outcome
 from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
@@ -20,6 +21,8 @@ from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
+
+from .intake import Intake
 
 if TYPE_CHECKING:
     from .dp_metadata import DPMetadata
@@ -91,6 +94,8 @@ class AsyncPipeline:
         self.metadata: DPMetadata | None = None  # where attention is data-parallel
         self.transfers = TransferGate(streams, link.trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
+        self.intake = Intake()  # of stage 0
+        self.requests: list[Any] = []  # of this iteration
         self.sent_requests: list[Any] | None = None
         self.told = Told()
         self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
@@ -114,9 +119,12 @@ class AsyncPipeline:
         """Around the launch of a forward on `stream`: times its run on a device while a trace is recorded."""
         return nullcontext() if self.timer is None else self.timer.around(stream, slot, self.iteration)
 
-    def send_requests(self, requests: list[Any]) -> None:
-        self.sent_requests = requests
-        told = self.told.pass_on(requests)
+    def send_requests(self) -> None:
+        """Push the requests of this iteration, and what was told with them, to the next stage; once."""
+        if self.is_last or self.sent_requests is self.requests:
+            return
+        self.sent_requests = self.requests
+        told = self.told.pass_on(self.requests)
         self.link.push(Kind.REQUESTS, self.link.stage + 1, told or None, iteration=self.iteration)
 
     def receive_requests(self) -> list[Any]:
@@ -124,6 +132,15 @@ class AsyncPipeline:
         requests = pending.wait_values() or []
         self.link.refuse_leftovers(Kind.PROXY, self.link.stage - 1, self.iteration)
         return self.told.take(requests)
+
+    def exchange_outcomes(self, outcome: Outcome) -> list[Outcome]:
+        """What became of the control request of this iteration on this rank of every stage, by stage."""
+        others = [stage for stage in range(self.link.stages) if stage != self.link.stage]
+        for stage in others:
+            self.link.push(Kind.OUTCOME, stage, outcome, iteration=self.iteration)
+        pending = {stage: self.link.post(Kind.OUTCOME, stage, iteration=self.iteration) for stage in others}
+        outcomes = {stage: each.wait_values() for stage, each in pending.items()}
+        return [outcomes.get(stage, outcome) for stage in range(self.link.stages)]
 
     def post_proxies(self) -> Pending:
         return self.link.post(

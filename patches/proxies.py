@@ -17,6 +17,7 @@ from sglang_npu_pp.token_return import copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
+from .hidden_states import add_hidden_states
 from .measuring import measured
 from .microbatch import describe
 from .pipeline import AsyncPipeline, Launch, current
@@ -58,8 +59,9 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
     pipeline.launched[mb_id] = Launch(pipeline.iteration, skipped, outputs)
     pipeline.link.release(launched)
-    if pipeline.is_last:
+    if outputs is not None:
         if not skipped:
+            add_hidden_states(scheduler, cur_batch, result, outputs)
             _return_tokens(scheduler, pipeline, mb_id)
     elif not prebuilt:
         # On the forward stream: the next forward may overwrite the tensors once they are packed.

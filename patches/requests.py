@@ -31,7 +31,7 @@ def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
         return original(receiver, **options)
     pipeline.begin_iteration()
     if pipeline.link.stage == 0:
-        return original(receiver, **options)
+        return pipeline.intake.next_list(original(receiver, **options))
     _meet_at_the_barrier(receiver)
     return _receive_as_upstream_counts()(receiver)
 
@@ -68,11 +68,15 @@ def _meet_at_the_barrier(receiver: Any) -> None:
 
 
 def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
-    """They leave as this stage leaves them, which is what upstream sends."""
-    original(scheduler, requests)
+    """They leave as this stage leaves them, which is what upstream sends; but before the stages agree on a
+    control request, which is the last of its list (`control.handle`)."""
     pipeline = current()
-    if pipeline is not None and not pipeline.is_last:
-        pipeline.send_requests(requests)
+    if pipeline is None:
+        original(scheduler, requests)
+        return
+    pipeline.requests = requests
+    original(scheduler, requests)
+    pipeline.send_requests()
 
 
 def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:

@@ -31,6 +31,9 @@ from .transport.stage_link import StageLink
 logger = logging.getLogger("sglang_npu_pp")
 
 PORT = "tokens"
+FOR_FIRST_STAGE = (
+    "for_first_stage."  # begins the names of outputs that only stage 0 gets, which tells clients
+)
 LOOK_S = 0.1  # how often the sending thread looks at its connections when it has nothing to send
 CLOSE_LIMIT_S = 5.0  # for what is queued when the server ends
 ABANDON_LIMIT_S = 1.0  # then, for a sender that waits for room
@@ -187,12 +190,13 @@ class TokenReturn:
 
     def _send(self, outgoing: _Outgoing) -> None:
         values = outgoing.copy.wait()
+        for_all = {name: value for name, value in values.items() if not name.startswith(FOR_FIRST_STAGE)}
         for peer in range(self._link.stages):
             if peer != self._link.stage:
                 self._link.push_tensors(
                     Kind.OUTPUT,
                     peer,
-                    values,
+                    for_all if peer else values,
                     slot=outgoing.slot,
                     iteration=outgoing.iteration,
                     owned=True,

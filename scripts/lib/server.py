@@ -148,7 +148,7 @@ class Server:
         except DeviceUnavailableError as error:
             raise ServerError(str(error)) from None
         partition = None if self.device.real else layer_partition(Path(self.model), self.pp)
-        paths = [variables[PATH] for variables in (self.env, device) if variables.get(PATH)]
+        paths = [each[PATH] for each in (self.env, device, os.environ) if each.get(PATH)]
         return {
             **device,
             **({LAYER_PARTITION_VARIABLE: partition} if partition else {}),
@@ -211,6 +211,9 @@ class Server:
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-"))
         atexit.register(self.stop)
         common = {**os.environ, **self.environment, "TMPDIR": str(self._scratch)}
+        # The search path of this process comes last, so that a server runs what its starter would import.
+        paths = [place[PATH] for place in (self.environment, os.environ) if place.get(PATH)]
+        common |= {PATH: os.pathsep.join(paths)} if paths else {}
         for node in range(self.nnodes):
             environment = {**common, **self.node_env.get(node, {})}
             with self._log_of(node).open("wb") as log:

@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     OBJECT = 7  # a Python object sent by hand through GroupCoordinator
     CLOCK = 8  # ping-pong at start: round trip times and clock offsets
     STAGE_TIMES = 9  # what a stage measured of its first busy batches, told to stage 0
+    OUTCOME = 10  # what became of a control request on one stage
 
     @property
     def label(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sglang.srt.observability.scheduler_stage_metrics import SchedulerStageMetricsRecorder
 
+from sglang_npu_pp.patches.intake import Intake
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patches.requests import recv_requests
 
@@ -29,10 +30,14 @@ def receive(stage: int, recorder: SchedulerStageMetricsRecorder | None) -> list[
         return ["requests"]
 
     pipeline: Any = SimpleNamespace(
-        link=SimpleNamespace(stage=stage), begin_iteration=lambda: None, receive_requests=look
+        link=SimpleNamespace(stage=stage),
+        begin_iteration=lambda: None,
+        receive_requests=look,
+        intake=Intake(),
     )
     set_current(pipeline)
-    assert recv_requests(look, SimpleNamespace(scheduler_stage_metrics=recorder)) == ["requests"]
+    receiver = SimpleNamespace(scheduler_stage_metrics=recorder, input_blocker=None)
+    assert recv_requests(look, receiver) == ["requests"]
     return seen
 
 

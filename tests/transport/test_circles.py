@@ -50,13 +50,15 @@ class Channel:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is made of. `batches`: sizes (requests, proxy, output) by iteration; None runs no batch."""
+    """What a run is made of. `batches`: sizes (requests, proxy, output) by iteration; None runs no batch.
+    `control`: iterations whose requests end with one on which the stages agree."""
 
     stages: int
     depth: int
     window: int
     window_bytes: int
     batches: Sequence[tuple[int, int, int] | None]
+    control: frozenset[int] = frozenset()
 
     @property
     def slots(self) -> int:
@@ -71,6 +73,8 @@ def run_stage(plan: Plan, stage: int, channels: dict[tuple[int, int, Kind], Chan
             yield from channels[stage - 1, stage, Kind.REQUESTS].take()
         if stage < last:
             yield from channels[stage, stage + 1, Kind.REQUESTS].push(batch[0] if batch else 100)
+        if iteration in plan.control:
+            yield from agree(plan, stage, channels)
         if batch is not None:
             if stage > 0:
                 yield from channels[stage - 1, stage, Kind.PROXY].take()
@@ -82,6 +86,15 @@ def run_stage(plan: Plan, stage: int, channels: dict[tuple[int, int, Kind], Chan
         finished = iteration + 1 - plan.slots
         if stage < last and 0 <= finished < len(plan.batches) and plan.batches[finished] is not None:
             yield from channels[last, stage, Kind.OUTPUT].take()
+
+
+def agree(plan: Plan, stage: int, channels: dict[tuple[int, int, Kind], Channel]) -> Step:
+    """What became of a control request: told to all others, then heard from all others."""
+    others = [other for other in range(plan.stages) if other != stage]
+    for other in others:
+        yield from channels[stage, other, Kind.OUTCOME].push(100)
+    for other in others:
+        yield from channels[other, stage, Kind.OUTCOME].take()
 
 
 def stages_that_hang(plan: Plan, bounds: Bounds | None = None) -> list[int]:
@@ -112,6 +125,7 @@ PLANS = st.builds(
     window=st.integers(1, 20),
     window_bytes=st.sampled_from([1, MIB, 2 * MIB, 64 * MIB]),
     batches=st.lists(st.one_of(st.none(), st.tuples(SIZES, SIZES, SIZES)), min_size=1, max_size=25),
+    control=st.frozensets(st.integers(0, 24), max_size=25),
 )
 
 

@@ -8,6 +8,11 @@ PP_PROBE_SLOW_GRAMMARS=SECONDS,SECONDS,...
 PP_PROBE_DIVERGE=ABORTS|FLUSHES|GRAMMARS
                       stages after the first do not hear of aborts or of flush_cache, or decide for
                       themselves which grammars are ready, as releases before 0.5.18 did
+PP_PROBE_ONLY_ON_STAGE_0=1
+                      stages after the first do not have the files of a model or a LoRA adapter whose
+                      folder is named so
+PP_PROBE_LATE_CLOCK=SECONDS
+                      on stages after the first, a flush sees later that its time is over
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ABORT_AT = "abort-at-"
+ONLY_ON_STAGE_0 = "only-on-stage-0"
 LIMITS = {"waiting": "SGLANG_REQ_WAITING_TIMEOUT", "running": "SGLANG_REQ_RUNNING_TIMEOUT"}
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _GRAMMARS = "sglang.srt.constrained.grammar_manager.GrammarManager"
@@ -117,7 +123,49 @@ DIVERGENCES: dict[str, Callable[[], None]] = {
 }
 
 
+def hide_files() -> None:
+    """What the loader does about them is upstream's own."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def prepare(original: Callable[..., Any], loader: Any, model: str, *args: Any) -> Any:
+        hidden = ONLY_ON_STAGE_0 in model and stage() > 0
+        return original(loader, f"{model}/not-here" if hidden else model, *args)
+
+    def read(original: Callable[..., Any], config: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        hidden = ONLY_ON_STAGE_0 in path and stage() > 0
+        original(config, f"{path}/not-here" if hidden else path, *args, **kwargs)
+
+    target = "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights"
+    HookRegistry.register(target, prepare, HookType.AROUND)
+    HookRegistry.register("sglang.srt.lora.lora_config.LoRAConfig.__init__", read, HookType.AROUND)
+
+
+def set_clock_back(seconds: float) -> None:
+    from sglang.srt.managers.scheduler_components import flush_wrapper
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    class Clock:
+        late = False
+
+        @classmethod
+        def monotonic(cls) -> float:
+            return time.monotonic() - (seconds if cls.late else 0)
+
+    def check(original: Callable[..., Any], wrapper: Any) -> None:
+        Clock.late = stage() > 0
+        original(wrapper)
+        Clock.late = False
+
+    vars(flush_wrapper)["time"] = Clock
+    target = "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.check_pending"
+    HookRegistry.register(target, check, HookType.AROUND)
+
+
 def register(folder: Path) -> None:
+    if os.environ.get("PP_PROBE_ONLY_ON_STAGE_0") == "1":
+        hide_files()
+    if late := os.environ.get("PP_PROBE_LATE_CLOCK"):
+        set_clock_back(float(late))
     if os.environ.get("PP_PROBE_PHASES") == "1":
         abort_at_phases(folder / "limits")
     if slow := os.environ.get("PP_PROBE_SLOW_GRAMMARS"):

@@ -15,7 +15,7 @@ PP_PROBE_FAULT_FILE   which fault strikes between two stages, see sglang_pp_faul
 PP_PROBE_STATES=1     schedulers say what they hold when they are idle: see sglang_pp_states.py
 PP_PROBE_SLEEPS=1     count what idle schedulers do before they sleep: see sglang_pp_sleeps.py
 PP_PROBE_CLOCKS=1     stages have clocks that are apart, see sglang_pp_clocks.py
-PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE
+PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE, PP_PROBE_ONLY_ON_STAGE_0, PP_PROBE_LATE_CLOCK
                       see sglang_pp_phases.py
 """
 
