@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 
 from sglang_npu_pp.patching import Contracts, Patch
@@ -19,19 +21,27 @@ from . import (
     requests,
     startup,
 )
+from .pipeline import has_pipeline, is_ours
 
 ABSENT = "absent"  # in contracts.json, in the place of a fingerprint: the release does not have the function
 
+
+def _only(when: Callable[..., bool], patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    return tuple(replace(patch, when=when) for patch in patches)
+
+
+# On a server that stays on upstream's path every call is the original's. Startup decides whether it does; the
+# launcher goes by the arguments of the server.
 PATCHES: tuple[Patch, ...] = (
     *startup.PATCHES,
-    *groups.PATCHES,
-    *requests.PATCHES,
-    *proxies.PATCHES,
-    *outputs.PATCHES,
-    *attention.PATCHES,
-    *dp_metadata.PATCHES,
-    *bootstrap.PATCHES,
-    *disaggregation.PATCHES,
+    *groups.PATCHES,  # each looks whether its group has lanes
+    *_only(has_pipeline, requests.PATCHES),
+    *_only(has_pipeline, proxies.PATCHES),
+    *_only(has_pipeline, outputs.PATCHES),
+    *_only(has_pipeline, attention.PATCHES),
+    *_only(has_pipeline, dp_metadata.PATCHES),
+    *_only(is_ours, bootstrap.PATCHES),
+    *_only(has_pipeline, disaggregation.PATCHES),
     *ending.PATCHES,
 )
 

@@ -8,7 +8,7 @@ request has come. The request joins upstream's handshake when everything that th
 upstream's own functions then run in the event loop as before, and find their answers in hand. So all state
 is still changed by one thread.
 
-Patched on every disaggregated server, with one stage or more.
+Patched on every disaggregated server, with one stage or more, unless its stages stay on upstream's path.
 """
 
 from __future__ import annotations

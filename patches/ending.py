@@ -23,7 +23,7 @@ from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.settings import load_settings
 from sglang_npu_pp.watch import Watch
 
-from .pipeline import current
+from .pipeline import current, has_pipeline
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -133,5 +133,6 @@ PATCHES = (
         how="when a peer is lost, report, then kill this node's processes but the resource tracker",
         upstream="none",
         plan="goes when upstream ends at once and removes its shared memory",
+        when=has_pipeline,
     ),
 )

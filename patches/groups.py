@@ -1,8 +1,9 @@
 """Seam: tensor dicts and objects by hand, through `GroupCoordinator`.
 
-The pipeline group of a started pipeline uses the two lanes. Any other group keeps torch.distributed, but with
-all receives posted before any is waited for. The calls and what they return are upstream's; new are
-`isend_tensor_dict` and `irecv_tensor_dict`, as sglang #19582 proposes them.
+The pipeline group of a started pipeline uses the two lanes; on any other group, and without a pipeline,
+upstream's functions run as they are. The calls and what they return are upstream's; new are
+`isend_tensor_dict` and `irecv_tensor_dict`, as sglang #19582 proposes them; on a group without lanes they use
+torch.distributed.
 """
 
 from __future__ import annotations
@@ -62,8 +63,19 @@ def attach_link(group: Any, link: StageLink) -> None:
     setattr(group, _LINK_ATTRIBUTE, link)
 
 
+def has_lanes(group: Any, *_: Any, **__: Any) -> bool:
+    """`Patch.when` of what upstream has itself."""
+    return _link(group) is not None
+
+
 def _link(group: Any) -> StageLink | None:
     return getattr(group, _LINK_ATTRIBUTE, None)
+
+
+def _lanes(group: Any) -> StageLink:
+    link = _link(group)
+    assert link is not None  # `has_lanes`
+    return link
 
 
 def _works(handles: Sequence[Any]) -> list[Any]:
@@ -131,8 +143,6 @@ def send_tensor_dict(
     all_gather_group: Any = None,
     async_send: bool = False,
 ) -> Any:
-    if group.world_size == 1:
-        return tensor_dict
     handles = isend_tensor_dict(group, tensor_dict, dst, all_gather_group)
     if async_send:
         return _works(handles)
@@ -143,9 +153,7 @@ def send_tensor_dict(
 
 def recv_tensor_dict(
     original: Any, group: Any, src: int | None = None, all_gather_group: Any = None
-) -> dict[str, Any] | None:
-    if not dist.is_initialized() or group.world_size == 1:
-        return None
+) -> dict[str, Any]:
     return irecv_tensor_dict(group, src, all_gather_group).finish()
 
 
@@ -159,17 +167,6 @@ def send_recv_tensor_dict(
     recv_all_gather_group: Any = None,
 ) -> dict[str, Any] | None:
     """With lanes a send does not wait for its receiver, so no paired batch is needed."""
-    if not dist.is_initialized() or group.world_size == 1:
-        return None
-    if _link(group) is None:
-        return original(
-            group,
-            send_tensor_dict,
-            send_dst,
-            recv_src,
-            send_all_gather_group,
-            recv_all_gather_group,
-        )
     received = irecv_tensor_dict(group, recv_src, recv_all_gather_group)
     isend_tensor_dict(group, send_tensor_dict, send_dst, send_all_gather_group)
     return received.finish()
@@ -179,21 +176,15 @@ def send_recv_tensor_dict(
 
 
 def send_object(
-    original: Any, group: Any, obj: Any, dst: int, async_send: bool = False, **options: Any
+    original: Any, group: Any, obj: Any, dst: int, async_send: bool = False, tag: int = 0
 ) -> list[Any]:
-    """`options`: a tag, from 0.5.18 on."""
-    link = _link(group)
-    if link is None:
-        return original(group, obj, dst, async_send=async_send, **options)
-    link.push(Kind.OBJECT, _peer(group, dst, 0), (options.get("tag", 0), obj))
+    """`tag`: from 0.5.18 on."""
+    _lanes(group).push(Kind.OBJECT, _peer(group, dst, 0), (tag, obj))
     return _works([Done()]) if async_send else []
 
 
-def recv_object(original: Any, group: Any, src: int, **options: Any) -> Any:
-    link = _link(group)
-    if link is None:
-        return original(group, src, **options)
-    tag = options.get("tag", 0)
+def recv_object(original: Any, group: Any, src: int, tag: int = 0) -> Any:
+    link = _lanes(group)
     sent_tag, obj = link.post(Kind.OBJECT, _peer(group, src, 0)).wait_values()
     if sent_tag != tag:
         raise RuntimeError(
@@ -286,6 +277,7 @@ def _replaced(name: str, function: Any, why: str, how: str, optional: bool = Fal
         upstream="sglang #19582, #22747",
         plan=_PLAN,
         optional=optional,
+        when=has_lanes,
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .dp_metadata import DPMetadata
 
 _current: AsyncPipeline | None = None
+_left_to_upstream = False
 
 
 def current() -> AsyncPipeline | None:
@@ -34,6 +35,23 @@ def current() -> AsyncPipeline | None:
 def set_current(pipeline: AsyncPipeline | None) -> None:
     global _current
     _current = pipeline
+
+
+def has_pipeline(*_: Any, **__: Any) -> bool:
+    """`Patch.when` of all that belongs to a pipeline: without one upstream's functions run as they are."""
+    return _current is not None
+
+
+def leave_to_upstream() -> None:
+    """The stages of this server have no asynchronous path: what is patched without a pipeline, too, is
+    upstream's from now on."""
+    global _left_to_upstream
+    _left_to_upstream = True
+
+
+def is_ours(*_: Any, **__: Any) -> bool:
+    """`Patch.when` of what is patched on a server with one stage as well."""
+    return not _left_to_upstream
 
 
 @dataclass(frozen=True)

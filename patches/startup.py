@@ -38,7 +38,7 @@ from sglang_npu_pp.transport.stage_link import StageLink
 
 from .dp_metadata import open_metadata
 from .groups import attach_link
-from .pipeline import AsyncPipeline, current, set_current
+from .pipeline import AsyncPipeline, current, has_pipeline, leave_to_upstream, set_current
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -83,6 +83,7 @@ def _start(scheduler: Any) -> None:
     _agree_with_all_ranks(settings, reason)
     if reason is not None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
+        leave_to_upstream()
         return
     pipeline = _start_pipeline(scheduler, parallel, settings)
     set_current(pipeline)
@@ -287,6 +288,7 @@ PATCHES = (
         why="the first list of free pages is made on the default stream and freed when pages are first taken "
         "from it; the schedule stream may not have read it then, since the host no longer waits",
         how="keep a reference to it",
+        when=has_pipeline,
         upstream="vllm #54962 is of this kind; found on simulated Ascend, with freed memory overwritten",
         plan="goes when SGLang makes its pools on the stream that uses them",
     ),

@@ -41,7 +41,8 @@ class Patch:
 
     `wrapper(original, *args, **kwargs)` runs in the place of the function at `target`
     ("module:Class.method"); `original` is what was there, None for an added method. `relies_on` lists
-    further targets whose behaviour the wrapper depends on.
+    further targets whose behaviour the wrapper depends on. `when` gets the arguments of a call and says
+    whether the wrapper runs; where it says no, the original runs with these very arguments.
     """
 
     target: str
@@ -55,6 +56,7 @@ class Patch:
     device: str | None = None  # only where SGLang serves on it; None: everywhere
     optional: bool = False  # a release without the target does not need the patch
     unless: str | None = None  # a release that has this function does not need the patch
+    when: Callable[..., bool] | None = None  # None: always
 
     @property
     def contract_targets(self) -> tuple[str, ...]:
@@ -267,7 +269,7 @@ class AppliedPatches:
         original = inspect.getattr_static(owner, name)
         if isinstance(original, staticmethod):
             raise TypeError("static methods are not supported")
-        bound: Any = _bind(patch.wrapper, getattr(original, "__func__", original))
+        bound: Any = bind(patch, getattr(original, "__func__", original))
         setattr(owner, name, classmethod(bound) if isinstance(original, classmethod) else bound)
         self._restore.append(lambda: setattr(owner, name, original))
 
@@ -286,9 +288,14 @@ def with_names(function: Callable[..., Any], **names: Any) -> Callable[..., Any]
     return copy
 
 
-def _bind(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def bind(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in the place of `original` while `patch` is applied."""
+    wrapper, when = patch.wrapper, patch.when
+
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
+        if when is not None and not when(*args, **kwargs):
+            return original(*args, **kwargs)
         return wrapper(original, *args, **kwargs)
 
     return patched

@@ -1,8 +1,8 @@
 """Tensor dicts and objects through SGLang's own `GroupCoordinator`, four processes: tp 2 pp 2.
 
-The same exchanges four ways: upstream's functions, ours over torch.distributed (a group without lanes), and
-ours over the lanes (the pipeline group of a patched server): the host lane alone, and with a device lane
-over gloo, whose device is the CPU.
+The same exchanges four ways: upstream's functions; a group without lanes (the same, and the two that are
+added, over torch.distributed); and ours over the lanes, as the pipeline group of a patched server has them:
+the host lane alone, and with a device lane over gloo, whose device is the CPU.
 """
 
 from __future__ import annotations
