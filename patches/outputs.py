@@ -55,11 +55,12 @@ class OutputTicket:
         return upload(value, self._pipeline.streams)
 
     def _wait(self) -> Mapping[str, Any]:
-        if self._pending is not None:
-            return self._pending.wait()
-        token_return = self._pipeline.token_return
-        assert token_return is not None
-        return token_return.own(self._slot, self._launch.iteration).wait()
+        with torch.profiler.record_function("recv_res_dict_from_prev_stage"):  # upstream's name in profiles
+            if self._pending is not None:
+                return self._pending.wait()
+            token_return = self._pipeline.token_return
+            assert token_return is not None
+            return token_return.own(self._slot, self._launch.iteration).wait()
 
 
 def exchange_outputs(

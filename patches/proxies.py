@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.token_return import copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
@@ -94,8 +96,9 @@ def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int, launched
     assert pipeline.token_return is not None
     launch = pipeline.launched[mb_id]
     assert launch.device_outputs is not None
-    copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, launched)
-    pipeline.token_return.post(copy, mb_id, launch.iteration)
+    with torch.profiler.record_function("send_res_dict_to_next_stage"):  # upstream's name in profiles
+        copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, launched)
+        pipeline.token_return.post(copy, mb_id, launch.iteration)
 
 
 _PLAN = "goes when upstream has split phases (sglang #19582) and sends right after the launch"

@@ -9,6 +9,8 @@ An iteration of every loop begins by receiving requests, and then processes the 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from sglang_npu_pp.patching import Patch
@@ -28,7 +30,31 @@ def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
     if pipeline is None:
         return original(receiver, **options)
     pipeline.begin_iteration()
-    return original(receiver, **options) if pipeline.link.stage == 0 else pipeline.receive_requests()
+    if pipeline.link.stage == 0:
+        return original(receiver, **options)
+    return _receive_as_upstream_counts()(receiver)
+
+
+@functools.cache
+def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
+    """With the decorator of upstream's function: its time in the metrics, and its range in profiles."""
+
+    def receive(receiver: Any) -> list[Any]:
+        pipeline = current()
+        assert pipeline is not None
+        return pipeline.receive_requests()
+
+    decorate: Callable[..., Any]
+    try:
+        from sglang.srt.observability import scheduler_stage_metrics as stages
+    except ImportError:  # up to 0.5.18 there are only profiles
+        from sglang.srt.utils.nvtx_utils import scheduler_nvtx_method
+
+        decorate = scheduler_nvtx_method("scheduler.recv_requests")
+    else:
+        decorate = stages.scheduler_stage_method(stages.SCHEDULER_STAGE_RECV_REQUESTS)
+    decorated: Callable[[Any], list[Any]] = decorate(receive)
+    return decorated
 
 
 def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
@@ -100,6 +126,7 @@ PATCHES = (
             f"{_MIXIN}.event_loop_pp_disagg_prefill",
             f"{_MIXIN}.event_loop_pp_disagg_decode",
             f"{_MIXIN}.init_pp_loop_state",
+            "sglang.srt.observability.scheduler_stage_metrics:scheduler_stage_method",
         ),
     ),
     Patch(

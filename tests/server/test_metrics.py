@@ -99,3 +99,21 @@ def test_sglang_still_exports_its_own(patched: Server) -> None:
     text = patched.get("/metrics").text
     assert "sglang:num_requests_total" in text
     assert "sglang:max_total_num_tokens" in text
+
+
+def test_later_stages_say_how_long_they_received_requests(patched: Server) -> None:
+    """That is where a later stage spends its time, most of it waiting; upstream counts it there, too."""
+    name, wanted = "sglang:scheduler_stage_seconds_total", {"0", "1"}
+    deadline = time.monotonic() + LIMIT_S
+    while True:  # SGLang adds up its stages once in a while
+        battery.generate(patched, input_ids=battery.prompt(20), sampling_params={"ignore_eos": True})
+        seconds = {
+            sample.labels["pp_rank"]: sample.value
+            for family in text_string_to_metric_families(patched.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name and sample.labels["category"] == "recv_requests"
+        }
+        if {stage for stage, value in seconds.items() if value > 0} == wanted:
+            break
+        if time.monotonic() > deadline:
+            pytest.fail(f"after {LIMIT_S:g} s the seconds of each stage are {seconds}")
