@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sglang.srt.lora.lora_drainer import LoRADrainer
 from sglang.srt.lora.lora_overlap_loader import LoRAOverlapLoader
+from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy, SchedulePolicy
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
@@ -301,3 +302,52 @@ def test_a_grammar_is_ready_where_stage_0_says_so(rank: Any) -> None:
     found = grammars._gathers(({1, 3}, {2}))
     found.distributed.all_gather_object(gathered, "what this rank has found", group=None)
     assert gathered == [({1, 3}, {2})] * 2
+
+
+class Preemptible:
+    """A request that runs, at an address of its own."""
+
+    def __init__(self, place: int, address: int) -> None:
+        self.place, self.address = place, address
+        self.priority = 0
+        self.time_stats = SimpleNamespace(wait_queue_entry_time=float(place))
+
+    def __hash__(self) -> int:
+        return self.address
+
+    def finished(self) -> bool:
+        return False
+
+
+def given_way(addresses: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Places in the batch of those that gave way, in the order in which they are queued again."""
+    options = SimpleNamespace(schedule_low_priority_values_first=False)
+    monkeypatch.setattr(schedule_policy, "get_schedule", lambda: options)
+    running = [Preemptible(place, address) for place, address in enumerate(addresses)]
+    batch = SimpleNamespace(reqs=running, release_req=lambda *_: None, filter_batch=lambda **_: None)
+    adder: Any = object.__new__(schedule_policy.PrefillAdder)
+    adder.preempt_list, adder.running_batch = [], batch
+    adder.priority_scheduling_preemption_threshold = 10
+    adder.memory_budget = SimpleNamespace(remaining_total=0, total_offset=0)
+    adder._get_running_request_total_token_offset = lambda _running: 100
+    sampling = SimpleNamespace(max_new_tokens=1)
+    urgent = SimpleNamespace(
+        priority=100, full_untruncated_fill_ids=[0] * 299, prefix_indices=[], sampling_params=sampling
+    )
+    assert adder.preempt_to_schedule(urgent)
+    return [one.place for one in adder.preempt_list]
+
+
+ADDRESSES = [[1, 2, 3, 4], [4, 3, 2, 1]]  # of the same requests in two processes
+
+
+def test_those_that_give_way_are_queued_in_one_order(
+    rank: Any, order_patches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [given_way(addresses, monkeypatch) for addresses in ADDRESSES] == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_without_us_those_that_give_way_are_queued_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, another = (given_way(addresses, monkeypatch) for addresses in ADDRESSES)
+    assert sorted(one) == sorted(another)
+    assert one != another
