@@ -1,8 +1,13 @@
 """Seam: the end of a server that has lost a stage.
 
 A scheduler that hears nothing from a peer ends its node. The launcher of a node ends it when a scheduler of
-its own was stopped or killed. Operators who want a dump at the end, or have a handler of their own, get
+its own was stopped or killed. Operators who ask for a dump at the end, or have a handler of their own, get
 SGLang's way of ending instead.
+
+SGLang dumps the stacks of schedulers by default: when one of the first node has crashed, its launcher waits
+five seconds and has py-spy look at those that are still alive. Who has lost a peer has nothing to show, and
+upstream would have ended with an error; so it marks itself, and ends the node as soon as no scheduler is left
+to be dumped. If one is, blocked in a collective perhaps, the launcher is let finish.
 """
 
 from __future__ import annotations
@@ -10,18 +15,20 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from sglang_npu_pp.ending import LAUNCHER, Node, end_node
+from sglang_npu_pp.ending import LAUNCHER, Node, end_node, speak
 from sglang_npu_pp.errors import PeerLostError
-from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
-from sglang_npu_pp.watch import Watch
+from sglang_npu_pp.watch import POLL_S, Watch
 
 from .pipeline import current, has_pipeline
 
@@ -30,6 +37,18 @@ logger = logging.getLogger("sglang_npu_pp")
 # Upstream dumps unless these say no. With nobody left to be dumped, only who says yes is made to wait.
 _DUMPS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
 _YES = ("1", "true", "yes", "y")
+
+DUMPS = "_SGLANG_NPU_PP_DUMPS_S"
+"""Environment variable of schedulers: how long SGLang may take to dump them; absent where it does not."""
+
+_TITLE = "sglang::scheduler"  # what SGLang looks for
+_CRASHED = "crashed"
+_SETTLE_S = 60.0  # SGLang's own five seconds, a busy machine, and its look at what has ended
+_A_DUMP_S = 30.0  # of one scheduler
+_CUDA = "CUDA_ENABLE_USER_TRIGGERED_COREDUMP"
+_CUDA_WAIT = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"
+
+_node: Node | None = None  # in a launcher: what its end is, too
 
 
 def launch_scheduler_processes(
@@ -41,15 +60,21 @@ def launch_scheduler_processes(
     ours = server_args.pp_size > 1 and server_args.speculative_algorithm is None
     at_once = ours and not has_own_end(server_args)
     node = Node(psutil.Process(), (Path(shm_path_for(port_args.instance_id)),))
+    global _node
+    _node = node if ours else None
     os.environ.pop(LAUNCHER, None)
+    os.environ.pop(DUMPS, None)
     if at_once:
         node.tell_children()
+        _tell_of_dumps(server_args)
     result, processes = original(cls, server_args, port_args, *args, **kwargs)
     if ours and processes:
+        schedulers = _alive(result.all_child_pids)
 
         def on_lost(pid: int, error: PeerLostError) -> None:
-            logger.error("sglang-npu-pp: %s", error)
+            speak(lambda: logger.error("sglang-npu-pp: %s", error))
             if at_once:
+                let_dumps_be_made(schedulers)
                 end_node(node)
             with suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).kill()  # what follows is what SGLang does when a scheduler dies
@@ -82,6 +107,68 @@ def has_own_end(server_args: Any) -> bool:
     return asked or bool(server_args.crash_dump_folder) or server_args.custom_sigquit_handler is not None
 
 
+def _tell_of_dumps(server_args: Any) -> None:
+    """Only the launcher of the first node dumps, through its tokenizer manager, and only its own children."""
+    from sglang.srt.environ import envs
+
+    if (
+        getattr(server_args, "node_rank", 0)
+        or getattr(server_args, "dp_size", 1) > 1  # SGLang's controller takes its schedulers along
+        or getattr(server_args, "tokenizer_worker_num", 1) > 1
+        or os.environ.get("SGLANG_RUST_SERVER", "").lower() in _YES
+    ):
+        return
+    limit_s = 0.0
+    if envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.get() and shutil.which("py-spy"):
+        limit_s = _SETTLE_S
+    if envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.get() and os.environ.get(_CUDA) == "1":
+        limit_s = _SETTLE_S + envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS.get()
+    if limit_s:
+        os.environ[DUMPS] = f"{limit_s:g}"
+
+
+def _alive(pids: Sequence[int]) -> list[psutil.Process]:
+    found = []
+    for pid in pids:
+        with suppress(psutil.Error):
+            found.append(psutil.Process(pid))
+    return found
+
+
+def let_dumps_be_made(schedulers: Sequence[psutil.Process]) -> None:
+    """Return when SGLang has nothing to dump: none of `schedulers`, those of this node, has crashed, or none
+    is left that may show why. Otherwise its launcher ends this process meanwhile; there is a limit to that.
+    """
+    limit_s = float(os.environ.get(DUMPS, "0"))
+    deadline = time.monotonic() + limit_s + _A_DUMP_S * len(schedulers)
+    while limit_s and time.monotonic() < deadline:
+        states = {_state(process) for process in schedulers}
+        if not {_CRASHED, _TITLE} <= states:
+            return
+        time.sleep(POLL_S)
+
+
+def _state(process: psutil.Process) -> str:
+    """_CRASHED, _TITLE for a scheduler that goes on as far as it knows, or something else."""
+    try:
+        status, title = process.status(), " ".join(process.cmdline()).strip()
+    except psutil.NoSuchProcess:
+        return _CRASHED
+    except psutil.Error:
+        return ""
+    if status == psutil.STATUS_ZOMBIE or title.endswith(_CRASHED):
+        return _CRASHED
+    return _TITLE if title.startswith(_TITLE) and status != psutil.STATUS_STOPPED else ""
+
+
+def _mark(form: str) -> None:
+    """Have the others of this node, and SGLang's dump, see by the title what has become of this scheduler."""
+    with suppress(Exception):
+        import setproctitle
+
+        setproctitle.setproctitle(form.format(setproctitle.getproctitle()))
+
+
 def name_of(process: psutil.Process) -> str:
     """Schedulers carry their stage in the title, and their rank where a stage has several.
 
@@ -97,15 +184,49 @@ def name_of(process: psutil.Process) -> str:
 
 def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
     """All that a scheduler does once it has started."""
+    beside = _schedulers_of_this_node()
     try:
         return original(scheduler)
     except PeerLostError as error:
-        node, pipeline = Node.of_this_process(), current()
+        sentence, node, pipeline = f"sglang-npu-pp: {error}", Node.of_this_process(), current()
         if node is None or pipeline is None:
+            _mark(f"{{}} {_CRASHED}")
             raise
-        logger.error("sglang-npu-pp: %s", error)
-        if pipeline.reporter is not None:
-            pipeline.reporter.finish()
+        report = () if pipeline.reporter is None else (pipeline.reporter.finish,)
+        speak(lambda: logger.error("%s", sentence), *report, lambda: _publish_last_metrics(scheduler))
+        _mark("sglang-npu-pp, has lost a peer: {}")
+        let_dumps_be_made(beside)
+        end_node(node)
+    except Exception:
+        _mark(f"{{}} {_CRASHED}")
+        raise
+
+
+def _schedulers_of_this_node() -> list[psutil.Process]:
+    """All that have been started; empty where it does not matter. Those of a pipeline start together."""
+    with suppress(Exception):  # what it is for comes after the end of this scheduler
+        node = Node.of_this_process() if DUMPS in os.environ else None
+        if node is not None:
+            children = node.launcher.children(recursive=True)
+            return [process for process in children if _state(process) == _TITLE]
+    return []
+
+
+def _publish_last_metrics(scheduler: Any) -> None:
+    """Upstream does it when a scheduler has failed; it has a limit."""
+    scheduler.metrics_reporter._shutdown_fpm()
+
+
+def running_phase_sigquit_handler(original: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the launcher of the first node, when a scheduler has crashed: dumps, and then the end."""
+    node = _node
+    if node is None:
+        return original(handler, *args, **kwargs)
+    if os.environ.get(_CUDA) != "1" and _DUMPS[1] not in os.environ:
+        os.environ.setdefault(_CUDA_WAIT, "0")  # CUDA writes no core then, and upstream would wait for it
+    try:
+        return with_names(original, kill_process_tree=lambda *_: end_node(node))(handler, *args, **kwargs)
+    finally:  # a dump that fails does not keep a node from ending that has lost a scheduler
         end_node(node)
 
 
@@ -123,6 +244,19 @@ PATCHES = (
             "sglang.srt.managers.load_snapshot:shm_path_for",
             "sglang.srt.managers.scheduler:configure_scheduler_process",
             "sglang.srt.utils.common:kill_process_tree",
+        ),
+    ),
+    Patch(
+        target="sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler",
+        wrapper=running_phase_sigquit_handler,
+        why="its end leaves shared memory; a minute is waited for CUDA's cores where CUDA was not told to "
+        "write any",
+        how="end the node when the dumps are made; no wait unless CUDA writes cores on request",
+        upstream="none",
+        plan="goes when upstream removes its shared memory",
+        relies_on=(
+            "sglang.srt.utils.cudacore_pyspy_dump_utils:collect_scheduler_processes",
+            "sglang.srt.utils.watchdog:SubprocessWatchdog._check_processes",
         ),
     ),
     Patch(

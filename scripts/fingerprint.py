@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 from sglang_npu_pp.patches import ABSENT, PATCHES, load_contracts
 from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_source, source_in_file
 
@@ -33,7 +35,8 @@ def downloaded(release: str) -> Iterator[zipfile.ZipFile]:
     """The wheel of an SGLang release, from the configured package index."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*command, "-d", directory, f"sglang=={release}"], check=True)
+        if subprocess.run([*command, "-d", directory, f"sglang=={release}"], check=False).returncode:
+            sys.exit(f"The package index gives no wheel of SGLang {release}; pip says why above.")
         with zipfile.ZipFile(next(Path(directory).glob(f"sglang-{release}-*.whl"))) as wheel:
             yield wheel
 
@@ -47,6 +50,14 @@ def read_source(wheel: zipfile.ZipFile, target: str) -> str | None:
     return source_in_file(wheel.read(name).decode(), qualname)
 
 
+def release_name(text: str) -> str:
+    """As pip writes it, for argparse. Post-releases, candidates and builds from source have one, too."""
+    try:
+        return str(Version(text))
+    except InvalidVersion:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a release") from None
+
+
 def read_contract(release: str) -> Contract:
     with downloaded(release) as wheel:
         sources = {target: read_source(wheel, target) for target in contract_targets(PATCHES)}
@@ -57,7 +68,7 @@ def read_contract(release: str) -> Contract:
 
 def write(contracts: Mapping[str, Contract]) -> None:
     """By function: which fingerprint it has in which releases, a line each, so that a diff can be read."""
-    releases = sorted(contracts, key=version)
+    releases = sorted(contracts, key=Version)
     blocks = []
     for target in contract_targets(PATCHES):
         by_print: dict[str, list[str]] = {}
@@ -68,10 +79,6 @@ def write(contracts: Mapping[str, Contract]) -> None:
         blocks.append(f"  {json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n  }")
     text = f'{{\n "releases": {json.dumps(releases)},\n "functions": {{\n' + ",\n".join(blocks) + "\n }\n}\n"
     CONTRACTS.write_text(text)
-
-
-def version(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split("."))
 
 
 def differences(contracts: Mapping[str, Contract]) -> list[str]:
@@ -106,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("releases", nargs="*", help="SGLang releases to (re)fingerprint")
+    parser.add_argument("releases", nargs="*", type=release_name, help="SGLang releases to (re)fingerprint")
     parser.add_argument("--all", action="store_true", help="(re)fingerprint all releases that are known")
     parser.add_argument("--diff", action="store_true", help="print what changed in which release")
     parser.add_argument("--source", nargs=3, metavar=("NAME", "OLD", "NEW"), help="print how it changed")

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,10 @@ import psutil
 
 LAUNCHER = "_SGLANG_NPU_PP_LAUNCHER"
 """Environment variable: the process that may be ended so, and files that it leaves, for its schedulers."""
+
+LAST_WORDS_S = 3.0
+CORE_LIMIT_S = 300.0  # a core is as large as what the process had in memory
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,19 +47,67 @@ class Node:
         return None if launcher is None else Node(launcher, tuple(map(Path, files)))
 
 
+def speak(*words: Callable[[], None]) -> None:
+    """Call each of `words`, which log or write something: no error and no delay of theirs keeps the end from
+    coming. A log may be closed, its reader may be stopped, a file system may not answer.
+    """
+
+    def call() -> None:
+        for word in words:
+            with suppress(Exception):
+                word()
+
+    speaker = threading.Thread(target=call, name="last-words", daemon=True)
+    with suppress(RuntimeError):  # no more threads
+        speaker.start()
+        speaker.join(LAST_WORDS_S)
+
+
 def end_node(node: Node) -> NoReturn:
-    """Kill the launcher and all that it started, this process last.
+    """Kill the launcher and all that it started, this process last. Nothing keeps it from that.
 
     The resource tracker is spared: it removes the shared memory that they leave, and then ends by itself.
+    A process whose core the kernel is writing is given the time for it.
     """
-    for process in node.launcher.children(recursive=True):
-        if process.pid != os.getpid() and not is_resource_tracker(process):
-            _kill(process)
+    processes = _others(node)
+    _let_cores_be_written(node, processes)
+    for process in processes:
+        _kill(process)
     for file in node.files:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
     _kill(node.launcher)  # its children may end with it, this process among them
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("nobody survives SIGKILL")
+
+
+def _others(node: Node) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        children = node.launcher.children(recursive=True)
+        return [one for one in children if one.pid != os.getpid() and not is_resource_tracker(one)]
+    return []
+
+
+def _let_cores_be_written(node: Node, processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL would cut a core off. Those that dump none are killed now."""
+    dumping = [process for process in processes if _dumps_core(process)]
+    if not dumping:
+        return
+    if node.launcher.pid != os.getpid():
+        with suppress(psutil.Error):
+            node.launcher.suspend()  # or it would do SGLang's end meanwhile
+    for process in processes:
+        if process not in dumping:
+            _kill(process)
+    deadline = time.monotonic() + CORE_LIMIT_S
+    while any(map(_dumps_core, dumping)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _dumps_core(process: psutil.Process) -> bool:
+    with suppress(OSError):
+        return "\nCoreDumping:\t1\n" in Path(f"/proc/{process.pid}/status").read_text()
+    return False
 
 
 def is_resource_tracker(process: psutil.Process) -> bool:
@@ -62,5 +117,5 @@ def is_resource_tracker(process: psutil.Process) -> bool:
 
 
 def _kill(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         process.kill()

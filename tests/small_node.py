@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from sglang_npu_pp.ending import Node, end_node, is_resource_tracker
+from sglang_npu_pp.ending import Node, end_node, is_resource_tracker, speak
 from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.watch import Watch
 
@@ -22,7 +22,10 @@ LIMIT_S = 1.0
 def child(orders: Connection) -> None:
     segment = SharedMemory(create=True, size=16)
     orders.send(segment.name)
-    if orders.recv() == "end":
+    order = orders.recv()
+    if order == "end unheard":  # a log that is closed, one whose reader is stopped
+        speak(lambda: json.loads(""), lambda: time.sleep(3600))
+    if order.startswith("end"):
         node = Node.of_this_process()
         assert node is not None
         end_node(node)
@@ -58,8 +61,8 @@ def main() -> None:
 
     for line in sys.stdin:
         match line.strip():
-            case "end":
-                pipes[0][0].send("end")
+            case "end" | "end unheard" as order:
+                pipes[0][0].send(order)
             case "watch":
                 watch.start(on_lost)
             case "end as SGLang does":

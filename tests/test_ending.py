@@ -90,10 +90,45 @@ def assert_nothing_is_left(node: Node) -> None:
     assert not [file for file in node.files if file.exists()]
 
 
-def test_a_child_ends_the_node_and_leaves_no_shared_memory(node: Node) -> None:
+@pytest.mark.parametrize("order", ["end", "end unheard"])
+def test_a_child_ends_the_node_and_leaves_no_shared_memory(node: Node, order: str) -> None:
+    """Also where it cannot say why: what is said and written before never keeps the end from coming."""
     assert all(file.exists() for file in node.files)
-    node.tell("end")
+    node.tell(order)
     assert_nothing_is_left(node)
+
+
+def test_a_file_that_cannot_be_removed_keeps_nothing_from_ending(node: Node) -> None:
+    node.files[0].unlink()
+    node.files[0].mkdir()
+    node.tell("end")
+    _, alive = psutil.wait_procs(node.processes, timeout=LIMIT_OF_A_TEST_S)
+    assert not alive
+    node.files[0].rmdir()
+
+
+def test_a_core_is_written_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are killed meanwhile, and the launcher, which would do the same to it, is stopped."""
+    sleepers = [subprocess.Popen(["sleep", "3600"]) for _ in range(3)]
+    launcher, dumping, other = processes = [psutil.Process(one.pid) for one in sleepers]
+    seen = []
+
+    def dumps_core(process: psutil.Process) -> bool:
+        if process == dumping:
+            seen.append(tuple(one.status() for one in processes))
+        return process == dumping and len(seen) < 3
+
+    monkeypatch.setattr(ending, "_dumps_core", dumps_core)
+    try:
+        ending._let_cores_be_written(ending.Node(launcher), [dumping, other])
+        other.wait(LIMIT_OF_A_TEST_S)
+        assert len(seen) == 3
+        assert seen[0] == (psutil.STATUS_SLEEPING,) * 3
+        assert (launcher.status(), dumping.status()) == (psutil.STATUS_STOPPED, psutil.STATUS_SLEEPING)
+    finally:
+        for one in sleepers:
+            one.kill()
+            one.wait()
 
 
 def test_a_child_that_is_stopped_is_lost_after_the_limit(node: Node) -> None:

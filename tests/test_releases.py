@@ -94,6 +94,37 @@ def test_a_changed_function_changes_only_its_own_lines_of_the_file(
     assert json.loads("\n".join(after))["functions"][target]["0123456789abcdef"] == ["0.5.23"]
 
 
+def test_releases_are_in_their_order_whatever_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "CONTRACTS", tmp_path / "contracts.json")
+    more = ["0.5.13.post1", "0.5.13", "0.5.22rc1", "0.5.100", "0.5.22.dev1+gabc", "0.5.9"]
+    contract = CONTRACTS["0.5.22"]
+    script.write({**CONTRACTS, **dict.fromkeys(more, contract)})
+    written = json.loads(script.CONTRACTS.read_text())
+    assert written["releases"][:4] == ["0.5.9", "0.5.13", "0.5.13.post1", "0.5.15"]
+    assert written["releases"][-5:] == ["0.5.22.dev1+gabc", "0.5.22rc1", "0.5.22", "0.5.23", "0.5.100"]
+
+
+def test_the_script_adds_a_post_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = script.CONTRACTS.read_text()
+    monkeypatch.setattr(script, "CONTRACTS", tmp_path / "contracts.json")
+    script.CONTRACTS.write_text(text)
+    monkeypatch.setattr(script, "read_contract", lambda release: {**CONTRACTS["0.5.15"]})
+    monkeypatch.setattr("sys.argv", ["fingerprint.py", "0.5.13.post1"])
+    script.main()
+    assert json.loads(script.CONTRACTS.read_text())["releases"] == ["0.5.13.post1", *CONTRACTS]
+
+
+def test_the_script_says_what_is_no_release(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fingerprint.py", "latest"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "'latest' is not the name of a release" in capsys.readouterr().err
+
+
 def test_the_table_shows_what_changed_where() -> None:
     target = "sglang.srt.distributed.parallel_state:GroupCoordinator.send_recv_tensor_dict"
     head, *lines, last = script.differences(CONTRACTS)

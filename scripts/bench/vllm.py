@@ -64,6 +64,8 @@ def vllm_variables(link: Link, node: int) -> dict[str, str]:
 class VllmServer(Server):
     """`Server` with another program: node 0 serves, the others run without a front end."""
 
+    program = "vLLM"
+
     @property
     def environment(self) -> dict[str, str]:
         # vLLM finds the CUDA build of torchvision that PyPI has; the layer lets it be imported.

@@ -84,6 +84,8 @@ class Server:
     address of node 0 as the others see it.
     """
 
+    program = "SGLang"  # in sentences
+
     def __init__(
         self,
         model: Path | str,
@@ -255,7 +257,7 @@ class Server:
             self.check_alive(f"while it was starting ({stage})")
             if elapsed > limit_s:
                 raise ServerError(
-                    f"SGLang was not ready after {limit_s:.0f} s, it was {stage}; see {self.log}",
+                    f"{self.program} was not ready after {limit_s:.0f} s, it was {stage}; see {self.log}",
                     self.log_tail(),
                 )
             time.sleep(POLL_S)
@@ -266,7 +268,7 @@ class Server:
             if launcher.poll() is not None:
                 where = f" of node {node}" if self.nnodes > 1 else ""
                 raise ServerError(
-                    f"SGLang{where} ended with exit code {launcher.returncode} {when}"
+                    f"{self.program}{where} ended with exit code {launcher.returncode} {when}"
                     f"{self._likely_cause(node)}; see {self._log_of(node)}",
                     self.log_tail(),
                 )

@@ -1,8 +1,8 @@
 """Ascend's KV manager of a prefill server, in a rank process with a simulated NPU.
 
 Real are SGLang's `AscendKVManager`, `AscendKVSender` and `AscendTransferEngine`, its scheduler's functions
-that send chunks, its queue and its transfer worker. The engine below, memfabric_hybrid, is not installable:
-a stand-in with the signature that SGLang calls copies memory as the real one does, past all streams.
+that send chunks, its queue and its transfer worker. The engine below, memfabric_hybrid, wants Ascend's
+driver: a stand-in with the signature that SGLang calls copies memory as the real one does, past all streams.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ server serves for all. Its text is "<name> <any word>": a new word arms the same
 struck is written beside it, in "<file>.struck".
 
 Planted around `Scheduler.run_batch`: what a later stage computes with, and what the last stage sampled,
-whatever brought it there or takes it away, patched or not.
+whatever brought it there or takes it away, patched or not. "crash of <title>" raises in the scheduler of that
+title.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import setproctitle
 import torch
 
 NONE = "none"
@@ -46,6 +48,8 @@ class Planted:
         self, original: Callable[..., Any], scheduler: Any, batch: Any, proxies: Any = None, **more: Any
     ) -> Any:
         fault = self._fault()
+        if fault.startswith("crash of ") and fault.endswith(setproctitle.getproctitle()):
+            raise RuntimeError(fault)
         self._microbatch += 1
         if scheduler.pp_group.is_first_rank:
             self._drop_deepstack(scheduler, fault == "deepstack dropped")

@@ -1,0 +1,18 @@
+"""The optional competitor, which is not installed for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.bench.vllm import VllmServer
+from scripts.lib.server import ServerError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_is_named_when_it_ends(tmp_path: Path) -> None:
+    server = VllmServer(ROOT / "tests/assets/random_vl", 1, 2, log=tmp_path / "log", nnodes=2)
+    with pytest.raises(ServerError, match=r"vLLM of node [01] ended with exit code 1 while it was starting"):
+        server.__enter__()
