@@ -29,7 +29,8 @@ from sglang_npu_pp.patches.ending import DUMPS, launch_scheduler_processes, let_
 
 @pytest.fixture(autouse=True)
 def environment_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher sets these for its schedulers."""
+    """A launcher sets these for its schedulers, and remembers what its end is."""
+    monkeypatch.setattr(ending, "_node", None)
     for name in (LAUNCHER, DUMPS):
         monkeypatch.setenv(name, "")  # noted, so that it is put back
         monkeypatch.delenv(name)

@@ -24,6 +24,7 @@ REPLACED = [patch for patch in PATCHES if not patch.adds and not patch.target.en
 def upstreams_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the start of a server whose configuration has no asynchronous path."""
     monkeypatch.setattr(pipeline, "_current", None)
+    monkeypatch.setattr(ending, "_node", None)
     monkeypatch.setattr(pipeline, "_left_to_upstream", False)
     pipeline.leave_to_upstream()
 
