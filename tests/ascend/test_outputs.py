@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 
 from sglang_npu_pp.streams import DeviceStreams
+from tests.ascend_sim.controls import Simulator
 from tests.ascend_sim.kernels import occupy
 from tests.ascend_sim.sglang_on_sim.import_hooks import MissingPackageFinder
 from tests.transport.harness import Here, Rank, Team
 
 from . import ranks
 from .mutation import Rule, broken
-from .rest import at_rest, holding
+from .rest import LIMIT_S, POLL_S, at_rest, holding
 
 WAIT = Rule(
     "what the preparation copies to the host is waited for",
@@ -53,8 +55,9 @@ class Scores:
 
 class Observer:
     def from_pp_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Scores:
+        """Computes, so that what is copied to the host is not what memory of an upload still holds."""
         assert tensors["scores"].device.type == "npu"
-        return Scores(tensors["scores"])
+        return Scores(tensors["scores"] + 1)
 
 
 def import_sglang(here: Here) -> None:
@@ -81,7 +84,7 @@ def make_scheduler() -> Any:
 
 
 def process_outputs(here: Here, number: int, rule: Rule | None = None) -> int | str:
-    """As stage 0 takes the outputs of the last one; the number that the observer's consumer reads."""
+    """As stage 0 takes the outputs of the last one; what the observer's consumer reads: `number` + 1."""
     from sglang_npu_pp.patches.outputs import OutputTicket
     from sglang_npu_pp.patches.pipeline import Launch
 
@@ -145,22 +148,34 @@ def ready(team: Team) -> Rank:
     return rank
 
 
+def wait_until_held(rank: Rank, task: str) -> None:
+    """Until a stream stands at a task of that name."""
+    deadline = time.monotonic() + LIMIT_S
+    with Simulator(rank.pid) as simulator:
+        while not any(
+            stream.running and stream.running.name == task for stream in simulator.listing().streams
+        ):
+            assert time.monotonic() < deadline, f"no stream has come to {task}:\n{simulator.listing()}"
+            time.sleep(POLL_S)
+
+
 def test_the_output_of_a_sampling_observer_is_there_when_the_result_is(npu_team: Team) -> None:
     rank = ready(npu_team)
     with holding(rank, "memcpy D2H"):
         call = rank.start(process_outputs, 41)
+        wait_until_held(rank, "memcpy D2H")
         at_rest(rank)
         assert not call.has_answer, "the result is there, but its copy has not begun"
     assert call.note() == "synchronized"
-    assert call.result() == 41
+    assert call.result() == 42
 
 
 def test_without_the_wait_the_result_is_there_too_early(npu_team: Team) -> None:
     rank = ready(npu_team)
     with holding(rank, "memcpy D2H"):
-        call = rank.start(process_outputs, 59, WAIT)  # no other test has left this number in the memory
+        call = rank.start(process_outputs, 59, WAIT)
         assert call.note() == "synchronized"
-        assert call.result() != 59
+        assert call.result() != 60  # which no other test leaves in memory
 
 
 def test_outputs_are_copied_when_they_are_packed(npu_team: Team) -> None:
