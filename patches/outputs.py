@@ -44,6 +44,9 @@ class OutputTicket:
         """Wait for the outputs and complete `result`."""
         values = self._wait()
         prepared = _prepare_result(self._scheduler, self._batch, self._metadata, values, self)
+        if getattr(prepared, "auxiliary_host_output", None) is not None:  # 0.5.20 and later
+            # Upstream copies it from the device behind its preparation, and waits for that, too.
+            self._pipeline.streams.record().synchronize()
         prepared.next_token_ids = values["next_token_ids"]  # on the host: `tolist()` blocks nobody
         vars(self.result).update(vars(prepared))
 

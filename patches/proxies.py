@@ -60,7 +60,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     pipeline.link.release(launched)
     if pipeline.is_last:
         if not skipped:
-            _return_tokens(scheduler, pipeline, mb_id, launched)
+            _return_tokens(scheduler, pipeline, mb_id)
     elif not prebuilt:
         # On the forward stream: the next forward may overwrite the tensors once they are packed.
         with scheduler.forward_stream_ctx:
@@ -92,12 +92,14 @@ def _gather_group(scheduler: Any) -> Any:
     return scheduler.attn_tp_group if getattr(scheduler, "require_attn_tp_allgather", True) else None
 
 
-def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int, launched: Any) -> None:
+def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int) -> None:
     assert pipeline.token_return is not None
     launch = pipeline.launched[mb_id]
     assert launch.device_outputs is not None
     with torch.profiler.record_function("send_res_dict_to_next_stage"):  # upstream's name in profiles
-        copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, launched)
+        with scheduler.forward_stream_ctx:
+            produced = pipeline.streams.record()  # upstream packs outputs behind its own event
+        copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, produced)
         pipeline.token_return.post(copy, mb_id, launch.iteration)
 
 
