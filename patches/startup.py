@@ -8,7 +8,6 @@ up to 0.5.20 the groups are made by the model runner, later by the scheduler.
 from __future__ import annotations
 
 import atexit
-import inspect
 import logging
 import os
 import socket
@@ -38,6 +37,7 @@ from sglang_npu_pp.transport.stage_link import StageLink
 
 from .dp_metadata import open_metadata
 from .groups import attach_link
+from .idle import sleep_when_idle
 from .pipeline import AsyncPipeline, current, has_pipeline, leave_to_upstream, set_current
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -88,8 +88,8 @@ def _start(scheduler: Any) -> None:
     pipeline = _start_pipeline(scheduler, parallel, settings)
     set_current(pipeline)
     atexit.register(pipeline.close)  # the other stages then know that this one left on purpose
-    if settings.idle_sleep == "1" and pipeline.metadata is None:
-        _sleep_when_idle(scheduler, parallel)
+    if settings.idle_sleep == "1":
+        sleep_when_idle(scheduler, parallel)
     lane = "host" if pipeline.link.device_lane is None else "device"
     logger.info(
         "sglang-npu-pp: %s; %s of %d stages, proxies on the %s lane, tokens and requests on the host lane",
@@ -234,42 +234,22 @@ def address_towards_master(master: str | None) -> str:
         return probe.getsockname()[0]
 
 
-def _sleep_when_idle(scheduler: Any, parallel: Any) -> None:
-    """As upstream's --sleep-on-idle, which is off by default because its ranks spin on gloo anyway.
-
-    Only the leader of the first stage listens to clients; everyone else waits for it without spinning.
-    Disaggregated servers also poll transfers and are left alone. So are data-parallel attention ranks, which
-    all listen: one that slept would hold up the metadata of the others.
-    """
-    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
-
-    leader = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
-    if (
-        scheduler.idle_sleeper is None
-        and parallel.pp_rank == 0
-        and leader
-        and scheduler.ipc_channels.recv_from_rpc is not None
-        and scheduler.server_args.disaggregation_mode == "null"
-    ):
-        channels = scheduler.ipc_channels
-        options: dict[str, Any] = {}
-        if "can_empty_cache" in inspect.signature(IdleSleeper).parameters:  # 0.5.21 and later
-            options["can_empty_cache"] = lambda: not scheduler._engine_paused
-        sockets = [channels.recv_from_tokenizer, channels.recv_from_rpc]
-        scheduler.idle_sleeper = IdleSleeper(sockets=sockets, **options)
-
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 
 PATCHES = (
     Patch(
-        target="sglang.srt.managers.scheduler:Scheduler.init_idle_sleeper",
+        target=f"{_SCHEDULER}.init_idle_sleeper",
         wrapper=init_idle_sleeper,
         why="lanes must be open and agreed on before the first request; an idle server spins",
-        how="start the pipeline behind upstream's process groups; sleep on the client sockets",
+        how="start the pipeline behind upstream's process groups; sleep on the client sockets while nothing "
+        "has to be polled",
         upstream="vllm #56956 and Megatron #5240 (lazy communicators deadlock); --sleep-on-idle",
         plan="the start stays as long as the lanes do; the sleeper goes when it is the default",
         relies_on=(
             "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.__init__",
             "sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.maybe_sleep",
+            f"{_SCHEDULER}.on_idle",
+            f"{_SCHEDULER}.is_fully_idle",
             "sglang.srt.managers.scheduler:dispatch_event_loop",
         ),
     ),

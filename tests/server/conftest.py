@@ -97,7 +97,8 @@ def make_launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], L
 def patched(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     """The patched tp 1 pp 2 server that most tests use."""
     launcher = make_launcher("patched")
-    yield launcher.start(1, 2, patched=True, args=("--enable-metrics",), env={"PP_PROBE_STATES": "1"})
+    env = {"PP_PROBE_STATES": "1", "PP_PROBE_SLEEPS": "1"}
+    yield launcher.start(1, 2, patched=True, args=("--enable-metrics",), env=env)
     launcher.stop_all()
 
 

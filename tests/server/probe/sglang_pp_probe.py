@@ -13,6 +13,7 @@ PP_PROBE_RELEASE=X    SGLang calls itself release X
 PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
 PP_PROBE_FAULT_FILE   which fault strikes between two stages, see sglang_pp_faults.py
 PP_PROBE_STATES=1     schedulers say what they hold when they are idle: see sglang_pp_states.py
+PP_PROBE_SLEEPS=1     count what idle schedulers do before they sleep: see sglang_pp_sleeps.py
 PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE
                       see sglang_pp_phases.py
 """
@@ -51,6 +52,8 @@ def register() -> None:
         count_point_to_point(Path(directory) / f"{os.getpid()}.p2p")
         if os.environ.get("PP_PROBE_STATES") == "1":
             sglang_pp_states.report_states(Path(directory))
+        if os.environ.get("PP_PROBE_SLEEPS") == "1":
+            importlib.import_module("sglang_pp_sleeps").count_sleeps(Path(directory))
         sglang_pp_phases.register(Path(directory))
         if wanted := os.environ.get("PP_PROBE_DEVICE_READS"):
             watch_device_reads(Path(directory) / f"{os.getpid()}.reads", fail=wanted == "fail")

@@ -1,0 +1,138 @@
+"""How an idle server waits for clients: asleep, while nothing has to be polled.
+
+As upstream's --sleep-on-idle, which is off by default because its stages spin on gloo anyway. The sleeper
+wakes when a client writes to a socket of the first stage, or after a second; all other ranks wait for that
+rank, so what they poll waits with it. Whatever an event loop polls on its own account would be that late.
+
+What the loops of 0.5.15 to 0.5.23 poll, and whether a server sleeps in spite of it:
+
+- Never, whatever is under way (`_ALWAYS_POLLED`): transfers, handshakes and prefetched KV of disaggregated
+  servers; rows of data-parallel attention ranks, which all listen, and elastic ranks that join; the second
+  tier of a cache, on every stage (write-back, load-back, prefetch, storage; hierarchical cache, LMCache,
+  FlexKV, an external linker, HiSparse); the barrier of the input blocker; SGLang's scripted test runtime.
+- While there is none (`_PENDING`): requests that wait for embeddings of an encoder, a flush that waits for
+  idleness, sessions that end by themselves, health checks, of which an idle iteration answers one.
+- Always, because upstream does not come to its sleep while there are any (`Scheduler.is_fully_idle`): waiting
+  and chunked requests with their adapters (LoRA) and time limits, grammars, batches.
+- Always, because a second is not late: metrics, load and KV events are published before each sleep, and by
+  the clock every second or more; weights are loaded inside their request; watchdogs look at batches; corpora
+  of n-grams are for speculation, which stays on upstream's path; the Rust server has a sleeper of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def sleep_when_idle(scheduler: Any, parallel: Any) -> None:
+    """Give the rank that listens to clients a sleeper, where upstream has given it none."""
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+
+    leader = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
+    channels = scheduler.ipc_channels
+    if (
+        scheduler.idle_sleeper is not None
+        or parallel.pp_rank > 0
+        or not leader
+        or channels.recv_from_rpc is None
+    ):
+        return
+    options: dict[str, Any] = {}
+    if "can_empty_cache" in inspect.signature(IdleSleeper).parameters:  # 0.5.21 and later
+        options["can_empty_cache"] = lambda: not scheduler._engine_paused
+    sockets = [channels.recv_from_tokenizer, channels.recv_from_rpc]
+    scheduler.idle_sleeper = AskingSleeper(scheduler, IdleSleeper(sockets=sockets, **options))
+
+
+class AskingSleeper:
+    """In the place of upstream's sleeper: asks the scheduler before each sleep."""
+
+    def __init__(self, scheduler: Any, sleeper: Any) -> None:
+        self._scheduler, self._sleeper = scheduler, sleeper
+
+    def maybe_sleep(self) -> None:
+        if may_sleep(self._scheduler):
+            self._sleeper.maybe_sleep()
+
+
+def may_sleep(scheduler: Any) -> bool:
+    """Whether only clients can give this server something to do. What cannot be asked may be pending."""
+    try:
+        return not any(polls(scheduler) for polls in (*_ALWAYS_POLLED, *_PENDING))
+    except AttributeError:
+        return False
+
+
+def _is_disaggregated(scheduler: Any) -> bool:
+    """As it is now: 0.5.20 and later can change the role of a running server."""
+    return str(getattr(scheduler.disaggregation_mode, "value", scheduler.disaggregation_mode)) != "null"
+
+
+def _has_data_parallel_attention(scheduler: Any) -> bool:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    elastic = getattr(parallel, "attn_dp_enabled", False)  # 0.5.22 and later: a rank that joins later, too
+    return bool(parallel.attn_dp_size > 1 or elastic)
+
+
+_SECOND_TIERS = (
+    "enable_hierarchical_cache",
+    "enable_lmcache",
+    "enable_flexkv",
+    "enable_unified_cache_external_linker",
+    "enable_hisparse",
+)
+
+
+def _has_second_tier(scheduler: Any) -> bool:
+    """Releases keep these settings in different places, and not all of them have all."""
+    from sglang.srt import runtime_context
+
+    places = [scheduler, scheduler.server_args]
+    if hasattr(runtime_context, "get_memory"):  # 0.5.18 and later
+        places.append(runtime_context.get_memory())
+    return any(getattr(place, flag, False) for place in places for flag in _SECOND_TIERS)
+
+
+def _has_input_blocker(scheduler: Any) -> bool:
+    return scheduler.request_receiver.input_blocker is not None
+
+
+def _is_scripted(scheduler: Any) -> bool:
+    return getattr(scheduler.request_receiver, "scripted_scheduler_hook", None) is not None
+
+
+def _waits_for_embeddings(scheduler: Any) -> bool:
+    receiver = scheduler.request_receiver.mm_receiver
+    return receiver is not None and bool(receiver.waiting_list)
+
+
+def _has_deferred_flush(scheduler: Any) -> bool:
+    return scheduler.flush_wrapper._pending is not None
+
+
+def _has_sessions_that_end(scheduler: Any) -> bool:
+    sessions = scheduler.session_controller.sessions.values()
+    return any(session.timeout is not None or session.close_on_finish for session in sessions)
+
+
+def _owes_health_checks(scheduler: Any) -> bool:
+    return bool(scheduler.return_health_check_ipcs)
+
+
+_ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
+    _is_disaggregated,
+    _has_data_parallel_attention,
+    _has_second_tier,
+    _has_input_blocker,
+    _is_scripted,
+)
+_PENDING: tuple[Callable[[Any], bool], ...] = (
+    _waits_for_embeddings,
+    _has_deferred_flush,
+    _has_sessions_that_end,
+    _owes_health_checks,
+)
