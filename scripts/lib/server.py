@@ -206,6 +206,9 @@ class Server:
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-"))
         atexit.register(self.stop)
         common = {**os.environ, **self.environment, "TMPDIR": str(self._scratch)}
+        # The search path of this process comes last, so that a server runs what its starter would import.
+        paths = [place[PATH] for place in (self.environment, os.environ) if place.get(PATH)]
+        common |= {PATH: os.pathsep.join(paths)} if paths else {}
         for node in range(self.nnodes):
             environment = {**common, **self.node_env.get(node, {})}
             with self._log_of(node).open("wb") as log:
