@@ -5,9 +5,8 @@ its own was stopped or killed. Operators who ask for a dump at the end, or have 
 SGLang's way of ending instead.
 
 SGLang dumps the stacks of schedulers by default: when one of the first node has crashed, its launcher waits
-five seconds and has py-spy look at those that are still alive. Who has lost a peer has nothing to show, and
-upstream would have ended with an error; so it marks itself, and ends the node as soon as no scheduler is left
-to be dumped. If one is, blocked in a collective perhaps, the launcher is let finish.
+five seconds and has py-spy look at those that are still alive. A scheduler that has lost a peer then lets it
+finish, if another one is alive beside it, and itself ends nothing until the limit of that has passed.
 """
 
 from __future__ import annotations
@@ -136,8 +135,8 @@ def _alive(pids: Sequence[int]) -> list[psutil.Process]:
 
 
 def let_dumps_be_made(schedulers: Sequence[psutil.Process]) -> None:
-    """Return when SGLang has nothing to dump: none of `schedulers`, those of this node, has crashed, or none
-    is left that may show why. Otherwise its launcher ends this process meanwhile; there is a limit to that.
+    """Return when SGLang has nothing to dump: none of `schedulers`, others of this node, has crashed, or none
+    of them is alive. Otherwise its launcher ends this process meanwhile; there is a limit to that.
     """
     limit_s = float(os.environ.get(DUMPS, "0"))
     deadline = time.monotonic() + limit_s + _A_DUMP_S * len(schedulers)
@@ -149,7 +148,7 @@ def let_dumps_be_made(schedulers: Sequence[psutil.Process]) -> None:
 
 
 def _state(process: psutil.Process) -> str:
-    """_CRASHED, _TITLE for a scheduler that goes on as far as it knows, or something else."""
+    """_CRASHED, _TITLE for a scheduler that is alive, or something else."""
     try:
         status, title = process.status(), " ".join(process.cmdline()).strip()
     except psutil.NoSuchProcess:
@@ -161,12 +160,12 @@ def _state(process: psutil.Process) -> str:
     return _TITLE if title.startswith(_TITLE) and status != psutil.STATUS_STOPPED else ""
 
 
-def _mark(form: str) -> None:
-    """Have the others of this node, and SGLang's dump, see by the title what has become of this scheduler."""
+def _mark_as_crashed() -> None:
+    """The others of this node see it by the title, which it has until it has ended."""
     with suppress(Exception):
         import setproctitle
 
-        setproctitle.setproctitle(form.format(setproctitle.getproctitle()))
+        setproctitle.setproctitle(f"{setproctitle.getproctitle()} {_CRASHED}")
 
 
 def name_of(process: psutil.Process) -> str:
@@ -184,31 +183,31 @@ def name_of(process: psutil.Process) -> str:
 
 def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
     """All that a scheduler does once it has started."""
-    beside = _schedulers_of_this_node()
+    beside = _schedulers_beside()
     try:
         return original(scheduler)
     except PeerLostError as error:
         sentence, node, pipeline = f"sglang-npu-pp: {error}", Node.of_this_process(), current()
         if node is None or pipeline is None:
-            _mark(f"{{}} {_CRASHED}")
+            _mark_as_crashed()
             raise
         report = () if pipeline.reporter is None else (pipeline.reporter.finish,)
         speak(lambda: logger.error("%s", sentence), *report, lambda: _publish_last_metrics(scheduler))
-        _mark("sglang-npu-pp, has lost a peer: {}")
         let_dumps_be_made(beside)
         end_node(node)
     except Exception:
-        _mark(f"{{}} {_CRASHED}")
+        _mark_as_crashed()
         raise
 
 
-def _schedulers_of_this_node() -> list[psutil.Process]:
-    """All that have been started; empty where it does not matter. Those of a pipeline start together."""
+def _schedulers_beside() -> list[psutil.Process]:
+    """All others that have been started; empty where it does not matter. A pipeline's start together."""
     with suppress(Exception):  # what it is for comes after the end of this scheduler
         node = Node.of_this_process() if DUMPS in os.environ else None
         if node is not None:
             children = node.launcher.children(recursive=True)
-            return [process for process in children if _state(process) == _TITLE]
+            others = [process for process in children if process.pid != os.getpid()]
+            return [process for process in others if _state(process) == _TITLE]
     return []
 
 

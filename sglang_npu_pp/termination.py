@@ -34,11 +34,17 @@ import os, select, signal, sys, time
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)  # they may be sent to the whole group
 parent, begin_s, report_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+def is_ending():
+    # The kernel has reset the action: it was not a child of the parent, with the same pipe, that got it.
+    with open(f"/proc/{parent}/status") as status:
+        caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
+    return not caught >> (signal.SIGTERM - 1) & 1
 told = None
 while told is None and os.getppid() == parent:
     if select.select([0], [], [], 5.0)[0]:
         byte = os.read(0, 1)
-        told = byte if byte in (b"", bytes([signal.SIGTERM])) else None
+        if not byte or (byte[0] == signal.SIGTERM and is_ending()):
+            told = byte
 if told:
     os.write(1, told)
     end = time.monotonic() + begin_s
@@ -56,7 +62,7 @@ class Termination:
     def __init__(self, report: Callable[[], None]) -> None:
         self._report = report
         self._begun, self._reported = threading.Event(), threading.Event()
-        self._writer = -1  # to the process beside this one
+        self._writer, self._pid = -1, os.getpid()  # to the process beside this one
 
     def install(self) -> bool:
         """To be called by the main thread. False, with nothing changed, where it cannot be or is not ours."""
@@ -93,7 +99,9 @@ class Termination:
         )
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._end()
+        if os.getpid() == self._pid:
+            self._end()
+        os.kill(os.getpid(), signal.SIGTERM)  # a child, before it could forget
 
     def _run(self, beside: subprocess.Popen[bytes]) -> None:
         assert beside.stdout is not None
@@ -107,17 +115,22 @@ class Termination:
             self._reported.wait(REPORT_S)
         else:
             self._begun.set()
-            os.write(self._writer, _BEGUN)
+            with suppress(OSError):  # it is gone, and it is late for that
+                os.write(self._writer, _BEGUN)
             self._report()
             self._reported.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _forget(self) -> None:
         """In a child that goes on without another program: what ends it is not about this process."""
-        with suppress(ValueError):  # something else has set its own
+        if signal.getsignal(signal.SIGTERM) != self._on_signal:
+            return  # something else has set its own
+        with suppress(ValueError):
             signal.set_wakeup_fd(-1)
-        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+            has_come = _set_action(signal.SIGTERM, None) is None
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if has_come:  # between the fork and here
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _reset_when_it_comes(install: Any) -> None:
@@ -125,7 +138,13 @@ def _reset_when_it_comes(install: Any) -> None:
 
     `install`: sysv_signal(3), which differs from signal(3) in this alone.
     """
-    get = ctypes.CDLL(None).signal
-    get.restype = install.restype = ctypes.c_void_p
-    get.argtypes = install.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    install(signal.SIGTERM, get(signal.SIGTERM, None))
+    install.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    install(signal.SIGTERM, _set_action(signal.SIGTERM, None))
+
+
+def _set_action(number: int, action: int | None) -> int | None:
+    """signal(2): the address of a function, None for the default. Returns what was there."""
+    function = ctypes.CDLL(None).signal
+    function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before: int | None = function(number, action)
+    return before

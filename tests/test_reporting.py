@@ -208,6 +208,18 @@ def test_a_handler_that_comes_later_is_the_one_that_is_called(tmp_path: Path) ->
         assert not list(tmp_path.iterdir())
 
 
+def test_it_reports_without_the_process_beside_it(tmp_path: Path) -> None:
+    with rank(tmp_path) as process:
+        (beside,) = psutil.Process(process.pid).children()
+        beside.kill()
+        wait_until(lambda: beside.status() == psutil.STATUS_ZOMBIE, "the process beside it runs")
+        process.send_signal(signal.SIGUSR2)
+        count(process, 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == -signal.SIGTERM
+        assert reported(tmp_path) == (1, 1)
+
+
 def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path) -> None:
     with rank(tmp_path) as process:
         beside = psutil.Process(process.pid).children()

@@ -124,7 +124,7 @@ class Titled:
         self._popen.stdout.readline()
 
     def become(self, state: str) -> None:
-        """`state`: killed, reaped, stopped, lost (a peer) or crashed."""
+        """`state`: alive, killed, reaped, stopped or crashed."""
         if state in ("killed", "reaped"):
             self.process.kill()
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
@@ -133,8 +133,6 @@ class Titled:
         if state == "stopped":
             self.process.suspend()
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
-        if state == "lost":
-            self.rename("sglang-npu-pp, has lost a peer: sglang::scheduler_PP0")
         if state == "crashed":
             self.rename("sglang::scheduler_PP0 crashed")
 
@@ -176,13 +174,13 @@ def test_the_end_waits_for_dumps_until_no_scheduler_is_left_to_be_dumped(
 ) -> None:
     monkeypatch.setenv(DUMPS, "60")
     schedulers[0].become(crash)
-    schedulers[1].become("lost")
+    ends = {3: schedulers[1], 5: schedulers[2]}
     assert (
-        looks(schedulers, monkeypatch, lambda look: schedulers[2].become("lost") if look == 3 else None) == 3
+        looks(schedulers, monkeypatch, lambda look: ends[look].become(crash) if look in ends else None) == 5
     )
 
 
-@pytest.mark.parametrize("states", [(), ("lost",), ("stopped", "lost", "lost"), ("lost", "lost", "lost")])
+@pytest.mark.parametrize("states", [(), ("stopped",), ("stopped",) * 3])
 def test_a_peer_that_is_silent_is_no_crash_and_nothing_is_waited_for(
     schedulers: list[Titled], states: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +190,7 @@ def test_a_peer_that_is_silent_is_no_crash_and_nothing_is_waited_for(
     assert looks(schedulers, monkeypatch, never) == 0
 
 
-@pytest.mark.parametrize("state", ["stopped", "lost", "crashed", "killed"])
+@pytest.mark.parametrize("state", ["stopped", "crashed", "killed"])
 def test_after_a_crash_nothing_is_waited_for_if_no_other_is_alive(
     schedulers: list[Titled], state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +338,6 @@ def test_no_report_keeps_a_lost_peer_from_ending_the_node(
     monkeypatch.setattr(ending, "current", lambda: SimpleNamespace(reporter=SimpleNamespace(finish=finish)))
     monkeypatch.setattr(ending, "logger", SimpleNamespace(error=lambda *_: raising()))
     monkeypatch.setattr(ending, "end_node", ended.append)
-    monkeypatch.setattr(ending, "_mark", lambda form: None)
 
     def loop(scheduler: Any) -> None:
         raise PeerLostError("stage 1 rank 0: stage 0 is gone")
