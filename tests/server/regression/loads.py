@@ -92,7 +92,7 @@ def ask_in_pieces(server: Server, body: Body, name: str | None = None, leave_aft
     request = {**body, "stream": True, **({"rid": name} if name else {})}
     with server.post("/generate", request, stream=True) as response:
         last: dict[str, Any] = {}
-        for count, piece in enumerate(pieces(response)):
+        for count, piece in enumerate(_pieces(response)):
             if leave_after is not None and count >= leave_after:
                 return ABORTED
             last = piece
@@ -103,17 +103,17 @@ def ask_in_pieces(server: Server, body: Body, name: str | None = None, leave_aft
 def running(server: Server, body: Body) -> Iterator[Callable[[], Tokens | str]]:
     """A request that has given its first token; calling the value waits for its whole answer."""
     with server.post("/generate", {**body, "stream": True}, stream=True) as response:
-        stream = pieces(response)
-        answers = deque([next(stream)], maxlen=1)
+        pieces = _pieces(response)
+        answers = deque([next(pieces)], maxlen=1)
 
         def finish() -> Tokens | str:
-            answers.extend(stream)
+            answers.extend(pieces)
             return outcome(answers[-1])
 
         yield finish
 
 
-def pieces(response: requests.Response) -> Iterator[dict[str, Any]]:
+def _pieces(response: requests.Response) -> Iterator[dict[str, Any]]:
     """The answer so far, each time that there is more of it."""
     response.raise_for_status()
     for line in response.iter_lines():
