@@ -200,8 +200,8 @@ def _undo(
         return ""
     if type(request).__name__.startswith("UpdateWeights"):
         return (
-            "; the stages have different weights now: do not use answers before an update succeeds on all "
-            "stages, and flush the prefix cache then"
+            "; the stages may have different weights now: do not use answers before an update succeeds on "
+            "all stages, and flush the prefix cache then"
         )
     return _take_back(scheduler, pipeline, request, outcomes)
 
@@ -236,10 +236,10 @@ def _restore(
 def _take_back(scheduler: Any, pipeline: AsyncPipeline, request: Any, outcomes: list[Outcome]) -> str:
     """What not all ranks have is taken from those that have it."""
     undo = _undo_by(scheduler, request)
-    if undo is None:
+    succeeded = [(each.stage, each.rank) for each in outcomes if each.failure is None]
+    if undo is None or not succeeded:
         return ""
-    here = (pipeline.link.stage, pipeline.link.rank)
-    if any(each.failure is None and (each.stage, each.rank) == here for each in outcomes):
+    if (pipeline.link.stage, pipeline.link.rank) in succeeded:
         _attempt(pipeline, *undo)
     return "; it was undone where it had succeeded"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,19 @@ def test_answers_that_are_none_of_ours_pass() -> None:
 
 def test_a_request_that_has_no_answer_gets_none() -> None:
     assert control._refusal(io_struct.ConfigureLoggingReq(), None, TOLD) is None
+
+
+def test_an_adapter_is_taken_back_where_it_was_loaded() -> None:
+    """LoRA does not start on a CPU (upstream asks for pinned memory), so this is without a server."""
+    unloaded: list[Any] = []
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(unload_lora_adapter=unloaded.append))
+    request = io_struct.LoadLoRAAdapterReqInput(lora_name="one", lora_path="new", lora_id="7")
+    outcomes = [Outcome(0, 0), Outcome(1, 0, "no such file")]
+    for stage in (0, 1):
+        pipeline: Any = SimpleNamespace(link=SimpleNamespace(stage=stage, rank=0))
+        told = control._undo(scheduler, pipeline, None, request, outcomes, None)
+        assert told == "; it was undone where it had succeeded"
+    assert [(each.lora_name, each.lora_id) for each in unloaded] == [("one", "7")]
 
 
 def test_consequences_are_left_for_later() -> None:

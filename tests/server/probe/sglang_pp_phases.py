@@ -9,8 +9,7 @@ PP_PROBE_DIVERGE=ABORTS|FLUSHES|GRAMMARS
                       stages after the first do not hear of aborts or of flush_cache, or decide for
                       themselves which grammars are ready, as releases before 0.5.18 did
 PP_PROBE_ONLY_ON_STAGE_0=1
-                      stages after the first do not have the files of a model or a LoRA adapter whose
-                      folder is named so
+                      stages after the first do not have the files of a model whose folder is named so
 PP_PROBE_LATE_CLOCK=SECONDS
                       on stages after the first, a flush sees later that its time is over
 """
@@ -131,13 +130,8 @@ def hide_files() -> None:
         hidden = ONLY_ON_STAGE_0 in model and stage() > 0
         return original(loader, f"{model}/not-here" if hidden else model, *args)
 
-    def read(original: Callable[..., Any], config: Any, path: str, *args: Any, **kwargs: Any) -> None:
-        hidden = ONLY_ON_STAGE_0 in path and stage() > 0
-        original(config, f"{path}/not-here" if hidden else path, *args, **kwargs)
-
     target = "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights"
     HookRegistry.register(target, prepare, HookType.AROUND)
-    HookRegistry.register("sglang.srt.lora.lora_config.LoRAConfig.__init__", read, HookType.AROUND)
 
 
 def set_clock_back(seconds: float) -> None:

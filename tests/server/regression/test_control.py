@@ -159,7 +159,7 @@ def test_control_requests_among_others(server: Server, random_answer: list[int])
     alone = [ask(server, body) for body in bodies]
     asked = [
         ("/start_expert_distribution_record", None, requests.codes.bad_request),
-        ("/weights_checker", {}, requests.codes.ok),
+        ("/set_internal_state", {"server_args": {"nope": 1}}, requests.codes.ok),
         ("/slow_down", {"forward_sleep_time": -1}, requests.codes.ok),
     ]
     with ThreadPoolExecutor(16) as threads:
