@@ -20,7 +20,7 @@ _KEY = "sglang_npu_pp/statement/{}"
 _VERDICT = "sglang_npu_pp/verdict"
 _HEARD = "sglang_npu_pp/heard/{}"
 _ARBITER = 0  # reads all statements; with every rank reading every other's, 256 take seconds
-_HEARD_LIMIT_S = 5.0  # the process of rank 0 has the store: when it ends, nobody can read the verdict
+_HEARD_LIMIT_S = 5.0  # the process of rank 0 has the store: when it ends, the verdict cannot be read any more
 
 
 class KeyValueStore(Protocol):

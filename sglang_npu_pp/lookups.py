@@ -230,7 +230,7 @@ class Lookups:
 
 
 async def _read(response: aiohttp.ClientResponse) -> str:
-    """The text of an answer; whoever sends more than a bootstrap server has to say is not read to its end."""
+    """The text of an answer; one that is longer than any of a bootstrap server is not read to its end."""
     body = b""
     async for part in response.content.iter_any():
         body += part

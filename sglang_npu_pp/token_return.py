@@ -106,7 +106,7 @@ class TokenReturn:
 
     `outboxes` are connections for the sending thread (device outputs), which watches and closes them; None
     sends at once, from the caller's thread, which needs the copies to be complete (CPU). `adopt_thread` is
-    called first in the sending thread. What ends the thread is raised by the next call, and by whoever waits
+    called first in the sending thread. What ends the thread is raised by the next call, and by a wait
     for a message meanwhile (`HostLane.watch`).
     """
 

@@ -4,7 +4,7 @@ The host lane has to come up wherever the process groups of the engine do, and t
 they use. So the addresses that could be right are collected, the one that gloo itself would use first; the
 lane listens on all of them and the peers try them in this order.
 
-That is more than one network, but not more than is safe: whoever connects is asked for a key that only the
+That is more than one network, but not more than is safe: each connection is asked for a key that only the
 ranks of this start know (CURVE), before Python reads a byte. SGLANG_NPU_PP_HOST narrows it to one network.
 """
 

@@ -127,8 +127,8 @@ class DeviceLane:
     ) -> None:
         """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage).
 
-        `slot_bytes` are reserved for each slot, so that whoever measures the device's memory later counts
-        them. A slot grows to a message that is larger, and says so.
+        `slot_bytes` are reserved for each slot, so that they are counted where the device's memory is
+        measured later. A slot grows to a message that is larger, and says so.
         """
         self._previous, self._following = previous, following
         self._streams = DeviceStreams(device)

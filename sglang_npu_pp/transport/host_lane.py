@@ -392,7 +392,7 @@ class HostLane:
             self._directory.clear()
 
     def _terminate(self) -> None:
-        """ZeroMQ waits for whoever has a socket open, which may be a thread that cannot be ended."""
+        """ZeroMQ waits until all sockets are closed, and one may belong to a thread that cannot be ended."""
         ending = threading.Thread(target=self._context.term, name="host-lane-end", daemon=True)
         ending.start()
         ending.join(TERMINATION_LIMIT_S)

@@ -36,7 +36,7 @@ class Pulse:
     @property
     def awake_s(self) -> float:
         now = time.monotonic()
-        if now - self._last_beat > GAP_S:  # whoever asks is quicker than the thread behind a pause
+        if now - self._last_beat > GAP_S:  # behind a pause the caller may be quicker than the thread
             return 0.0
         return now - self._awake_since
 

@@ -125,7 +125,7 @@ class Message:
     source: int = -1
     number: int = -1
     nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
-    borrowed: bool = False  # whoever gave tensors and values may write to them as soon as `send` has returned
+    borrowed: bool = False  # tensors and values may be written to as soon as `send` has returned
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ import zmq
 def open_monitor(socket: zmq.Socket, events: int) -> zmq.Socket:
     """A socket on which `events` of `socket` arrive (`zmq.utils.monitor.recv_monitor_message`).
 
-    Without a high-water mark: ZeroMQ's network thread waits for whoever listens, and with it all connections
+    Without a high-water mark: ZeroMQ's network thread waits for the listener, and with it all connections
     of this process and their heartbeats, while the listener may wait for Python's lock. An event takes some
     hundred bytes until it is read.
     """

@@ -187,7 +187,7 @@ class Outbox:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def abandon(self) -> None:
-        """From any thread: whoever waits here for room gives up, within 0.1 s."""
+        """From any thread: a call that waits here for room gives up, within 0.1 s."""
         self._abandoned = True
 
     def check(self) -> None:
@@ -213,8 +213,8 @@ class Outbox:
             raise self.lost()
 
     def _repeat_the_attempt(self) -> None:
-        """If it has ended. Who lets the handshake pass still listens; where nobody listens any more, the
-        process has ended."""
+        """If it has ended. A peer that lets the handshake time out still listens; where no socket listens
+        any more, the process has ended."""
         if self._lost_at is None:
             return
         if self._was_connected and not self._connected:

@@ -118,7 +118,7 @@ class StageLink:
         Tensors on the device of the device lane take it when `peer` is the next stage; other device
         tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
         can be cut so. `batch`: which requests these are, in words; a receiver that has others refuses them.
-        `owned`: nobody will write to the host tensors any more, nor to arrays and tensors nested in other
+        `owned`: no one writes to the host tensors any more, nor to arrays and tensors nested in other
         values; otherwise they are copied here.
         `outboxes`: connections of a thread of its own, instead of the scheduler's.
         """

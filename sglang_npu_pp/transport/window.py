@@ -8,8 +8,9 @@ Why no bound forms a circle. A stage in iteration i waits for the outputs of ite
 the last stage has those only when every stage has taken the requests and proxies of that iteration. So when a
 stage pushes, at most `slots` messages of a kind, this one included, are not taken: with `always` = slots no
 push of an iteration that has a batch ever waits, for any sizes, depth or number of stages. Iterations without
-a batch push requests only, and whoever has not taken those does not wait for the sender's next ones: it waits
-for proxies, which were pushed before, or for outputs, whose sender does not wait either.
+a batch push requests only, and a stage that has not taken those does not wait for the sender's next ones: it
+waits for proxies, which were pushed before, or for outputs, whose sender does not wait either. Of outcomes of
+a control request there are two at most, which every stage takes before it handles the next one.
 `tests/transport/test_circles.py` searches for a counterexample.
 """
 
@@ -62,7 +63,8 @@ class Window:
     def has_room(self, nbytes: int) -> bool:
         """Whether a message of `nbytes` bytes may go.
 
-        What is in flight may have been taken without being reported, oldest first: nobody would ever tell us.
+        What is in flight may have been taken without being reported, oldest first, and no credit for it would
+        ever come.
         """
         bounds = self.bounds
         in_flight = self.sent_messages - self.taken_messages
