@@ -70,9 +70,3 @@ class DeviceStreams:
         """Let the current stream, not the host, wait for `event`."""
         if self.asynchronous:
             self._module.current_stream().wait_event(event)
-
-    def used_here(self, tensor: torch.Tensor) -> None:
-        """The current stream uses `tensor`, which was made on another one: until it has passed, the allocator
-        does not hand its memory out again."""
-        if self.asynchronous:
-            tensor.record_stream(self._module.current_stream())

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TransportError
-from ..streams import DeviceStreams
+from ..streams import DeviceStreams, Event
 from ..telemetry import ChannelCounters
 from .message import TensorSpec, dtype_name, torch_dtype
 
@@ -136,6 +136,7 @@ class DeviceLane:
         self._sending, self._receiving = self._streams.new_stream(), self._streams.new_stream()
         self._where = where
         self._slot_bytes = self._said_bytes = slot_bytes
+        self._outgrown: list[tuple[torch.Tensor, Event]] = []  # until the event behind their last use
         self._send_slots = self._reserve(slots if following is not None else 0)
         with self._streams.use(self._receiving):
             self.free_receive_slots = self._reserve(slots if previous is not None else 0)
@@ -152,9 +153,10 @@ class DeviceLane:
         if slot.buffer.numel() < nbytes:
             if nbytes > self._said_bytes:
                 self._say_too_large(nbytes)
-            # It was made on another stream, which would get the memory back at once.
-            self._streams.used_here(slot.buffer)
+            # Its memory would go back at once to the stream that it was made on, which may be another one.
+            self._outgrown.append((slot.buffer, self._streams.record()))
             slot.buffer = self._new_buffer(nbytes)
+        self._outgrown = [each for each in self._outgrown if not each[1].query()]
         return slot.buffer[:nbytes]
 
     def _say_too_large(self, nbytes: int) -> None:

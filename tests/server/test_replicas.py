@@ -29,24 +29,15 @@ def server(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     with short_directory() as base:
         tmpdir = base / ("d" * (LENGTH - len(os.fsencode(base)) - 1))
         tmpdir.mkdir()
-        server = launcher.configure(
+        with launcher.configure(
             1,
             2,
             patched=True,
             args=("--dp-size", "2"),
             env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1"},
             node_env={0: {"TMPDIR": str(tmpdir)}},
-        )
-        both = server.command
-        # It would be that of the process groups of both replicas.
-        server.command = lambda node=0: without(both(node), "--nccl-port")  # type: ignore[method-assign]
-        with server:
+        ) as server:
             yield server
-
-
-def without(command: list[str], option: str) -> list[str]:
-    place = command.index(option)
-    return command[:place] + command[place + 2 :]
 
 
 def test_every_replica_has_files_of_its_own(server: Server) -> None:
