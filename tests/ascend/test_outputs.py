@@ -100,6 +100,7 @@ def process_outputs(here: Here, number: int, rule: Rule | None = None) -> int | 
     )
     batch = SimpleNamespace(
         return_logprob=False,
+        return_hidden_states=False,
         spec_algorithm=SimpleNamespace(is_dspark=lambda: False),
         req_pool_indices=None,
     )
