@@ -14,6 +14,9 @@ iteration, and outputs, whose sender never waits for them to be taken (`transpor
 in flight drain, and every stage arrives. A rank tells what became of the request before it waits, so no two
 wait for each other, and the exchange is at the same place of the program on all ranks: a control request is
 the last of its list (`intake.py`).
+
+Disaggregated servers are left alone: there a stage waits in an iteration for request ids that stage 0 sends
+in its next one, behind its requests, and would wait for ever.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.outcomes import Outcome, failures, first_value, may_have_changed
 from sglang_npu_pp.patching import Patch
 
+from .disaggregation import is_disaggregated
 from .intake import needs_agreement
 from .pipeline import AsyncPipeline, current
 
@@ -76,7 +80,7 @@ def init_request_dispatcher(original: Any, scheduler: Any) -> None:
 def handle(scheduler: Any, handler: Any, request: Any) -> Any:
     """Handle a control request on all stages; returns the answer for the client."""
     pipeline = current()
-    if pipeline is None:
+    if pipeline is None or is_disaggregated(scheduler):
         return handler(request)
     pipeline.send_requests()
     served = _served_weights(scheduler, request)

@@ -25,6 +25,11 @@ _QUEUE = "sglang.srt.disaggregation.common.utils:FastQueue"
 _LAUNCHED = "sglang_npu_pp_launched"  # attribute of a request: event of its last launch
 
 
+def is_disaggregated(scheduler: Any) -> bool:
+    """As it is now: 0.5.20 and later can change the role of a running server."""
+    return str(getattr(scheduler.disaggregation_mode, "value", scheduler.disaggregation_mode)) != "null"
+
+
 def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, launched: Any) -> None:
     """Queue what the forward that was just launched writes, as far as it can be sent already.
 

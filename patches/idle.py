@@ -26,6 +26,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from .disaggregation import is_disaggregated
 from .pipeline import current
 
 
@@ -66,11 +67,6 @@ def may_sleep(scheduler: Any) -> bool:
         return not any(polls(scheduler) for polls in (*_ALWAYS_POLLED, *_PENDING))
     except AttributeError:
         return False
-
-
-def _is_disaggregated(scheduler: Any) -> bool:
-    """As it is now: 0.5.20 and later can change the role of a running server."""
-    return str(getattr(scheduler.disaggregation_mode, "value", scheduler.disaggregation_mode)) != "null"
 
 
 def _has_data_parallel_attention(scheduler: Any) -> bool:
@@ -132,7 +128,7 @@ def _owes_health_checks(scheduler: Any) -> bool:
 
 
 _ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
-    _is_disaggregated,
+    is_disaggregated,
     _has_data_parallel_attention,
     _has_second_tier,
     _has_input_blocker,
