@@ -39,12 +39,13 @@ class Reporter:
         snapshot = self._telemetry.snapshot()
         with suppress(Exception):
             logger.info("sglang-npu-pp, time of this rank:\n%s", render_table([snapshot]))
-        self._write(snapshot, self._settings.telemetry_dir, "SGLANG_NPU_PP_TELEMETRY_DIR")
         if self._settings.trace_dir is not None:
             trace = RankTrace.of(
                 self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns, snapshot.replica
             )
             self._write(trace, self._settings.trace_dir, "SGLANG_NPU_PP_TRACE")
+        # Last: with it the report of this rank is there.
+        self._write(snapshot, self._settings.telemetry_dir, "SGLANG_NPU_PP_TELEMETRY_DIR")
 
     def _write(self, what: Snapshot | RankTrace, directory: Path | None, variable: str) -> None:
         if directory is None:

@@ -25,6 +25,7 @@ from scripts.lib.ports import HOST, free_ports
 
 LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
 TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
+TRACE_SUFFIX = ".trace.json"  # of the files that are not counters
 PATH = "PYTHONPATH"
 
 # For a tiny model on a small machine. bfloat16, because transformers writes float32 into the
@@ -370,7 +371,8 @@ class Server:
         while True:
             now = modification_times(folder)
             written = sorted(path for path, mtime in now.items() if before.get(path) != mtime)
-            if len(written) >= len(schedulers) and all(is_complete_json(path) for path in written):
+            counters = [path for path in written if not path.name.endswith(TRACE_SUFFIX)]  # come last
+            if len(counters) >= len(schedulers) and all(is_complete_json(path) for path in written):
                 return written
             self.check_alive("while it was writing telemetry")
             if time.monotonic() > deadline:
