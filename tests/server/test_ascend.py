@@ -235,16 +235,6 @@ def test_order_of_the_patched_servers(on_npu: Observed, layout: Layout) -> None:
             assert not order.receives_are_posted_with_their_header(trace, slots=4)
 
 
-def test_slots_are_reserved_before_the_kv_pool_is_measured_and_suffice(
-    on_npu: Observed, layout: Layout
-) -> None:
-    """Prompts of several chunks have filled them. Upstream's server has none."""
-    reserved = [match.start() for match in re.finditer("the device lane has reserved", on_npu.log)]
-    assert len(reserved) == (layout.tp * layout.pp if layout.patched else 0)
-    assert all(place < on_npu.log.index("KV Cache is allocated") for place in reserved)
-    assert "does not fit into the slots" not in on_npu.log
-
-
 def test_a_held_receive_stops_the_host_of_upstream_only(on_npu: Observed, layout: Layout) -> None:
     """Upstream's host waits for the device in the forward whose proxies do not come. The patched one launches
     that forward, goes on to the next microbatch and launches that too; then there is nothing left to do
