@@ -75,8 +75,9 @@ def push(
 ) -> None:
     """Forwards that make proxies for the next stage. `occupied`: with a task "occupy" before that; `graph`:
     always in the same memory."""
-    output = numbered(here, -1, elements) if graph else None
     with broken(rule), on_forward_stream(here):
+        # On that stream, which is then the one that this memory is freed to.
+        output = numbered(here, -1, elements) if graph else None
         for number in numbers:
             if occupied:
                 occupy(1)

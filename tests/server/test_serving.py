@@ -159,8 +159,8 @@ def test_the_timeline_of_a_server_says_where_its_time_went(
     assert "stage 1" in (tmp_path / "picture.svg").read_text()
     first, second = analyse(read_traces(folder)).stages
     assert abs(first.launches - second.launches) <= 2  # the dump of the two ranks is not one moment
-    assert {span.kind for span in first.spans if span.state == EXPOSED} <= {"output"}
-    # Objects tell whether grammars are ready, for the requests of other tests on this server.
+    assert {span.kind for span in first.spans if span.state == EXPOSED} <= {"output", "outcome"}
+    # Outcomes are of control requests, objects of grammars: requests of other tests on this server.
     assert {span.kind for span in second.spans if span.state == EXPOSED} <= {"requests", "proxy", "object"}
 
 
