@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from scripts.lib.server import is_alive
 from sglang_npu_pp.telemetry import read_snapshots
 from sglang_npu_pp.trace import read_trace
 
@@ -128,13 +129,6 @@ def block(process: subprocess.Popen[str], how: str) -> None:
     wait_until(lambda: call.read_text().split()[2:4] == ["0x80", "0x2"], "the process is not blocked")
 
 
-def runs(process: psutil.Process) -> bool:
-    """Its parent may have waited for it by now, or not yet."""
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not condition():
@@ -219,7 +213,7 @@ def test_it_reports_without_the_process_beside_it(tmp_path: Path) -> None:
     with rank(tmp_path) as process:
         (beside,) = psutil.Process(process.pid).children()
         beside.kill()
-        wait_until(lambda: not runs(beside), "the process beside it runs")
+        wait_until(lambda: not is_alive(beside), "the process beside it runs")
         process.send_signal(signal.SIGUSR2)
         count(process, 1)
         process.send_signal(signal.SIGTERM)
