@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_npu_pp.decisions import Told
-from sglang_npu_pp.forward_timer import ForwardTimer
+from sglang_npu_pp.observe.forward_timer import ForwardTimer
+from sglang_npu_pp.observe.reporting import Reporter
+from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.outcomes import Outcome
-from sglang_npu_pp.reporting import Reporter
-from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate

@@ -23,16 +23,16 @@ from sglang_npu_pp.errors import (
     SettingsError,
     TransportError,
 )
-from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
+from sglang_npu_pp.observe.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
+from sglang_npu_pp.observe.reporting import Reporter
+from sglang_npu_pp.observe.stage_times import DepthAdviser
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.plugin import decision
-from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.settings import Settings, load_settings
-from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.token_return import PORT, TokenReturn
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport.clock import measure_clock
 from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups, slot_bytes_for
 from sglang_npu_pp.transport.exchange import process_group_exchange

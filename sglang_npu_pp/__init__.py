@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 
+from .observe.telemetry import Telemetry
 from .plugin import activate, deactivate, decision
-from .telemetry import Telemetry
 
 __version__ = "0.1.0"
 

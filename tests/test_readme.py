@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_npu_pp.metrics import COUNTERS, LIMITS, PREFIX
+from sglang_npu_pp.observe.metrics import COUNTERS, LIMITS, PREFIX
 from sglang_npu_pp.patches import PATCHES, load_contracts
 from sglang_npu_pp.settings import Settings
 

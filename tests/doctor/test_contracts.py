@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from scripts.lib.releases import IN_VENV, RELEASES
-from sglang_npu_pp.doctor import contracts
-from sglang_npu_pp.doctor.findings import Finding, Level
 from sglang_npu_pp.errors import ContractError
 from sglang_npu_pp.patches import PATCHES, installed, load_contracts, sglang_release
+from sglang_npu_pp.tools.doctor import contracts
+from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
 CONTRACTS = load_contracts()
 

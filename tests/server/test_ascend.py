@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from scripts.lib.server import Server
-from sglang_npu_pp.trace import Event
+from sglang_npu_pp.observe.trace import Event
 from tests.ascend_sim.controls import Simulator
 from tests.ascend_sim.deadlock import find_deadlock
 from tests.ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT

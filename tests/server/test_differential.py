@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sglang_npu_pp.trace import Event
+from sglang_npu_pp.observe.trace import Event
 from tests.field_cases import field_case
 
 from . import comparison, order

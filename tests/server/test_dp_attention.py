@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from scripts.lib.server import Server
-from sglang_npu_pp.telemetry import Snapshot, read_snapshots
-from sglang_npu_pp.trace import Event, read_traces
+from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
+from sglang_npu_pp.observe.trace import Event, read_traces
 
 from . import battery
 from .clocks import OTHERS, Conversation, advance, greedy

@@ -14,10 +14,10 @@ import pytest
 
 from scripts.lib.server import Server
 from sglang_npu_pp.__main__ import main
+from sglang_npu_pp.observe.telemetry import read_snapshots, render_table
+from sglang_npu_pp.observe.trace import read_traces
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import read_snapshots, render_table
-from sglang_npu_pp.timeline import EXPOSED, analyse
-from sglang_npu_pp.trace import read_traces
+from sglang_npu_pp.tools.timeline.states import EXPOSED, analyse
 from sglang_npu_pp.transport.clock import ROUNDS
 
 from . import battery

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import zmq
 
-from ..errors import TransportError
-from ..settings import Settings
-from ..transport.addresses import is_loopback, listening_addresses, own_interfaces, towards
-from ..transport.endpoints import SocketDirectory, bind_ipc, bind_tcp
+from ...errors import TransportError
+from ...settings import Settings
+from ...transport.addresses import is_loopback, listening_addresses, own_interfaces, towards
+from ...transport.endpoints import SocketDirectory, bind_ipc, bind_tcp
 from .findings import Finding, Level
 from .layout import Layout
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from ..patching import Contracts, Patch
 from .imports import import_without_devices
-from .patching import Contracts, Patch
 from .text import table
 
 REPOSITORIES = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import ContractError
-from ..patches import PATCHES, installed, load_contracts
-from ..patching import Contract, Contracts, Patch, known_contract
+from ...errors import ContractError
+from ...patches import PATCHES, installed, load_contracts
+from ...patching import Contract, Contracts, Patch, known_contract
 from .findings import Finding, Level
 from .versions import version_of
 

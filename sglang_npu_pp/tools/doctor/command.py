@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PipelineError
+from ...errors import PipelineError
+from ...transport.addresses import listening_addresses
 from ..imports import import_without_devices
-from ..transport.addresses import listening_addresses
 from .findings import Level, Section, as_json, count, render
 from .layout import Layout
 
@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     try:
         # versions.py tries torch_npu in a process of its own.
-        examine = import_without_devices("sglang_npu_pp.doctor.examine").examine
+        examine = import_without_devices("sglang_npu_pp.tools.doctor.examine").examine
         layout = Layout(
             options.tp_size,
             options.pp_size,
