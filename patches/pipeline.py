@@ -64,7 +64,7 @@ class Launch:
 
     iteration: int
     skipped: bool  # a pure middle chunk: its outputs are placeholders and do not travel
-    device_outputs: Mapping[str, Any] | None = None  # last stage: its own outputs, on the device
+    device_outputs: dict[str, Any] | None = None  # last stage: its own outputs, on the device
 
 
 class AsyncPipeline:
