@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sglang_npu_pp.decisions import Told
 from sglang_npu_pp.observe.forward_timer import ForwardTimer
@@ -23,9 +23,6 @@ from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
 
 from .intake import Intake
-
-if TYPE_CHECKING:
-    from .dp_metadata import DPMetadata
 
 _current: AsyncPipeline | None = None
 _left_to_upstream = False
@@ -67,6 +64,13 @@ class Launch:
     device_outputs: dict[str, Any] | None = None  # last stage: its own outputs, on the device
 
 
+class Undecided(Protocol):
+    """What a batch may still lack when it is about to be launched (see dp_metadata.py)."""
+
+    def finish(self) -> None:
+        """The last thing before a launch: decide what was not decided yet."""
+
+
 class AsyncPipeline:
     """Numbers the iterations of a scheduler and ties messages to microbatch slots.
 
@@ -91,7 +95,7 @@ class AsyncPipeline:
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
         self.reporter: Reporter | None = None
-        self.metadata: DPMetadata | None = None  # where attention is data-parallel
+        self.metadata: Undecided | None = None  # where attention is data-parallel
         self.transfers = TransferGate(streams, link.trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
         self.intake = Intake()  # of stage 0

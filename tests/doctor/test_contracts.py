@@ -77,6 +77,16 @@ def test_a_function_that_upstream_has_by_now_is_not_added() -> None:
     assert "already has the function" in finding.text
 
 
+def test_a_release_without_a_function_that_must_be_replaced_is_refused_as_by_the_server() -> None:
+    release = IN_VENV
+    (patch, *_) = (each for each in PATCHES if each.is_needed(CONTRACTS[release]) and not each.adds)
+    without = {release: {**CONTRACTS[release], patch.target: None}}
+    assert patch.is_needed(without[release])
+    findings = contracts.verdicts([patch], release, without, without[release].get)
+    assert levels(findings) == {Level.WRONG}
+    assert findings[1].text == "this SGLang does not have the function that we would replace"
+
+
 def test_an_unknown_release_is_named_with_the_sentence_of_the_server() -> None:
     (finding,) = contracts.verdicts(PATCHES, "0.6.0", CONTRACTS, lambda target: None)
     assert finding.level is Level.WRONG
