@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import ledger, timeline_command
+from . import ledger, settings_command, timeline_command
 from .doctor import command as doctor_command
 
-COMMANDS = (doctor_command.add, ledger.add, timeline_command.add)
+COMMANDS = (doctor_command.add, ledger.add, settings_command.add, timeline_command.add)
 """Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
 
 
