@@ -59,3 +59,11 @@ def test_the_number_of_patches_is_right() -> None:
 def test_every_release_is_named() -> None:
     for release in load_contracts():
         assert release in README
+        assert f"\n| {release} | " in OPERATING
+
+
+def test_the_readme_is_short_and_begins_with_a_command() -> None:
+    assert len(README.split()) <= 1000
+    before, _, block = README.partition("```bash\n")
+    first_command = block.splitlines()[0].partition("#")[0]
+    assert len(f"{before} ```bash {first_command}".split()) <= 80
