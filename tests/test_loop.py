@@ -81,3 +81,14 @@ Server(Path({str(MODEL)!r}), 1, 1, log=Path({str(tmp_path / "log")!r})).start()
     )
     assert done.returncode == 1
     assert "needs the marker `server`" in done.stderr
+
+
+@pytest.mark.parametrize(("length", "status"), [(72, 0), (73, 1)])
+def test_a_commit_subject_has_a_limit(tmp_path: Path, length: int, status: int) -> None:
+    """In characters; the body may be as long as it likes."""
+    message = tmp_path / "message"
+    message.write_text("\N{LATIN SMALL LETTER E WITH ACUTE}" * length + "\n\n" + "body " * 40)
+    command = [ROOT / "scripts/commit_subject.sh", message]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert ("73 characters" in done.stderr) == bool(status)
