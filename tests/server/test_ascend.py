@@ -29,8 +29,6 @@ from .held_receive import Held, hold_a_receive
 from .regression.loads import Pool, make_pool
 from .regression.test_soak import soak
 
-pytestmark = pytest.mark.server
-
 CONCURRENCY = 24
 CHUNK = 256  # tokens; of tests.server.conftest.ARGUMENTS
 PAGE = 128  # tokens; SGLang's own choice on an NPU, and the unit of its radix cache there
@@ -95,7 +93,13 @@ def on_cpu(reference: OnCPU) -> Observed:
     return reference.observed
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(layout, id=str(layout), marks=[pytest.mark.thorough] if layout != SOAKED else [])
+        for layout in LAYOUTS
+    ],
+)
 def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU) -> Observed:
     """The same of a server on the simulated Ascend, with what it did. Memory that is freed is overwritten."""
     layout: Layout = request.param

@@ -18,8 +18,6 @@ from . import comparison, order
 from .comparison import CHECKS, Layout, Observed, Pair, depth
 from .conftest import Launcher
 
-pytestmark = pytest.mark.server
-
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}
 LAYOUTS = [
     Layout("tp1-pp2", 1, 2),
@@ -37,7 +35,13 @@ def upstream_answers() -> dict[tuple[int, int], Observed]:
     return {}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.name)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(layout, id=layout.name, marks=[pytest.mark.thorough] if layout is not LAYOUTS[0] else [])
+        for layout in LAYOUTS
+    ],
+)
 def pair(
     request: pytest.FixtureRequest,
     make_launcher: Callable[[str], Launcher],

@@ -25,8 +25,6 @@ from . import battery
 from .clocks import OTHERS, Conversation, advance, greedy
 from .conftest import MOE_MODEL, Launcher
 
-pytestmark = pytest.mark.server
-
 LENGTHS = (1, 7, 64, 255, 300, 700)  # tokens; chunks are 256 for both ranks together
 DEVICE = os.environ.get("DP_ATTENTION_DEVICE", "cpu")
 ON_CPU = DEVICE == "cpu"

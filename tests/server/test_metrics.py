@@ -13,8 +13,6 @@ from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 
 from . import battery
 
-pytestmark = pytest.mark.server
-
 LIMIT_S = 30.0  # counters are copied once a second
 Labels = frozenset[tuple[str, str]]
 

@@ -20,8 +20,6 @@ from .conftest import Launcher
 LENGTH = 86  # of a TMPDIR that serves upstream
 LIMIT_S = 120.0
 
-pytestmark = pytest.mark.server
-
 
 @pytest.fixture(scope="module")
 def server(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:

@@ -23,8 +23,6 @@ from sglang_npu_pp.transport.clock import ROUNDS
 from . import battery
 from .conftest import traces
 
-pytestmark = pytest.mark.server
-
 LONG = {"ignore_eos": True, "max_new_tokens": 2000}
 
 
