@@ -45,7 +45,7 @@ def test_pytest_selects_what_is_computed_here(
 ) -> None:
     """Else markers would be set too late to select by. Only of a run that nothing but markers restricts."""
     options = request.config.option
-    if options.keyword or options.deselect or options.lf:
+    if options.keyword or options.deselect or getattr(options, "lf", False):
         pytest.skip("this run is restricted by more than markers")
     expression = options.markexpr or "True"
     assert {item.nodeid for item in request.session.items} == selected(expression, collected)
