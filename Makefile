@@ -3,7 +3,8 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-npu-sim demo test accuracy matrix lint bench bench-host-lane lost-peers soak contracts lock clean
+.NOTPARALLEL:
+.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-all accuracy matrix lint bench bench-host-lane lost-peers soak contracts lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -20,9 +21,23 @@ serve-npu-sim: setup  ## the same on the simulated Ascend: SGLang's NPU path, th
 demo: setup  ## serve, ask which digit a picture shows, end; fails when the answer is wrong
 	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)
 
-test: lint  ## lint, then the whole suite (ARGS="-k NAME" for a part)
+# Each test is in `test` or in `test-rest`, none in both; `quick` is a part of `test` (tests/test_loop.py).
+QUICK := not (server or simulator or thorough)
+TEST := not thorough
+REST := thorough
+
+quick: setup  ## tests that need neither a server nor the simulated Ascend, a few minutes; no lint
+	$(PYTHON_IN_VENV) -m pytest -m "$(QUICK)" --durations=10 $(ARGS)
+
+test: lint  ## lint, then every kind of thing once, on real servers too (ARGS="-k NAME" for a part)
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
-	$(PYTHON_IN_VENV) -m pytest --durations=25 $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -m "$(TEST)" --durations=25 $(ARGS)
+
+test-rest: setup  ## what `make test` leaves out: further layouts, releases, settings and loads
+	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
+	$(PYTHON_IN_VENV) -m pytest -m "$(REST)" --durations=25 $(ARGS)
+
+test-all: test test-rest  ## the whole suite: test, then test-rest
 
 accuracy: setup  ## lmms_eval and a random model, unpatched against patched (ARGS="--quick", "--self-test")
 	@$(PYTHON_IN_VENV) scripts/accuracy.py $(ARGS)

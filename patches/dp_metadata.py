@@ -189,7 +189,10 @@ def _could_be_converted(info: Any) -> bool:
 
 def _metadata() -> DPMetadata | None:
     pipeline = current()
-    return None if pipeline is None else pipeline.metadata
+    metadata = None if pipeline is None else pipeline.metadata
+    # The pipeline's type says less, since its module is imported here; nothing else is ever put there.
+    assert metadata is None or isinstance(metadata, DPMetadata)
+    return metadata
 
 
 def all_gather(original: Any, info: Any, device: Any, group: Any, use_all_reduce: bool = False) -> None:

@@ -23,11 +23,10 @@ from typing import Any
 
 import psutil
 
-from sglang_npu_pp.ending import LAUNCHER, Node, end_node, speak
+from sglang_npu_pp.ending import LAUNCHER, POLL_S, Node, Watch, end_node, speak
 from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
-from sglang_npu_pp.watch import POLL_S, Watch
 
 from .pipeline import current, has_pipeline
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sglang_npu_pp.decisions import Told
-from sglang_npu_pp.forward_timer import ForwardTimer
+from sglang_npu_pp.observe.forward_timer import ForwardTimer
+from sglang_npu_pp.observe.reporting import Reporter
+from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.outcomes import Outcome
-from sglang_npu_pp.reporting import Reporter
-from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
@@ -23,9 +23,6 @@ from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
 
 from .intake import Intake
-
-if TYPE_CHECKING:
-    from .dp_metadata import DPMetadata
 
 _current: AsyncPipeline | None = None
 _left_to_upstream = False
@@ -64,7 +61,14 @@ class Launch:
 
     iteration: int
     skipped: bool  # a pure middle chunk: its outputs are placeholders and do not travel
-    device_outputs: Mapping[str, Any] | None = None  # last stage: its own outputs, on the device
+    device_outputs: dict[str, Any] | None = None  # last stage: its own outputs, on the device
+
+
+class Undecided(Protocol):
+    """What a batch may still lack when it is about to be launched (see dp_metadata.py)."""
+
+    def finish(self) -> None:
+        """The last thing before a launch: decide what was not decided yet."""
 
 
 class AsyncPipeline:
@@ -91,7 +95,7 @@ class AsyncPipeline:
         self.launched: dict[int, Launch] = {}
         self.adviser: DepthAdviser | None = None  # until it has measured enough
         self.reporter: Reporter | None = None
-        self.metadata: DPMetadata | None = None  # where attention is data-parallel
+        self.metadata: Undecided | None = None  # where attention is data-parallel
         self.transfers = TransferGate(streams, link.trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
         self.intake = Intake()  # of stage 0

@@ -8,19 +8,25 @@ behind it. The outputs of the last stage leave at the same place, and the KV chu
 
 from __future__ import annotations
 
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.token_return import copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
 from .hidden_states import add_hidden_states
-from .measuring import measured
-from .microbatch import describe
 from .pipeline import AsyncPipeline, Launch, current
+
+logger = logging.getLogger("sglang_npu_pp")
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 
@@ -38,37 +44,18 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     pipeline = current()
     if pipeline is None:
         return original(scheduler, mb_id, *arguments)
-    *given, pp_proxy_tensors, mb_metadata, last_rank_comm_queue = arguments
-    cur_batch = scheduler.mbs[mb_id]
-    from sglang.srt.managers.scheduler_pp_mixin import _pp_can_skip_output_comm
-
-    prebuilt = cur_batch.forward_mode.is_prebuilt()
-    skipped = prebuilt or _pp_can_skip_output_comm(cur_batch)
-    batch = describe(cur_batch)
-    proxies = _wait_for_proxies(scheduler, pp_proxy_tensors, batch)
-    if pipeline.metadata is not None:
-        pipeline.metadata.finish()
-    trace = pipeline.link.trace
-    trace.record("launch", "", mb_id, pipeline.iteration)
-    with (
-        pipeline.link.telemetry.phase("forward"),
-        measured(scheduler, pipeline, mb_id, counted=not skipped),
-    ):
+    *given, proxies, mb_metadata, last_rank_comm_queue = arguments
+    microbatch = _Microbatch.of(scheduler.mbs[mb_id])
+    proxies = _wait_for_proxies(scheduler, proxies, microbatch.words)
+    _decide_what_was_put_off(pipeline)
+    with _timed(scheduler, pipeline, mb_id, counted=not microbatch.skipped):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
-    trace.record("launched", "", mb_id, pipeline.iteration)
-    outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
-    pipeline.launched[mb_id] = Launch(pipeline.iteration, skipped, outputs)
-    pipeline.link.release(launched)
-    if outputs is not None:
-        if not skipped:
-            add_hidden_states(scheduler, cur_batch, result, outputs)
-            _return_tokens(scheduler, pipeline, mb_id)
-    elif not prebuilt:
-        # On the forward stream: the next forward may overwrite the tensors once they are packed.
-        with scheduler.forward_stream_ctx:
-            proxies_out = result.pp_hidden_states_proxy_tensors.tensors
-            pipeline.send_proxies(proxies_out, batch, _gather_group(scheduler))
-    send_launched_chunks(scheduler, pipeline, cur_batch, launched)
+    _note_launch(pipeline, mb_id, microbatch, launched, last_rank_comm_queue)
+    if pipeline.is_last:
+        _send_outputs(scheduler, pipeline, mb_id, microbatch, result)
+    else:
+        _send_proxies(scheduler, pipeline, microbatch, result)
+    send_launched_chunks(scheduler, pipeline, microbatch.batch, launched)
     return result, launched
 
 
@@ -77,8 +64,43 @@ def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **op
     return original(scheduler, *arguments, **options) if current() is None else []
 
 
+# --- the steps of a launch ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """What a launch has to know of its batch beside its tensors."""
+
+    batch: Any  # SGLang's
+    prebuilt: bool  # a decode server's, whose prefill another server has run: nothing is computed
+    skipped: bool  # its outputs are placeholders on every stage, and do not travel
+    words: str  # which requests it has, see `describe`
+
+    @classmethod
+    def of(cls, batch: Any) -> _Microbatch:
+        from sglang.srt.managers.scheduler_pp_mixin import _pp_can_skip_output_comm
+
+        prebuilt = batch.forward_mode.is_prebuilt()
+        return cls(batch, prebuilt, prebuilt or _pp_can_skip_output_comm(batch), describe(batch))
+
+
+def describe(batch: Any) -> str:
+    """Which requests a microbatch has, in words that two stages can compare: for example "decode of 3
+    requests, 3 tokens (5f3a9c01)"; the number checks the ids in order.
+
+    Every stage decides for itself which requests it runs next. Upstream relies on all of them deciding
+    alike; when one did not (an abort, a time limit, a grammar that was ready on one stage only), it computed
+    on the rows of other requests, or hung. So proxies say which requests they belong to.
+    """
+    names = [request.rid for request in batch.reqs]
+    mode = batch.forward_mode
+    tokens = batch.extend_num_tokens if mode.is_extend() else len(names)
+    digest = zlib.crc32("\n".join(names).encode())
+    return f"{mode.name.lower()} of {len(names)} requests, {tokens} tokens ({digest:08x})"
+
+
 def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:
-    """Nothing is done between this wait and the forward."""
+    """`pending` itself on the first stage."""
     if not isinstance(pending, Pending):
         return pending
     pending.batch = batch
@@ -92,6 +114,76 @@ def _gather_group(scheduler: Any) -> Any:
     """Ranks that hold equal proxies. Up to 0.5.18 those of a context-parallel prefill do not, and upstream
     says so here; later its attention groups have one rank then."""
     return scheduler.attn_tp_group if getattr(scheduler, "require_attn_tp_allgather", True) else None
+
+
+def _decide_what_was_put_off(pipeline: AsyncPipeline) -> None:
+    """With data-parallel attention: what the rows of the other ranks say of this batch."""
+    if pipeline.metadata is not None:
+        pipeline.metadata.finish()
+
+
+@contextmanager
+def _timed(scheduler: Any, pipeline: AsyncPipeline, slot: int, counted: bool) -> Iterator[None]:
+    """Around the launch of a forward: for the telemetry, for the trace while one is recorded, and at first
+    for the advice on the depth.
+
+    `counted` is False for a batch whose outputs are not waited for: the link does not hold it up.
+    """
+    trace, stream = pipeline.link.trace, scheduler.forward_stream_ctx
+    trace.record("launch", "", slot, pipeline.iteration)
+    with pipeline.link.telemetry.phase("forward"):
+        if pipeline.adviser is not None:
+            with stream:
+                pipeline.adviser.begin(_kind(scheduler, slot) if counted else "skipped", pipeline.iteration)
+        with pipeline.timing(stream, slot):
+            yield
+        if pipeline.adviser is not None:
+            with stream:
+                pipeline.adviser.end()
+            _say_advice(scheduler, pipeline, pipeline.adviser)
+    trace.record("launched", "", slot, pipeline.iteration)
+
+
+def _kind(scheduler: Any, slot: int) -> str:
+    mode = scheduler.mbs[slot].forward_mode
+    return "decode" if mode.is_decode() else "prefill" if mode.is_extend() else mode.name
+
+
+def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) -> None:
+    """Once, when nothing more is to be measured: stage 0 says which depth would hide the link."""
+    if not adviser.finished:
+        return
+    pipeline.adviser = None
+    if pipeline.link.stage == 0:
+        limit = scheduler.server_args.pp_max_micro_batch_size
+        logger.info("sglang-npu-pp: %s", adviser.advice(scheduler.max_running_requests, limit))
+
+
+def _note_launch(
+    pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch, launched: Any, last_rank_comm_queue: Any
+) -> None:
+    """Keep what its outputs will need. Its proxies are used up once the event `launched` has passed."""
+    outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
+    pipeline.launched[slot] = Launch(pipeline.iteration, microbatch.skipped, outputs)
+    pipeline.link.release(launched)
+
+
+def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbatch, result: Any) -> None:
+    """On the forward stream: the next forward may overwrite the tensors once they are packed."""
+    if microbatch.prebuilt:
+        return
+    with scheduler.forward_stream_ctx:
+        proxies = result.pp_hidden_states_proxy_tensors.tensors
+        pipeline.send_proxies(proxies, microbatch.words, _gather_group(scheduler))
+
+
+def _send_outputs(
+    scheduler: Any, pipeline: AsyncPipeline, mb_id: int, microbatch: _Microbatch, result: Any
+) -> None:
+    outputs = pipeline.launched[mb_id].device_outputs
+    if outputs is not None and not microbatch.skipped:
+        add_hidden_states(scheduler, microbatch.batch, result, outputs)
+        _return_tokens(scheduler, pipeline, mb_id)
 
 
 def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int) -> None:

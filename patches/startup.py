@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-import sglang_npu_pp
 from sglang_npu_pp.agreement import agree
 from sglang_npu_pp.errors import (
     ContractError,
@@ -23,22 +22,22 @@ from sglang_npu_pp.errors import (
     SettingsError,
     TransportError,
 )
-from sglang_npu_pp.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
+from sglang_npu_pp.observe.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
+from sglang_npu_pp.observe.reporting import Reporter
+from sglang_npu_pp.observe.stage_times import DepthAdviser
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.patching import Patch
-from sglang_npu_pp.plugin import decision
-from sglang_npu_pp.reporting import Reporter
 from sglang_npu_pp.settings import Settings, load_settings
-from sglang_npu_pp.stage_times import DepthAdviser
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.token_return import PORT, TokenReturn
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport.clock import measure_clock
 from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups, slot_bytes_for
 from sglang_npu_pp.transport.exchange import process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
+from sglang_npu_pp.version import __version__
 
 from .dp_metadata import open_metadata
 from .groups import attach_link
@@ -51,6 +50,13 @@ logger = logging.getLogger("sglang_npu_pp")
 
 
 _without_groups: list[Any] = []  # the scheduler of this process until its process groups exist
+_decision: str | None = None
+
+
+def set_decision(sentence: str) -> None:
+    """What the plugin decided in this process: the log of a scheduler says it again, with stage and rank."""
+    global _decision
+    _decision = sentence
 
 
 def init_idle_sleeper(original: Any, scheduler: Any) -> None:
@@ -78,7 +84,7 @@ def _start(scheduler: Any) -> None:
     parallel = get_parallel()
     where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
     if parallel.pp_size == 1:
-        logger.info("sglang-npu-pp: %s; one stage, nothing to make asynchronous", decision())
+        logger.info("sglang-npu-pp: %s; one stage, nothing to make asynchronous", _decision)
         return
     settings = load_settings()
     reason = _unsupported(scheduler)
@@ -107,7 +113,7 @@ def _start(scheduler: Any) -> None:
     lane = "host" if pipeline.link.device_lane is None else "device"
     logger.info(
         "sglang-npu-pp: %s; %s of %d stages, proxies on the %s lane, tokens and requests on the host lane",
-        decision(),
+        _decision,
         where,
         parallel.pp_size,
         lane,
@@ -137,7 +143,7 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
 
     statement = {
         "sglang": release,
-        "sglang-npu-pp": sglang_npu_pp.__version__,
+        "sglang-npu-pp": __version__,
         "protocol": str(PROTOCOL),
         "path": "asynchronous" if reason is None else f"upstream ({reason})",
         **settings.shared_values(),

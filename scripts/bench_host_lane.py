@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import Telemetry
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport.exchange import process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind, Message

@@ -183,7 +183,7 @@ def show_picture(picture: Path, columns: int = 16, rows: int = 8) -> None:
 
 def show_telemetry(server: Server, folder: Path) -> None:
     """Print where each stage's scheduler spent its time since the start."""
-    from sglang_npu_pp.telemetry import read_snapshots, render_table
+    from sglang_npu_pp.observe.telemetry import read_snapshots, render_table
 
     server.dump_telemetry()
     console.print("\nWhere the time of each stage went, since the start of the server:\n")

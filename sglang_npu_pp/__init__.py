@@ -7,17 +7,16 @@ sglang_npu_pp.counters()     # counters of this rank, once its scheduler has sta
 
 from __future__ import annotations
 
-import importlib
-
+from .observe.telemetry import Telemetry
 from .plugin import activate, deactivate, decision
-from .telemetry import Telemetry
-
-__version__ = "0.1.0"
+from .version import __version__
 
 
 def counters() -> Telemetry | None:
     """The counters of this process, None where no scheduler with a pipeline runs."""
-    pipeline = importlib.import_module("sglang_npu_pp.patches.pipeline").current()
+    from .patches.pipeline import current  # imports torch, which `import sglang_npu_pp` does not
+
+    pipeline = current()
     return None if pipeline is None else pipeline.link.telemetry
 
 

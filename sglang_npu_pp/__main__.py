@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import ledger, timeline_command
-from .doctor import command as doctor_command
+from .tools import ledger, settings_command
+from .tools.doctor import command as doctor_command
+from .tools.timeline import command as timeline_command
 
-COMMANDS = (doctor_command.add, ledger.add, timeline_command.add)
+COMMANDS = (doctor_command.add, ledger.add, settings_command.add, timeline_command.add)
 """Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
 
 

@@ -12,6 +12,7 @@ contract says which of these a release has, so no version numbers are compared.
 from __future__ import annotations
 
 import ast
+import enum
 import functools
 import hashlib
 import importlib
@@ -194,6 +195,45 @@ def known_contract(release: str, contracts: Contracts) -> Contract:
     return contract
 
 
+class Why(enum.Enum):
+    """What keeps a patch off an SGLang."""
+
+    DIFFERS = enum.auto()  # functions are not as its release has them
+    PRESENT = enum.auto()  # it has the function that would be added
+    ABSENT = enum.auto()  # it does not have the function that would be replaced
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One patch that cannot be applied."""
+
+    why: Why
+    targets: tuple[str, ...]
+
+
+IsAsKnown = Callable[[str, str | None], bool]
+"""Whether the function at a target has this fingerprint; with None, whether there is no such function."""
+
+
+def misfit(patch: Patch, contract: Contract, is_as_known: IsAsKnown) -> Misfit | None:
+    """The one rule of what fits an SGLang of that contract; None where the patch does, or is not needed.
+
+    The server asks it of its own process (`check_contracts`), the doctor of the files.
+    """
+    different = tuple(
+        target
+        for target in patch.checked_targets(contract)
+        if target not in contract or not is_as_known(target, contract[target])
+    )
+    if different:
+        return Misfit(Why.DIFFERS, different)
+    if not patch.is_needed(contract):
+        return None
+    if patch.adds:
+        return None if is_as_known(patch.target, None) else Misfit(Why.PRESENT, (patch.target,))
+    return Misfit(Why.ABSENT, (patch.target,)) if contract[patch.target] is None else None
+
+
 def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts) -> tuple[Patch, ...]:
     """Return those of `patches` that this release needs.
 
@@ -201,24 +241,23 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
     """
     contract = known_contract(release, contracts)
     _import_what_is_replaced(patch for patch in patches if patch.is_needed(contract))
-    different = [
-        target
-        for target in sorted({target for patch in patches for target in patch.checked_targets(contract)})
-        if not _is_as_known(target, contract)
-    ]
+    is_as_known = functools.cache(_is_as_known)  # many patches rely on the same functions
+    found = [misfit(patch, contract, is_as_known) for patch in patches]
+    different = sorted(
+        {target for each in found if each and each.why is Why.DIFFERS for target in each.targets}
+    )
     if different:
         raise ContractError(
             f"This SGLang calls itself {release}, but {', '.join(different)} "
             f"{'differs' if len(different) == 1 else 'differ'} from that release "
             "(another plugin, or an edited file?)."
         )
-    needed = tuple(patch for patch in patches if patch.is_needed(contract))
-    for patch in needed:
-        if patch.adds and hasattr(*_resolve(patch.target)):
+    for patch, each in zip(patches, found, strict=True):
+        if each and each.why is Why.PRESENT:
             raise ContractError(f"SGLang {release} already has {patch.target}, which we would add.")
-        if not patch.adds and contract[patch.target] is None:
+        if each and each.why is Why.ABSENT:
             raise ContractError(f"SGLang {release} has no {patch.target}, which we would replace.")
-    return needed
+    return tuple(patch for patch in patches if patch.is_needed(contract))
 
 
 def _import_what_is_replaced(patches: Iterable[Patch]) -> None:
@@ -228,10 +267,8 @@ def _import_what_is_replaced(patches: Iterable[Patch]) -> None:
             importlib.import_module(patch.target.partition(":")[0])
 
 
-def _is_as_known(target: str, contract: Contract) -> bool:
-    if target not in contract:
-        return False
-    known = contract[target]
+def _is_as_known(target: str, known: str | None) -> bool:
+    """Of the SGLang of this process. Raises ContractError where a function that is known cannot be read."""
     return not _exists(target) if known is None else fingerprint(target) == known
 
 

@@ -6,7 +6,6 @@ raises and goes on without it, so where the user said `require` the process is e
 
 from __future__ import annotations
 
-import importlib
 import logging
 import multiprocessing
 import sys
@@ -44,7 +43,8 @@ def activate(settings: Settings | None = None) -> bool:
         _decide("off, because SGLANG_NPU_PP=0")
         return False
     try:
-        patches = importlib.import_module("sglang_npu_pp.patches")
+        from . import patches  # not before: a process in which it is off does not pay for torch
+
         release = patches.sglang_release()
         needed = check_contracts(patches.patches_here(), release, patches.load_contracts())
         _applied = AppliedPatches(needed)
@@ -56,7 +56,9 @@ def activate(settings: Settings | None = None) -> bool:
             ) from error
         _decide(f"not activated, SGLang is left as it is: {error}", problem=True)
         return False
-    _decide(f"{len(needed)} patches in force for SGLang {release}")
+    sentence = f"{len(needed)} patches in force for SGLang {release}"
+    patches.startup.set_decision(sentence)
+    _decide(sentence)
     return True
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from .errors import PeerLostError, PipelineError
+from .observe.telemetry import ChannelCounters
 from .streams import DeviceStreams
-from .telemetry import ChannelCounters
 
 # HCCL takes twice so much memory of the device for a communicator, 200 MB unless it is told otherwise, and
 # these rows have a few bytes. vllm-ascend gives 50 to the group of its own metadata.

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .observe.trace import Trace
 from .streams import DeviceStreams, Event
-from .trace import Trace
 
 _EVENT = "sglang_npu_pp_written"  # attribute of a queued chunk until its event has passed
 

@@ -6,13 +6,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every child
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from scripts.lib.server import REFUSED_VARIABLE
 from tests.ascend_sim import build
 from tests.transport.harness import Team, TeamKeeper, short_directory
 
@@ -28,20 +29,33 @@ settings.register_profile(
 )
 settings.load_profile("project")
 
-ASCEND = {Path(__file__).parent / name for name in ("ascend", "ascend_sim", "server/test_ascend.py")}
+HERE = Path(__file__).parent
+# Where tests start a server, and where they use the simulated Ascend. A test elsewhere that starts a server
+# has the marker by hand: without it `Server.start` refuses.
+SERVERS = {HERE / "server"}
+SIMULATOR = {HERE / name for name in ("ascend", "ascend_sim", "server/test_ascend.py")}
+REFUSED = "a test that starts a server needs the marker `server`, so that `make quick` leaves it out"
+
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any test is deselected
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `-k` find field cases by their names, and see to what needs the simulated Ascend."""
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what a test needs by where it lies, and let `-k` find field cases by their names."""
     for item in items:
+        places = {item.path, *item.path.parents}
+        if SERVERS & places:
+            item.add_marker(pytest.mark.server)
+        if SIMULATOR & places:
+            item.add_marker(pytest.mark.simulator)
         for mark in item.iter_markers("field_case"):
             item.extra_keyword_matches.update(mark.args)
-    _require_ascend_sim(items)
+    config.stash[COLLECTED] = list(items)
 
 
-def _require_ascend_sim(items: list[pytest.Item]) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Skip what needs the simulated Ascend where it cannot be built; with REQUIRE_ASCEND_SIM end instead."""
-    concerned = [item for item in items if ASCEND.intersection([item.path, *item.path.parents])]
+    concerned = [item for item in session.items if item.get_closest_marker("simulator")]
     reason = build.unavailable() if concerned else None
     if reason is None:
         return
@@ -49,6 +63,24 @@ def _require_ascend_sim(items: list[pytest.Item]) -> None:
         pytest.exit(f"REQUIRE_ASCEND_SIM is set, but {reason}", returncode=1)
     for item in concerned:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Without the marker a test cannot start a server: not itself, not by a fixture, not in a child."""
+    if item.get_closest_marker("server"):
+        return (yield)
+    os.environ[REFUSED_VARIABLE] = REFUSED
+    try:
+        return (yield)
+    finally:
+        del os.environ[REFUSED_VARIABLE]
+
+
+@pytest.fixture
+def collected(pytestconfig: pytest.Config) -> list[pytest.Item]:
+    """Every test that was found, those included that were then deselected."""
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from sglang_npu_pp.ending import Node, end_node, is_resource_tracker, speak
+from sglang_npu_pp.ending import Node, Watch, end_node, is_resource_tracker, speak
 from sglang_npu_pp.errors import PeerLostError
-from sglang_npu_pp.watch import Watch
 
 LIMIT_S = 1.0
 

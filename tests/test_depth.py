@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_npu_pp.depth import (
+from sglang_npu_pp.observe.depth import (
     HIDDEN,
     StageTimes,
     advise,

@@ -35,6 +35,8 @@ RUN_BY = {
     "test_both_sides_see_the_same_link",
     "python -m sglang_npu_pp ledger --markdown > docs/patches.md": "tests/test_ledger.py::"
     "test_the_document_is_what_the_command_prints",
+    "python -m sglang_npu_pp settings --markdown > docs/settings.md": "tests/test_settings_command.py::"
+    "test_the_document_is_what_the_command_prints",
     "python -m sglang_npu_pp timeline DIR": "tests/test_timeline.py::"
     "test_the_command_prints_the_table_and_draws_the_picture",
     "python -m sglang_npu_pp timeline DIR --iterations 100:140": "tests/test_timeline.py::"
@@ -152,7 +154,7 @@ def source_of(script: str) -> str:
     return (ROOT / script.replace(".", "/") / "__main__.py").read_text()
 
 
-@pytest.mark.parametrize("command", ["doctor", "ledger", "timeline"])
+@pytest.mark.parametrize("command", ["doctor", "ledger", "settings", "timeline"])
 def test_options_of_the_tool_that_are_named_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

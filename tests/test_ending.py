@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from sglang_npu_pp import ending
-from sglang_npu_pp.watch import POLL_S
+from sglang_npu_pp.ending import POLL_S
 
 from .small_node import LIMIT_S
 

@@ -7,12 +7,11 @@ import pytest
 from .field_cases import CASES, field_case
 
 
-def test_every_case_has_a_test(request: pytest.FixtureRequest) -> None:
+def test_every_case_has_a_test(pytestconfig: pytest.Config, collected: list[pytest.Item]) -> None:
     """Looks at what pytest has collected: skipped where that is only a part of the suite."""
-    options = request.config.option
-    if options.keyword or options.markexpr or request.config.args != request.config.getini("testpaths"):
+    if pytestconfig.args != pytestconfig.getini("testpaths"):
         pytest.skip("only a part of the suite was collected")
-    marks = [mark for item in request.session.items for mark in item.iter_markers("field_case")]
+    marks = [mark for item in collected for mark in item.iter_markers("field_case")]
     assert CASES.keys() == {name for mark in marks for name in mark.args}
 
 

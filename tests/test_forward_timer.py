@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sglang_npu_pp.forward_timer import ForwardTimer
-from sglang_npu_pp.trace import Trace
+from sglang_npu_pp.observe.forward_timer import ForwardTimer
+from sglang_npu_pp.observe.trace import Trace
 
 MS = 1_000_000  # ns
 HOST_MS, DEVICE_MS = 7_000, 100  # what the clocks of host and device say at the start

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_npu_pp import ledger
 from sglang_npu_pp.__main__ import main
 from sglang_npu_pp.patches import PATCHES, load_contracts
+from sglang_npu_pp.tools import ledger
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = ledger.entries(PATCHES, load_contracts())

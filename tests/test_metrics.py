@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_npu_pp import metrics
-from sglang_npu_pp.metrics import COUNTERS, LIMITS, Exporter
-from sglang_npu_pp.telemetry import ChannelCounters, Telemetry
+from sglang_npu_pp.observe import metrics
+from sglang_npu_pp.observe.metrics import COUNTERS, LIMITS, Exporter
+from sglang_npu_pp.observe.telemetry import ChannelCounters, Telemetry
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,11 +137,11 @@ def _full_disk() -> None:
 
 RANK = """
 import sys
-import sglang_npu_pp.metrics as metrics  # before the directory is known, as a plugin is loaded
+import sglang_npu_pp.observe.metrics as metrics  # before the directory is known, as a plugin is loaded
 assert "prometheus_client" not in sys.modules
 import os
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
-from sglang_npu_pp.telemetry import Telemetry
+from sglang_npu_pp.observe.telemetry import Telemetry
 telemetry = Telemetry(int(sys.argv[2]), int(sys.argv[3]))
 telemetry.sending("proxy").messages = 10 + telemetry.stage
 exporter = metrics.Exporter(telemetry, {metrics.SLOTS: 2})

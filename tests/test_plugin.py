@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-PRELUDE = """
+pytestmark = pytest.mark.timeout(120)
+
+# Imports SGLang, which takes seconds, then forks a process for each program: what it changes ends with it.
+IMPORTED = """
+import json
+import os
+import sys
+
 import sglang_npu_pp
 from sglang_npu_pp import plugin
 from sglang_npu_pp.errors import ContractError
@@ -16,22 +26,58 @@ import sglang.version
 from sglang.srt.managers.scheduler_pp_mixin import SchedulerPPMixin
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 launch = SchedulerPPMixin._pp_launch_batch
+
+for line in sys.stdin:
+    order = json.loads(line)
+    if not (child := os.fork()):
+        break
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+else:
+    sys.exit()
+for descriptor, path in enumerate(order["output"], 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+os.environ.update(order["environment"])
+exec(order["program"])
 """
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture(scope="module")
+def imported() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported SGLang and runs a program a line, each in a child."""
     variables = {name: text for name, text in os.environ.items() if not name.startswith("SGLANG_NPU_PP")}
-    return subprocess.run(
-        [sys.executable, "-c", PRELUDE + program],
-        env={**variables, "SGLANG_USE_CPU_ENGINE": "1", **environment},
-        capture_output=True,
+    with subprocess.Popen(
+        [sys.executable, "-c", IMPORTED],
+        env={**variables, "SGLANG_USE_CPU_ENGINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
-    )
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()  # which ends it
 
 
-def test_activate_by_hand_patches_once_and_can_be_taken_back() -> None:
+@pytest.fixture
+def run(imported: subprocess.Popen[str], tmp_path: Path) -> Run:
+    """Runs a program behind those imports, with these variables, in a process of its own."""
+
+    def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        output = [tmp_path / "stdout", tmp_path / "stderr"]
+        order = {"program": program, "environment": environment, "output": [str(path) for path in output]}
+        assert imported.stdin is not None
+        assert imported.stdout is not None
+        print(json.dumps(order), file=imported.stdin, flush=True)
+        status = int(imported.stdout.readline())
+        stdout, stderr = (path.read_text() for path in output)
+        return subprocess.CompletedProcess([program], status, stdout, stderr)
+
+    return run
+
+
+def test_activate_by_hand_patches_once_and_can_be_taken_back(run: Run) -> None:
     result = run(
         """
 assert sglang_npu_pp.activate() is True
@@ -50,7 +96,7 @@ assert not hasattr(GroupCoordinator, "irecv_tensor_dict")
     assert result.stderr.count("patches in force for SGLang 0.5.21") == 1
 
 
-def test_off_leaves_everything_alone() -> None:
+def test_off_leaves_everything_alone(run: Run) -> None:
     result = run(
         """
 assert sglang_npu_pp.activate() is False
@@ -63,7 +109,7 @@ assert SchedulerPPMixin._pp_launch_batch is launch
 
 
 @pytest.mark.parametrize(("mode", "release"), [("auto", "0.6.0"), ("require", "0.5.23.post1")])
-def test_an_unknown_release_is_left_alone_or_refused(mode: str, release: str) -> None:
+def test_an_unknown_release_is_left_alone_or_refused(run: Run, mode: str, release: str) -> None:
     result = run(
         f"sglang.version.__version__ = {release!r}"
         """
@@ -86,7 +132,7 @@ assert not hasattr(GroupCoordinator, "irecv_tensor_dict")
         assert result.stderr.count(f"SGLang is left as it is: SGLang {release} is not a release") == 1
 
 
-def test_a_function_that_differs_from_its_release_is_named_and_nothing_is_patched() -> None:
+def test_a_function_that_differs_from_its_release_is_named_and_nothing_is_patched(run: Run) -> None:
     result = run(
         """
 SchedulerPPMixin._pp_commit_comm_work = SchedulerPPMixin._pp_commit_proxy_send_work
@@ -99,7 +145,7 @@ assert SchedulerPPMixin._pp_launch_batch is launch
     assert "SchedulerPPMixin._pp_commit_comm_work differs from that release" in result.stderr
 
 
-def test_a_bad_setting_ends_the_process_through_sglangs_own_loader() -> None:
+def test_a_bad_setting_ends_the_process_through_sglangs_own_loader(run: Run) -> None:
     """SGLang only logs what a plugin raises; a server with a wrong setting must not start."""
     result = run(
         "from sglang.srt.plugins import load_plugins\nload_plugins()\nprint('went on')",
@@ -110,7 +156,7 @@ def test_a_bad_setting_ends_the_process_through_sglangs_own_loader() -> None:
     assert "sglang-npu-pp: SGLANG_NPU_PP='sometimes' must be one of auto, require, 0." in result.stderr
 
 
-def test_activation_leaves_what_is_imported_late_to_sglang() -> None:
+def test_activation_leaves_what_is_imported_late_to_sglang(run: Run) -> None:
     """prometheus_client decides when it is imported where numbers are kept, and SGLang says that later."""
     result = run(
         """

@@ -15,16 +15,16 @@ import psutil
 import pytest
 
 from scripts.lib.server import is_alive
-from sglang_npu_pp.telemetry import read_snapshots
-from sglang_npu_pp.trace import read_trace
+from sglang_npu_pp.observe.telemetry import read_snapshots
+from sglang_npu_pp.observe.trace import read_trace
 
 PROGRAM = """
 import signal, sys
 from pathlib import Path
-from sglang_npu_pp.reporting import Reporter
+from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import Telemetry
-from sglang_npu_pp.trace import Trace
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 
 {before}
 telemetry, trace = Telemetry(1, 3), Trace(enabled=True)

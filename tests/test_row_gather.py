@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sglang_npu_pp.errors import PeerLostError, PipelineError
+from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from sglang_npu_pp.telemetry import ChannelCounters
 from tests.transport.harness import Here, Team, results
 
 WIDTH = 4

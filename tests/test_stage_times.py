@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sglang_npu_pp import stage_times
-from sglang_npu_pp.stage_times import PATIENCE, SAMPLES, WARM_UP, DepthAdviser, StageTimer
+from sglang_npu_pp.observe import stage_times
+from sglang_npu_pp.observe.stage_times import PATIENCE, SAMPLES, WARM_UP, DepthAdviser, StageTimer
+from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.telemetry import Telemetry
 from sglang_npu_pp.transport.clock import LinkClock
 from sglang_npu_pp.transport.message import Kind
 

@@ -6,10 +6,10 @@ import json
 import threading
 from pathlib import Path
 
-from sglang_npu_pp.reporting import Reporter
+from sglang_npu_pp.observe.reporting import Reporter
+from sglang_npu_pp.observe.telemetry import Telemetry, read_snapshots, render_table
+from sglang_npu_pp.observe.trace import Trace, read_trace, read_traces
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import Telemetry, read_snapshots, render_table
-from sglang_npu_pp.trace import Trace, read_trace, read_traces
 from sglang_npu_pp.transport.clock import LinkClock
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_npu_pp.__main__ import main
-from sglang_npu_pp.timeline import (
+from sglang_npu_pp.observe.trace import Event, RankTrace
+from sglang_npu_pp.tools.timeline.states import (
     BACK_PRESSURE,
     BUBBLE,
     COMPUTE,
@@ -25,7 +26,6 @@ from sglang_npu_pp.timeline import (
     analyse,
     table,
 )
-from sglang_npu_pp.trace import Event, RankTrace
 
 MS = 1_000_000  # ns
 AHEAD_MS = 1000  # the clock of stage 1 is behind that of stage 0 by so much

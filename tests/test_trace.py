@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_npu_pp.trace import Event, RankTrace, Trace, read_trace, read_traces
+from sglang_npu_pp.observe.trace import Event, RankTrace, Trace, read_trace, read_traces
 
 MS = 1_000_000  # ns
 OFFSET_NS = 5_000 * MS

@@ -7,8 +7,8 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transfer_gate import TransferGate
 
 LIMIT_S = 30.0

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -31,8 +30,9 @@ from tests.ascend_sim.controls import Simulator
 from . import load, npu_sim_report
 from .competitors import FROZEN_LIMIT_S, OURS, PULL_REQUEST, ROOT, UPSTREAM, VARIABLES, Competitor
 from .model import for_simulated_ascend
-from .npu_sim_notes import Steady, read_notes
+from .npu_sim_notes import read_notes
 from .npu_sim_probe import Control, control_path, notes_path
+from .npu_sim_report import Cell, Measurements, Run
 from .resident import Say, resident, turns
 
 _PLUGIN = Path(__file__).with_name("npu_sim_plugin")
@@ -60,27 +60,9 @@ BYTES_SCALE = 16
 COMPETITORS = (Competitor(UPSTREAM), Competitor(PULL_REQUEST), Competitor(OURS), Competitor(OURS, 1))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What a forward takes on the device, and what links do."""
-
-    forward_ms: float
-    latency_ms: float
-    gb_per_s: float
-
-
 FORWARDS_MS, LATENCIES_MS, RATES_GB_PER_S = (5.0, 20.0, 60.0), (0.02, 0.2, 1.0), (25.0, 3.0)
 FULL = [Cell(*values) for values in product(FORWARDS_MS, LATENCIES_MS, RATES_GB_PER_S)]
 QUICK = [Cell(20.0, 0.2, 25.0)]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One load on one server."""
-
-    answers: load.Answers
-    stages: Sequence[Steady]
-    load_average: float
 
 
 class Contestant:
@@ -158,16 +140,6 @@ class Contestant:
                 us_per_message=round(1e3 * cell.latency_ms),
                 mb_per_s=round(1e3 * cell.gb_per_s / BYTES_SCALE),
             )
-
-
-@dataclass
-class Measurements:
-    """All runs of one pipeline size, in the order of the repetitions."""
-
-    pp: int
-    competitors: Sequence[Competitor]
-    runs: dict[Cell, dict[Competitor, list[Run]]] = field(default_factory=dict)
-    hung: list[Competitor] = field(default_factory=list)
 
 
 def measure(

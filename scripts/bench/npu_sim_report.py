@@ -6,22 +6,47 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from . import load
+from .competitors import Competitor
 from .npu_sim_notes import Steady, Step
 
-if TYPE_CHECKING:
-    from .competitors import Competitor
-    from .npu_sim import Cell, Measurements, Run
-
 DEVICE = "simulated Ascend: not a measurement of an Ascend"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a forward takes on the device, and what links do."""
+
+    forward_ms: float
+    latency_ms: float
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load on one server."""
+
+    answers: load.Answers
+    stages: Sequence[Steady]
+    load_average: float
+
+
+@dataclass
+class Measurements:
+    """All runs of one pipeline size, in the order of the repetitions."""
+
+    pp: int
+    competitors: Sequence[Competitor]
+    runs: dict[Cell, dict[Competitor, list[Run]]] = field(default_factory=dict)
+    hung: list[Competitor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

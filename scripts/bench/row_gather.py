@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from sglang_npu_pp.telemetry import ChannelCounters
 from tests.ascend_sim import sglang_on_sim
 from tests.ascend_sim.kernels import occupy
 from tests.ascend_sim.processes import start_team

@@ -27,6 +27,7 @@ LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
 TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
 TRACE_SUFFIX = ".trace.json"  # of the files that are not counters
 PATH = "PYTHONPATH"
+REFUSED_VARIABLE = "SGLANG_SERVERS_REFUSED"  # why no server may be started in this process and its children
 
 # For a tiny model on a small machine. bfloat16, because transformers writes float32 into the
 # sub-configurations of a saved Qwen3-VL and SGLang then serves it in float16.
@@ -201,7 +202,8 @@ class Server:
         """Start the launcher of every node and return at once.
 
         Raises:
-            ServerError: it runs already, the model directory is incomplete, or the port is taken.
+            ServerError: it runs already, the model directory is incomplete, the port is taken, or servers
+                are refused.
         """
         if self._launchers:
             raise ServerError("this server has been started already")
@@ -209,6 +211,8 @@ class Server:
             raise ServerError(f"{self.model} is not a model directory: it has no config.json")
         for port in self._node_ports:
             check_port_is_free(port)
+        if refused := os.environ.get(REFUSED_VARIABLE):
+            raise ServerError(f"no server is started here: {refused}")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # SGLang leaves its ipc sockets in the temporary directory: this one goes with the server.
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-"))

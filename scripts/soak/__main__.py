@@ -32,7 +32,7 @@ from rich.table import Table
 from scripts.bench.link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from scripts.lib.ports import free_ports
 from scripts.lib.server import Server, ServerError
-from sglang_npu_pp.telemetry import Snapshot, read_snapshots
+from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 from tests.server import battery
 from tests.server.conftest import ARGUMENTS, PROBE, RANDOM_MODEL
 from tests.server.regression.agreement import MARKER, disagreement, states

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from sglang_npu_pp.telemetry import Snapshot
+from sglang_npu_pp.observe.telemetry import Snapshot
 
 # A pipeline of this size launches some 20 to 50 microbatches a second, and moves several messages for each:
 # 1 KiB that is kept for every microbatch is 1.2 to 3 MiB a minute. What an allocator that does not give back

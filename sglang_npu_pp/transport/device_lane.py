@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TransportError
+from ..observe.telemetry import ChannelCounters
 from ..streams import DeviceStreams, Event
-from ..telemetry import ChannelCounters
 from .message import TensorSpec, dtype_name, torch_dtype
 
 logger = logging.getLogger("sglang_npu_pp")

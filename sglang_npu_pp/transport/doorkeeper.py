@@ -8,7 +8,7 @@ from collections import Counter
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..telemetry import Telemetry
+from ..observe.telemetry import Telemetry
 from .monitor import open_monitor
 
 HANDSHAKE_LIMIT_MS = 10_000  # who has not shown its key by then is disconnected; ranks take some ms

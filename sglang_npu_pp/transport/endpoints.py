@@ -18,7 +18,7 @@ import zmq
 
 from ..errors import TransportError
 
-IPC_PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path that libzmq can use
+IPC_PATH_LIMIT = zmq.IPC_PATH_MAX_LEN  # bytes
 DIRECTORY_PREFIX = "npp-"  # short: what it adds to a long TMPDIR must stay within the limit
 _SOCKET = "lane"
 _TOO_LONG = f"is longer than {IPC_PATH_LIMIT} bytes"

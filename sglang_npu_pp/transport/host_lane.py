@@ -21,9 +21,9 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from ..errors import TransportError
+from ..observe.telemetry import Telemetry
+from ..observe.trace import Trace
 from ..settings import Settings
-from ..telemetry import Telemetry
-from ..trace import Trace
 from .addresses import LOOPBACK, listening_addresses
 from .dialing import reach
 from .doorkeeper import Doorkeeper

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import zmq
 
 from ..errors import MessageError, SequenceError, WaitLimitError
-from ..telemetry import ChannelCounters, Telemetry
-from ..trace import Trace
+from ..observe.telemetry import ChannelCounters, Telemetry
+from ..observe.trace import Trace
 from .message import Buffer, Header, Kind, Message, decode, read_header
 from .outbox import CREDIT, POLL_MS, port_of
 from .parts import Blocks, join

@@ -15,8 +15,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import PeerLostError, TransportError, WaitLimitError
-from ..telemetry import ChannelCounters, Telemetry
-from ..trace import Trace
+from ..observe.telemetry import ChannelCounters, Telemetry
+from ..observe.trace import Trace
 from .endpoints import KeyPair
 from .liveness import OtherEnd, Pulse, keep_talking
 from .message import Buffer, Kind, Message, encode

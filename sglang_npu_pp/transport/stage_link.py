@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import SequenceError
+from ..observe.telemetry import Telemetry
+from ..observe.trace import Trace
 from ..streams import DeviceStreams
-from ..telemetry import Telemetry
-from ..trace import Trace
 from .clock import UNMEASURED, LinkClock
 from .device_lane import DeviceLane, Receive, pack_layout, unpack
 from .host_lane import HostLane

@@ -16,7 +16,11 @@ def start_npu_team(size: int, task_queue: str = "1") -> Team:
     return start_team(size, process_group=True, kernels=True, variables=variables, poison=1)
 
 
-@pytest.fixture(scope="package", params=["1", "2"], ids=["task-queue-1", "task-queue-2"])
+@pytest.fixture(
+    scope="package",
+    params=["1", pytest.param("2", marks=pytest.mark.thorough)],
+    ids=["task-queue-1", "task-queue-2"],
+)
 def _npu_keeper(request: pytest.FixtureRequest) -> Iterator[TeamKeeper]:
     """Not for the whole session: torch_npu's threads use a tenth of a core in every idle process."""
     keeper = TeamKeeper(lambda: start_npu_team(3, request.param))

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transfer_gate import TransferGate
 from tests.ascend_sim.kernels import occupy
 from tests.transport.harness import Here

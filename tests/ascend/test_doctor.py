@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_npu_pp.doctor import contracts, versions
-from sglang_npu_pp.doctor.findings import Finding, Level
+from sglang_npu_pp.tools.doctor import contracts, versions
+from sglang_npu_pp.tools.doctor.findings import Finding, Level
 from tests.ascend_sim import build
 from tests.ascend_sim.environment import environment
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
+from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from sglang_npu_pp.telemetry import ChannelCounters
 from tests.ascend_sim.kernels import occupy
 from tests.transport.harness import Here, Team, results
 

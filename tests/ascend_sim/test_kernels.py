@@ -56,7 +56,11 @@ def run(*names: str, **variables: str) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=["0", "1", "2"], ids=lambda value: f"task_queue_{value}")
+@pytest.fixture(
+    scope="module",
+    params=["1", *(pytest.param(value, marks=pytest.mark.thorough) for value in ("0", "2"))],
+    ids=lambda value: f"task_queue_{value}",
+)
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What every scenario returned, in one process."""
     return run(*(scenario.__name__ for scenario in SCENARIOS), TASK_QUEUE_ENABLE=request.param)
@@ -113,7 +117,9 @@ def test_an_operator_that_fails_on_its_stream_ends_the_process() -> None:
     assert message in ended.stderr
 
 
-@pytest.mark.parametrize("task_queue", ["0", "1", "2"])
+@pytest.mark.parametrize(
+    "task_queue", ["1", *(pytest.param(value, marks=pytest.mark.thorough) for value in ("0", "2"))]
+)
 def test_torch_npu_can_fill_cast_copy_and_pad_without_our_kernels(task_queue: str) -> None:
     found = run("torch_npus_own_kernels", TASK_QUEUE_ENABLE=task_queue)["torch_npus_own_kernels"]
     assert len(found) > 10

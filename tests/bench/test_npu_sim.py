@@ -14,7 +14,7 @@ from scripts.bench.competitors import OURS, UPSTREAM, Competitor
 from scripts.bench.load import DECODE, Answers, NoAnswerError, run
 from scripts.bench.npu_sim_notes import Steady, read_notes
 from scripts.bench.npu_sim_probe import Host, Launch
-from scripts.bench.npu_sim_report import rows
+from scripts.bench.npu_sim_report import Cell, Measurements, Run, rows
 
 FIRST, SECOND = Competitor(UPSTREAM), Competitor(OURS)
 MS = 1_000_000
@@ -80,12 +80,12 @@ def test_a_load_that_is_not_steady_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_row_compares_with_the_first_server(tmp_path: Path) -> None:
-    cell = npu_sim.Cell(20.0, 0.2, 25.0)
-    found = npu_sim.Measurements(2, (FIRST, SECOND))
+    cell = Cell(20.0, 0.2, 25.0)
+    found = Measurements(2, (FIRST, SECOND))
     for competitor, faster, tokens in ((FIRST, 1.0, ((1,),)), (SECOND, 1.25, ((2,),))):
         answers = Answers(1.0, 0.1, 0.1, tokens)
         stages = [steady(tmp_path, stage, faster) for stage in range(2)]
-        found.runs.setdefault(cell, {})[competitor] = [npu_sim.Run(answers, stages, 0.0)]
+        found.runs.setdefault(cell, {})[competitor] = [Run(answers, stages, 0.0)]
     upstream, ours = rows(found)
     assert (upstream.ratio_median, ours.ratio_median) == (1.0, 1.25)
     assert (upstream.tokens_equal, ours.tokens_equal) == (True, False)
@@ -123,8 +123,8 @@ class StandIn:
 
     def stop(self) -> None: ...
 
-    def run(self, cell: npu_sim.Cell, seed: int) -> npu_sim.Run:
-        return npu_sim.Run(Answers(1.0, 0.1, 0.1, ()), [], 0.0)
+    def run(self, cell: Cell, seed: int) -> Run:
+        return Run(Answers(1.0, 0.1, 0.1, ()), [], 0.0)
 
 
 def test_a_server_that_hangs_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

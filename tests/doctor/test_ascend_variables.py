@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_npu_pp.doctor import ascend_variables
-from sglang_npu_pp.doctor.findings import Finding, Level
+from sglang_npu_pp.tools.doctor import ascend_variables
+from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
 
 def found(subject: str, **environ: str) -> Finding:

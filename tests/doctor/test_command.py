@@ -12,9 +12,9 @@ import pytest
 
 from scripts.lib.releases import IN_VENV
 from sglang_npu_pp.__main__ import main
-from sglang_npu_pp.doctor import examine, findings, link_test, versions
-from sglang_npu_pp.doctor.findings import Finding, Level, Section
-from sglang_npu_pp.doctor.rendezvous import new_key
+from sglang_npu_pp.tools.doctor import examine, findings, link_test, versions
+from sglang_npu_pp.tools.doctor.findings import Finding, Level, Section
+from sglang_npu_pp.tools.doctor.rendezvous import new_key
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from scripts.lib.releases import IN_VENV, RELEASES
-from sglang_npu_pp.doctor import contracts
-from sglang_npu_pp.doctor.findings import Finding, Level
 from sglang_npu_pp.errors import ContractError
 from sglang_npu_pp.patches import PATCHES, installed, load_contracts, sglang_release
+from sglang_npu_pp.tools.doctor import contracts
+from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
 CONTRACTS = load_contracts()
 
@@ -75,6 +75,16 @@ def test_a_function_that_upstream_has_by_now_is_not_added() -> None:
     finding = named(contracts.verdicts(PATCHES, release, CONTRACTS, read), added.target.partition(":")[2])
     assert finding.level is Level.WRONG
     assert "already has the function" in finding.text
+
+
+def test_a_release_without_a_function_that_must_be_replaced_is_refused_as_by_the_server() -> None:
+    release = IN_VENV
+    (patch, *_) = (each for each in PATCHES if each.is_needed(CONTRACTS[release]) and not each.adds)
+    without = {release: {**CONTRACTS[release], patch.target: None}}
+    assert patch.is_needed(without[release])
+    findings = contracts.verdicts([patch], release, without, without[release].get)
+    assert levels(findings) == {Level.WRONG}
+    assert findings[1].text == "this SGLang does not have the function that we would replace"
 
 
 def test_an_unknown_release_is_named_with_the_sentence_of_the_server() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_npu_pp.doctor import link_test, loopback
-from sglang_npu_pp.doctor.findings import Level
 from sglang_npu_pp.errors import MessageError
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.tools.doctor import link_test, loopback
+from sglang_npu_pp.tools.doctor.findings import Level
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import Kind, Message
 

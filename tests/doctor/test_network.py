@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from scripts.lib.ports import free_ports
-from sglang_npu_pp.doctor import network
-from sglang_npu_pp.doctor.findings import Finding, Level
-from sglang_npu_pp.doctor.layout import Layout
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.tools.doctor import network
+from sglang_npu_pp.tools.doctor.findings import Finding, Level
+from sglang_npu_pp.tools.doctor.layout import Layout
 from sglang_npu_pp.transport import addresses
 
 TCP = Settings(host_transport="tcp")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_npu_pp.doctor import own_settings
-from sglang_npu_pp.doctor.findings import Level
 from sglang_npu_pp.errors import SettingsError
 from sglang_npu_pp.settings import Settings, load_settings
+from sglang_npu_pp.tools.doctor import own_settings
+from sglang_npu_pp.tools.doctor.findings import Level
 
 WRONG = {
     "SGLANG_NPU_PP_WINDOW": "many",

@@ -13,12 +13,12 @@ import pytest
 import zmq
 
 from scripts.lib.ports import free_ports
-from sglang_npu_pp.doctor import link_test, peer, rendezvous
-from sglang_npu_pp.doctor.findings import Finding, Level
-from sglang_npu_pp.doctor.peer import PeerTest
-from sglang_npu_pp.doctor.rendezvous import Rendezvous, key_pair, new_key
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.tools.doctor import link_test, peer, rendezvous
+from sglang_npu_pp.tools.doctor.findings import Finding, Level
+from sglang_npu_pp.tools.doctor.peer import PeerTest
+from sglang_npu_pp.tools.doctor.rendezvous import Rendezvous, key_pair, new_key
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.bench.link import EmulatedLink, reason_for_loopback
-from sglang_npu_pp.doctor.link_test import LinkReport
+from sglang_npu_pp.tools.doctor.link_test import LinkReport
 
 pytestmark = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.patches import disaggregation, load_contracts, sglang_release
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patching import AppliedPatches
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transfer_gate import TransferGate
 
 from .disaggregated import PAGE, ROOM, PrefillScheduler

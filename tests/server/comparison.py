@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from scripts.lib.releases import IN_VENV, RELEASES, Release
-from sglang_npu_pp.trace import Event
+from sglang_npu_pp.observe.trace import Event
 
 from . import battery, order
 from .conftest import Launcher, point_to_point_counts, traces

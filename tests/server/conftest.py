@@ -13,7 +13,7 @@ import pytest
 
 from scripts.lib.releases import IN_VENV, RELEASES, Release
 from scripts.lib.server import Server
-from sglang_npu_pp.trace import Event, read_traces
+from sglang_npu_pp.observe.trace import Event, read_traces
 
 ROOT = Path(__file__).parents[2]
 RANDOM_MODEL = ROOT / "tests/assets/random_vl"  # random weights: the sensitive twin

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from sglang_npu_pp.trace import Event
+from sglang_npu_pp.observe.trace import Event
 
 # Recorded when a message happens to come in, a window to be full, or a device or another thread to have
 # finished: these may stand between any two others.

@@ -14,8 +14,6 @@ from scripts.lib.server import Server, ServerError
 from . import battery
 from .conftest import Launcher
 
-pytestmark = pytest.mark.server
-
 FAILURE_LIMIT_S = 120  # a start takes 20 to 30 s; a failing one must not wait for any of our limits
 
 
@@ -68,6 +66,7 @@ def test_auto_leaves_sglang_as_it_is_when_a_patch_fails(launcher: Launcher) -> N
     assert "of 2 stages" not in server.log_text()
 
 
+@pytest.mark.thorough  # tests/test_plugin.py shows it without a server
 def test_auto_leaves_an_unknown_release_as_it_is(launcher: Launcher) -> None:
     env = {"SGLANG_NPU_PP": "auto", "PP_PROBE_RELEASE": "9.9.9"}
     server = launcher.start(1, 2, patched=False, env=env)
@@ -76,7 +75,9 @@ def test_auto_leaves_an_unknown_release_as_it_is(launcher: Launcher) -> None:
     assert "not activated, SGLang is left as it is: SGLang 9.9.9" in server.log_text()
 
 
-@pytest.mark.parametrize("without", [0, 1], ids=["first stage", "last stage"])
+@pytest.mark.parametrize(
+    "without", [pytest.param(0, marks=pytest.mark.thorough), 1], ids=["first stage", "last stage"]
+)
 def test_a_rank_without_the_plugin_is_named_and_nothing_hangs(launcher: Launcher, without: int) -> None:
     server = launcher.configure(
         1,
@@ -96,6 +97,7 @@ def test_ranks_with_different_settings_are_named(launcher: Launcher) -> None:
     assert "SGLANG_NPU_PP_WINDOW is '16' on rank 0 but '32' on rank 1" in log
 
 
+@pytest.mark.thorough  # another wrong setting
 def test_an_unusable_ipc_directory_is_named(launcher: Launcher, tmp_path: Path) -> None:
     """As for everything that keeps the host lane from opening; tests/transport has the other reasons."""
     missing = tmp_path / "missing"

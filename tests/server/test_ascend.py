@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from scripts.lib.server import Server
-from sglang_npu_pp.trace import Event
+from sglang_npu_pp.observe.trace import Event
 from tests.ascend_sim.controls import Simulator
 from tests.ascend_sim.deadlock import find_deadlock
 from tests.ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
@@ -28,8 +28,6 @@ from .conftest import Launcher, traces
 from .held_receive import Held, hold_a_receive
 from .regression.loads import Pool, make_pool
 from .regression.test_soak import soak
-
-pytestmark = pytest.mark.server
 
 CONCURRENCY = 24
 CHUNK = 256  # tokens; of tests.server.conftest.ARGUMENTS
@@ -95,7 +93,13 @@ def on_cpu(reference: OnCPU) -> Observed:
     return reference.observed
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(layout, id=str(layout), marks=[pytest.mark.thorough] if layout != SOAKED else [])
+        for layout in LAYOUTS
+    ],
+)
 def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU) -> Observed:
     """The same of a server on the simulated Ascend, with what it did. Memory that is freed is overwritten."""
     layout: Layout = request.param

@@ -11,8 +11,6 @@ from scripts.lib.ports import free_ports
 
 from .conftest import RANDOM_MODEL, ROOT
 
-pytestmark = pytest.mark.server
-
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/serve.py", "--demo", *arguments]
@@ -31,6 +29,7 @@ def test_demo_answers_and_shows_where_the_time_went() -> None:
     assert "stage" in result.stdout
 
 
+@pytest.mark.thorough
 def test_demo_fails_when_the_answer_is_wrong() -> None:
     result = demo("--model", str(RANDOM_MODEL), "--pp", "2", "--tp", "1")
     assert result.returncode == 1, result.stdout + result.stderr

@@ -12,8 +12,6 @@ from scripts.lib.server import Server
 
 from . import battery
 
-pytestmark = pytest.mark.server
-
 CLIENTS = 32
 ROUNDS = 4
 LINE = re.compile(

@@ -11,14 +11,12 @@ from collections.abc import Callable
 
 import pytest
 
-from sglang_npu_pp.trace import Event
+from sglang_npu_pp.observe.trace import Event
 from tests.field_cases import field_case
 
 from . import comparison, order
 from .comparison import CHECKS, Layout, Observed, Pair, depth
 from .conftest import Launcher
-
-pytestmark = pytest.mark.server
 
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}
 LAYOUTS = [
@@ -37,7 +35,13 @@ def upstream_answers() -> dict[tuple[int, int], Observed]:
     return {}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.name)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(layout, id=layout.name, marks=[pytest.mark.thorough] if layout is not LAYOUTS[0] else [])
+        for layout in LAYOUTS
+    ],
+)
 def pair(
     request: pytest.FixtureRequest,
     make_launcher: Callable[[str], Launcher],

@@ -17,8 +17,6 @@ from scripts.lib.server import Server
 from . import battery
 from .conftest import Launcher, point_to_point_counts
 
-pytestmark = pytest.mark.server
-
 FAKE_BOOTSTRAP_HOST = "2.2.2.2"  # SGLang's name for a request whose KV cache goes nowhere
 REQUESTS = 12
 
@@ -70,7 +68,9 @@ def serve(
     return one_by_one, {str(index): answer for index, answer in enumerate(together)}, after - before
 
 
-@pytest.mark.parametrize(("mode", "depth"), [("prefill", 0), ("decode", 1)])
+@pytest.mark.parametrize(
+    ("mode", "depth"), [("prefill", 0), pytest.param("decode", 1, marks=pytest.mark.thorough)]
+)
 def test_disaggregated_answers_equal_upstreams(
     make_launcher: Callable[[str], Launcher], mode: str, depth: int
 ) -> None:

@@ -15,8 +15,6 @@ from tests.server import battery
 from tests.server.conftest import Launcher
 from tests.server.regression.loads import greedy
 
-pytestmark = pytest.mark.server
-
 TOLERANCE = 1e-4  # float32; the same kernels, other shapes
 WANTED = ("--enable-return-hidden-states",)
 # Prompts of one chunk and of several; chunks are 256 tokens.
@@ -32,7 +30,15 @@ def alone(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     launcher.stop_all()
 
 
-@pytest.fixture(scope="module", params=[(2, 0), (2, 2), (3, 1)], ids=["pp2", "pp2-depth2", "pp3-depth1"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (2, 0),
+        pytest.param((2, 2), marks=pytest.mark.thorough),
+        pytest.param((3, 1), marks=pytest.mark.thorough),
+    ],
+    ids=["pp2", "pp2-depth2", "pp3-depth1"],
+)
 def staged(request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     pp, depth = request.param
     launcher = make_launcher("hidden-staged")

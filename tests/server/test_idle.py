@@ -19,8 +19,6 @@ from scripts.lib.server import Server
 from . import battery
 from .conftest import Launcher
 
-pytestmark = pytest.mark.server
-
 LIMIT_S = 30.0
 KINDS = ("embeddings", "flush", "sessions", "health checks")  # as the probe has them
 LANGUAGE_ONLY = ("--language-only", "--encoder-transfer-backend", "zmq_to_scheduler")

@@ -26,7 +26,6 @@ from . import battery
 from .conftest import PROBE, Launcher
 
 pytestmark = [
-    pytest.mark.server,
     pytest.mark.skipif(
         disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing())
     ),
@@ -153,7 +152,13 @@ def assert_says_why(pair: disaggregated.Pair, reason: str, address: str) -> None
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("trouble", ["dead", "slow", "error", "garbage"])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "dead",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("slow", "error", "garbage")),
+    ],
+)
 def test_a_bootstrap_server_in_trouble_fails_its_request_alone(
     pair: disaggregated.Pair, trouble: str
 ) -> None:

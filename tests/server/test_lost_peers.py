@@ -18,7 +18,6 @@ from scripts.lost_peers.faults import PAUSE, SLOW, STOP, Fault
 from .conftest import RANDOM_MODEL
 
 pytestmark = [
-    pytest.mark.server,
     pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback()),
 ]
 
@@ -38,7 +37,7 @@ def episode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Episode]:
 
 @pytest.mark.parametrize(
     ("fault", "stage"),
-    [(PAUSE, 1), (SLOW, 0)],
+    [(PAUSE, 1), pytest.param(SLOW, 0, marks=pytest.mark.thorough)],
     ids=["stage 1 paused", "slow link"],
 )
 def test_what_is_over_before_the_time_out_changes_no_token(

@@ -11,7 +11,7 @@ from scripts.lib.releases import RELEASES
 from .comparison import Layout, compare, complaints
 from .conftest import Launcher
 
-pytestmark = pytest.mark.server
+pytestmark = pytest.mark.thorough
 
 OLDEST, *_, NEWEST = RELEASES
 

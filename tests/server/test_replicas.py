@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 
 from scripts.lib.server import Server
-from sglang_npu_pp.telemetry import read_snapshots
-from sglang_npu_pp.timeline import analyse
-from sglang_npu_pp.trace import read_traces
+from sglang_npu_pp.observe.telemetry import read_snapshots
+from sglang_npu_pp.observe.trace import read_traces
+from sglang_npu_pp.tools.timeline.states import analyse
 from tests.transport.harness import short_directory
 
 from .conftest import Launcher
 
 LENGTH = 86  # of a TMPDIR that serves upstream
 LIMIT_S = 120.0
-
-pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,14 @@ import pytest
 
 from scripts.lib.server import Server
 from sglang_npu_pp.__main__ import main
+from sglang_npu_pp.observe.telemetry import read_snapshots, render_table
+from sglang_npu_pp.observe.trace import read_traces
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import read_snapshots, render_table
-from sglang_npu_pp.timeline import EXPOSED, analyse
-from sglang_npu_pp.trace import read_traces
+from sglang_npu_pp.tools.timeline.states import EXPOSED, analyse
 from sglang_npu_pp.transport.clock import ROUNDS
 
 from . import battery
 from .conftest import traces
-
-pytestmark = pytest.mark.server
 
 LONG = {"ignore_eos": True, "max_new_tokens": 2000}
 
@@ -159,9 +157,11 @@ def test_the_timeline_of_a_server_says_where_its_time_went(
     assert "stage 1" in (tmp_path / "picture.svg").read_text()
     first, second = analyse(read_traces(folder)).stages
     assert abs(first.launches - second.launches) <= 2  # the dump of the two ranks is not one moment
-    assert {span.kind for span in first.spans if span.state == EXPOSED} <= {"output", "outcome"}
-    # Outcomes are of control requests, objects of grammars: requests of other tests on this server.
-    assert {span.kind for span in second.spans if span.state == EXPOSED} <= {"requests", "proxy", "object"}
+    # The server is shared. Requests of other tests on it may make either stage wait: for the outcomes
+    # of control requests on the other one, for objects that tell whether a grammar is ready.
+    of_others = {"outcome", "object"}
+    assert {span.kind for span in first.spans if span.state == EXPOSED} - of_others <= {"output"}
+    assert {span.kind for span in second.spans if span.state == EXPOSED} - of_others <= {"requests", "proxy"}
 
 
 def test_stages_measure_how_far_they_are_from_each_other(patched: Server) -> None:

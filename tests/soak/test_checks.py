@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts.soak.checks import Sample, errors_in, in_flight, trends
-from sglang_npu_pp.telemetry import ChannelCounters, Snapshot, Telemetry
+from sglang_npu_pp.observe.telemetry import ChannelCounters, Snapshot, Telemetry
 
 EVERY_S, COUNT = 35.0, 50
 

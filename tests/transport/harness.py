@@ -26,10 +26,10 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Event, Trace
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
-from sglang_npu_pp.telemetry import Telemetry
-from sglang_npu_pp.trace import Event, Trace
 from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import Kind, Message

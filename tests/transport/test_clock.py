@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from sglang_npu_pp.errors import WaitLimitError
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import Telemetry
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport.clock import LinkClock, measure_clock
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import Kind

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_npu_pp.errors import TransportError
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import Telemetry
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport.exchange import CARD_BYTES, process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind

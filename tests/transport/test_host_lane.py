@@ -29,9 +29,9 @@ from sglang_npu_pp.errors import (
     TransportError,
     WaitLimitError,
 )
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.telemetry import Telemetry
-from sglang_npu_pp.trace import Trace
 from sglang_npu_pp.transport import doorkeeper, host_lane
 from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane

@@ -23,8 +23,6 @@ from tests.server import battery
 from .agreement import assert_stages_agree
 from .loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces, given, greedy
 
-pytestmark = pytest.mark.server
-
 PHASES = ("grammar", "waiting", "chunk", "prefill", "decode", "last")
 VICTIMS = 4  # a phase
 
@@ -32,7 +30,7 @@ _runs = itertools.count()  # a name is given once in the life of a server
 _seeds = itertools.count(9000)
 
 
-@pytest.fixture(scope="module", params=["crowded", "four_stages"])
+@pytest.fixture(scope="module", params=["crowded", pytest.param("four_stages", marks=pytest.mark.thorough)])
 def server(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server

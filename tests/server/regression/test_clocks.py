@@ -23,8 +23,6 @@ from .agreement import assert_stages_agree
 from .conftest import CLOCKS_APART, LIMIT_HOURS
 from .loads import ABORTED, ask, greedy, running
 
-pytestmark = pytest.mark.server
-
 LIMIT_S = 120
 CACHED = greedy(battery.prompt(300, seed=5252), 4)
 LONG_TOKENS = 500
@@ -33,7 +31,11 @@ LONG = greedy(battery.prompt(60, seed=5253), LONG_TOKENS)
 *_, NEWEST = RELEASES
 # All ranks of all stages meet in every iteration; a stage that stayed away would hold the others up for ever.
 BARRIER = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
-LAYOUTS = [("oldest", 1, 2), (IN_VENV, 2, 2), (NEWEST, 1, 4)]  # release, tp, pp
+LAYOUTS = [  # release, tp, pp
+    pytest.param(("oldest", 1, 2), marks=pytest.mark.thorough),
+    (IN_VENV, 2, 2),
+    pytest.param((NEWEST, 1, 4), marks=pytest.mark.thorough),
+]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "{}-tp{}-pp{}".format(*layout))

@@ -24,8 +24,6 @@ from tests.server.conftest import DIGITS_MODEL, RANDOM_MODEL, Launcher
 from .agreement import assert_stages_agree
 from .loads import ask, greedy, running
 
-pytestmark = pytest.mark.server
-
 CACHED = greedy(battery.prompt(300, seed=515), 8)
 LONG_TOKENS = 500
 LONG = greedy(battery.prompt(60, seed=516), LONG_TOKENS)
@@ -37,7 +35,15 @@ PROBES = {
 }
 
 
-@pytest.fixture(scope="module", params=[(1, 2), (1, 3), (2, 2)], ids=["pp2", "pp3", "tp2-pp2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (1, 2),
+        pytest.param((1, 3), marks=pytest.mark.thorough),
+        pytest.param((2, 2), marks=pytest.mark.thorough),
+    ],
+    ids=["pp2", "pp3", "tp2-pp2"],
+)
 def server(request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     launcher = make_launcher("control")
     tp, pp = request.param

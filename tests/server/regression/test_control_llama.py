@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scripts.lib.server import Server
 from tests.server.conftest import RANDOM_MODEL, Launcher
 
-pytestmark = pytest.mark.server
+pytestmark = pytest.mark.thorough
 
 LAYERS = 4
 

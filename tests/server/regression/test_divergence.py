@@ -21,8 +21,6 @@ from tests.server.conftest import Launcher
 from .loads import ask, greedy
 from .test_grammars import GRAMMARS, constrained
 
-pytestmark = pytest.mark.server
-
 LIMIT_S = 90.0
 # Which of the two comes first depends on what stage 0 has sent by then.
 SENTENCE = re.compile(
@@ -56,7 +54,12 @@ def meet_grammars(server: Server) -> None:
 
 @field_case("sglang-25887", "sglang-28424")
 @pytest.mark.parametrize(
-    ("planted", "meet"), [("ABORTS", meet_aborts), ("FLUSHES", meet_a_flush), ("GRAMMARS", meet_grammars)]
+    ("planted", "meet"),
+    [
+        ("ABORTS", meet_aborts),
+        pytest.param("FLUSHES", meet_a_flush, marks=pytest.mark.thorough),
+        pytest.param("GRAMMARS", meet_grammars, marks=pytest.mark.thorough),
+    ],
 )
 def test_stages_that_differ_end_with_a_sentence(
     make_launcher: Callable[[str], Launcher], planted: str, meet: Callable[[Server], None]

@@ -19,8 +19,6 @@ from tests.server import battery
 from .agreement import assert_stages_agree
 from .loads import Pool, ask
 
-pytestmark = pytest.mark.server
-
 GRAMMARS = [rf"x[0-{index}]{{2,{index + 3}}}y" for index in range(1, 9)]
 
 
@@ -33,7 +31,7 @@ def constrained(grammar: str) -> dict[str, Any]:
 
 
 @field_case("sglang-28424")
-@pytest.mark.parametrize("name", ["crowded", "four_stages"])
+@pytest.mark.parametrize("name", ["crowded", pytest.param("four_stages", marks=pytest.mark.thorough)])
 def test_grammars_that_are_ready_at_different_times(
     request: pytest.FixtureRequest, patched: Server, pool: Pool, name: str
 ) -> None:

@@ -15,8 +15,6 @@ from tests.server import battery
 from .agreement import assert_stages_agree
 from .loads import Pool, ask, ask_together, greedy
 
-pytestmark = pytest.mark.server
-
 # 36 x (20 + 250) tokens, for 6144 places.
 GROWING = [greedy(battery.prompt(20, seed=8000 + index), 250) for index in range(36)]
 

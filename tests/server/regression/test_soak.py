@@ -20,7 +20,7 @@ from tests.server import battery
 from .agreement import assert_stages_agree
 from .loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces
 
-pytestmark = pytest.mark.server
+pytestmark = pytest.mark.thorough
 
 REQUESTS = 2000
 ABORT_SHARE, LEAVE_SHARE, STREAM_SHARE = 0.1, 0.05, 0.3

@@ -11,12 +11,12 @@ from tests.server import battery
 from .agreement import assert_stages_agree
 from .loads import Pool, make_pool
 
-pytestmark = pytest.mark.server
-
 SECONDS = 4.0
 
 
-@pytest.mark.parametrize("planted", [False, True], ids=["all are right", "one is wrong"])
+@pytest.mark.parametrize(
+    "planted", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["all are right", "one is wrong"]
+)
 def test_a_wrong_answer_is_noticed(patched: Server, planted: bool) -> None:
     pool = Pool.asked_alone(patched, make_pool(2))
     if planted:

@@ -20,8 +20,6 @@ from tests.server.conftest import DIGITS_MODEL, RANDOM_MODEL
 from .agreement import assert_stages_agree
 from .loads import ABORTED, Pool, ask, greedy, running
 
-pytestmark = pytest.mark.server
-
 CACHED = greedy(battery.prompt(300, seed=4242), 4)
 LONG_TOKENS = 500
 LONG = greedy(battery.prompt(60, seed=4243), LONG_TOKENS)

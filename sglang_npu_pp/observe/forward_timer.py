@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
-from .streams import DeviceStreams
+from ..streams import DeviceStreams
 from .trace import Trace
 
 _NEW_ANCHOR_MS = 60_000.0  # elapsed times are 32-bit floats: a minute is good to 4 us

@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import zmq
 
-from ..errors import TransportError
-from ..settings import Settings
-from ..transport.addresses import is_loopback, listening_addresses, own_interfaces, towards
-from ..transport.endpoints import SocketDirectory, bind_ipc, bind_tcp
+from ...errors import TransportError
+from ...settings import Settings
+from ...transport.addresses import is_loopback, listening_addresses, own_interfaces, towards
+from ...transport.endpoints import SocketDirectory, bind_ipc, bind_tcp
 from .findings import Finding, Level
 from .layout import Layout
-
-_GET_ADDRESS = 0x8915  # SIOCGIFADDR
-_NAME_BYTES = 15
 
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface, as the kernel describes it; what is not known is empty."""
+    """A network interface, as psutil describes it."""
 
     name: str
-    address: str  # IPv4
-    state: str
-    mtu: str
-    megabits_per_s: str
+    address: str  # IPv4, empty where it has none
+    up: bool
+    mtu: int
+    megabits_per_s: int  # 0: a virtual interface has no speed
 
     def __str__(self) -> str:
-        speed = f", {self.megabits_per_s} Mbit/s" if self.megabits_per_s not in ("", "-1") else ""
-        return f"{self.address or 'no IPv4 address'}, {self.state}, MTU {self.mtu}{speed}"
+        speed = f", {self.megabits_per_s} Mbit/s" if self.megabits_per_s else ""
+        state = "up" if self.up else "down"
+        return f"{self.address or 'no IPv4 address'}, {state}, MTU {self.mtu}{speed}"
 
 
 def interfaces() -> Iterator[Interface]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            facts = (_read(name, fact) for fact in ("operstate", "mtu", "speed"))
-            yield Interface(name, _address(probe, name), *facts)
-
-
-def _address(probe: socket.socket, name: str) -> str:
-    request = struct.pack("256s", name.encode()[:_NAME_BYTES])
-    try:
-        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _GET_ADDRESS, request)[20:24])
-    except OSError:
-        return ""
-
-
-def _read(name: str, fact: str) -> str:
-    try:
-        return (Path("/sys/class/net") / name / fact).read_text().strip()
-    except OSError:  # a virtual interface has no speed
-        return ""
+    states = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        address = next((each.address for each in addresses if each.family == socket.AF_INET), "")
+        if (state := states.get(name)) is not None:  # else it has gone meanwhile
+            yield Interface(name, address, state.isup, state.mtu, state.speed)
 
 
 def check(settings: Settings, layout: Layout) -> list[Finding]:

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
-from .trace import Event, RankTrace
+from ...observe.trace import Event, RankTrace
 
 COMPUTE, EXPOSED, BACK_PRESSURE = "compute", "exposed", "back-pressure"
 BUBBLE, HOST, IDLE = "bubble", "host work", "idle"

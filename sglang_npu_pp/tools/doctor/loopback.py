@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..errors import PipelineError
-from ..settings import Settings
-from ..telemetry import Telemetry
-from ..trace import Trace
-from ..transport.host_lane import Exchange, HostLane
+from ...errors import PipelineError
+from ...observe.telemetry import Telemetry
+from ...observe.trace import Trace
+from ...settings import Settings
+from ...transport.host_lane import Exchange, HostLane
 from .findings import Finding, Level
 from .link_test import LinkReport, measure
 

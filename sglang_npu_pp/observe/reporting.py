@@ -12,11 +12,11 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from .settings import Settings
+from ..settings import Settings
+from ..transport.clock import UNMEASURED, LinkClock
 from .telemetry import Snapshot, Telemetry, render_table
 from .termination import Termination
 from .trace import RankTrace, Trace
-from .transport.clock import UNMEASURED, LinkClock
 
 logger = logging.getLogger("sglang_npu_pp")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import ContractError
-from ..patches import PATCHES, installed, load_contracts
-from ..patching import Contract, Contracts, Patch, known_contract
+from ...errors import ContractError
+from ...patches import PATCHES, installed, load_contracts
+from ...patching import Contract, Contracts, Misfit, Patch, Why, known_contract, misfit
 from .findings import Finding, Level
 from .versions import version_of
 
@@ -46,19 +46,21 @@ def verdicts(patches: Sequence[Patch], release: str, contracts: Contracts, read:
 
 def _verdict(patch: Patch, release: str, contract: Contract, read: Read) -> Finding:
     name = patch.target.partition(":")[2]
-    different = [
-        target
-        for target in patch.checked_targets(contract)
-        if target not in contract or read(target) != contract[target]
-    ]
-    if different:
-        verb = "differs" if len(different) == 1 else "differ"
-        return Finding(Level.WRONG, name, f"{', '.join(different)} {verb} from SGLang {release}")
+    found = misfit(patch, contract, lambda target, known: read(target) == known)
+    if found is not None:
+        return Finding(Level.WRONG, name, _sentence(found, release))
     if not patch.is_needed(contract):
         return Finding(Level.NOTE, name, f"{release} does not need this patch")
-    if patch.adds and read(patch.target) is not None:
-        return Finding(Level.WRONG, name, "this SGLang already has the function that we would add")
     checked = len(set(patch.checked_targets(contract)))
     return Finding(
         Level.OK, name, f"as in {release} ({checked} {'function' if checked == 1 else 'functions'})"
     )
+
+
+def _sentence(found: Misfit, release: str) -> str:
+    if found.why is Why.PRESENT:
+        return "this SGLang already has the function that we would add"
+    if found.why is Why.ABSENT:
+        return "this SGLang does not have the function that we would replace"
+    verb = "differs" if len(found.targets) == 1 else "differ"
+    return f"{', '.join(found.targets)} {verb} from SGLang {release}"

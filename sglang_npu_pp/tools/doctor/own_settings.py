@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import SettingsError
-from ..settings import PREFIX, Settings, load_settings
-from ..transport.device_lane import slot_bytes_for
+from ...errors import SettingsError
+from ...settings import PREFIX, Settings, load_settings
+from ...transport.device_lane import slot_bytes_for
 from .findings import Finding, Level
 
 

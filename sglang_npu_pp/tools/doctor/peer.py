@@ -13,14 +13,14 @@ import msgspec
 
 import sglang_npu_pp
 
-from ..agreement import Statement, differences
-from ..errors import ContractError, PipelineError
-from ..patches import installed
-from ..settings import Settings, load_settings
-from ..telemetry import Telemetry
-from ..trace import Trace
-from ..transport.host_lane import HostLane
-from ..transport.message import PROTOCOL
+from ...agreement import Statement, differences
+from ...errors import ContractError, PipelineError
+from ...observe.telemetry import Telemetry
+from ...observe.trace import Trace
+from ...patches import installed
+from ...settings import Settings, load_settings
+from ...transport.host_lane import HostLane
+from ...transport.message import PROTOCOL
 from .findings import Finding, Level
 from .link_test import FORWARDS_MS, LinkReport, measure
 from .rendezvous import ANSWER_LIMIT_S, Rendezvous

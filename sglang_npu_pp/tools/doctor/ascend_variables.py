@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 
-from ..transport.addresses import matching
+from ...transport.addresses import matching
 from .findings import Finding, Level
 
 Environ = Mapping[str, str]

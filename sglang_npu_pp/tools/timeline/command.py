@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .timeline import COMPUTE, IDLE, Timeline, analyse, table
-from .trace import read_traces
+from ...observe.trace import read_traces
+from .states import COMPUTE, IDLE, Timeline, analyse, table
 
 FORWARDS_IN_A_PICTURE = 24  # of a stage, when nothing says which to draw
 _NO_MATPLOTLIB = "The picture needs matplotlib; install it with: pip install 'sglang-npu-pp[tools]'"
@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         "timeline",
         help="draw the pipeline from its traces; print bubble ratio and exposed communication",
         description="Reads what SGLANG_NPU_PP_TRACE=DIR made the ranks write. Prints the shares of compute, "
-        "bubble and exposed communication of every stage, and draws them. sglang_npu_pp/timeline.py says "
-        "what these words mean exactly.",
+        "bubble and exposed communication of every stage, and draws them. "
+        "sglang_npu_pp/tools/timeline/states.py says what these words mean exactly.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the traces are")
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG or SVG (DIR/timeline.png)")
@@ -91,7 +91,7 @@ def _describe(timeline: Timeline) -> str:
 
 
 def _draw(part: Timeline, whole: Timeline, output: Path) -> None:
-    from .timeline_figure import draw
+    from .figure import draw
 
     numbers = [span.iteration for stage in part.stages for span in stage.spans if span.state == COMPUTE]
     which = f"iterations {min(numbers)} to {max(numbers)}" if numbers else "no iteration"

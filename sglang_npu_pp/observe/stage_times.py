@@ -13,11 +13,11 @@ from collections import deque
 from statistics import median
 from typing import Any, NamedTuple
 
+from ..streams import DeviceStreams
+from ..transport.message import Kind
+from ..transport.stage_link import StageLink
 from .depth import StageTimes, advise
-from .streams import DeviceStreams
 from .telemetry import Telemetry
-from .transport.message import Kind
-from .transport.stage_link import StageLink
 
 KINDS = ("prefill", "decode")
 WARM_UP = 4  # busy launches of a kind that are not counted: first use of memory, kernels, caches

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PipelineError
-from ..imports import import_without_devices
-from ..transport.addresses import listening_addresses
+from ...errors import PipelineError
+from ...transport.addresses import listening_addresses
+from ..imports import without_device_backends
 from .findings import Level, Section, as_json, count, render
 from .layout import Layout
 
@@ -58,8 +58,8 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        # versions.py tries torch_npu in a process of its own.
-        examine = import_without_devices("sglang_npu_pp.doctor.examine").examine
+        with without_device_backends():  # versions.py tries torch_npu in a process of its own
+            from .examine import examine
         layout = Layout(
             options.tp_size,
             options.pp_size,

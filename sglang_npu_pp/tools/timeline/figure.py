@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .timeline import BACK_PRESSURE, BUBBLE, COMPUTE, EXPOSED, HOST, IDLE, StageTimeline, Timeline
+from .states import BACK_PRESSURE, BUBBLE, COMPUTE, EXPOSED, HOST, IDLE, StageTimeline, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

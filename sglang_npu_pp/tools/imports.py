@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
-def import_without_devices(name: str) -> ModuleType:
-    """Import a module that imports torch, without torch loading torch_npu on the way.
+@contextmanager
+def without_device_backends() -> Iterator[None]:
+    """Around the import of a module that imports torch: torch does not load torch_npu on the way.
 
     Where CANN is missing or broken that would fail, and a tool should say so instead. Nothing changes for a
     process that has imported torch already, nor for those that it starts.
@@ -18,7 +19,7 @@ def import_without_devices(name: str) -> ModuleType:
     before = os.environ.get(_AUTOLOAD)
     os.environ[_AUTOLOAD] = "0"
     try:
-        return importlib.import_module(name)
+        yield
     finally:
         if before is None:
             del os.environ[_AUTOLOAD]

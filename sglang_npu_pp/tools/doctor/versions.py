@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sglang_npu_pp
 
-from ..errors import ContractError
-from ..patches import installed
+from ...errors import ContractError
+from ...patches import installed
 from .findings import Finding, Level
 
 DEVICE_LIMIT_S = 120  # torch_npu may take a minute to load on a machine that has just started

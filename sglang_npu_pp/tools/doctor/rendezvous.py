@@ -17,9 +17,9 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-from ..errors import TransportError
-from ..transport.addresses import listening_addresses
-from ..transport.endpoints import KeyPair, KnownKeys
+from ...errors import TransportError
+from ...transport.addresses import listening_addresses
+from ...transport.endpoints import KeyPair, KnownKeys
 
 ANSWER_LIMIT_S = 30.0
 """Longest wait for anything once the two sides have met."""

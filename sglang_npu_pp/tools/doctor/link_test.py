@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..depth import StageTimes, needed_depth
-from ..errors import MessageError
-from ..transport.host_lane import HostLane
-from ..transport.message import Kind, Message
+from ...errors import MessageError
+from ...observe.depth import StageTimes, needed_depth
+from ...transport.host_lane import HostLane
+from ...transport.message import Kind, Message
 
 ROUND_TRIPS = 100
 CHUNK_BYTES = 256 << 10

@@ -1,0 +1,1 @@
+"""Commands of `python -m sglang_npu_pp`, for people; nothing here runs in a server."""
