@@ -24,14 +24,14 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
+from rig.devices import DEVICES  # noqa: E402
+from rig.folders import new_folder  # noqa: E402
+from rig.server import ServerError  # noqa: E402
 from scripts.environment.parts import PartError, provide  # noqa: E402
 from scripts.evaluation import gate, lmms, selftest  # noqa: E402
 from scripts.evaluation.pictures import OWN_TASKS  # noqa: E402
 from scripts.evaluation.report import show, to_json, write_json  # noqa: E402
 from scripts.evaluation.results import Layout  # noqa: E402
-from scripts.lib.devices import DEVICES  # noqa: E402
-from scripts.lib.folders import new_folder  # noqa: E402
-from scripts.lib.server import ServerError  # noqa: E402
 
 # Questions of each task; the simulated Ascend computes slowly.
 QUICK = {"cpu": 100, gate.SIMULATED: 40}

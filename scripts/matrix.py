@@ -4,7 +4,7 @@
     scripts/matrix.py --releases 0.5.15 0.5.23 --layouts tp1-pp2 --json result.json
 
 A cell starts the release unpatched and patched, asks both the same requests, one by one and sixteen at a
-time, and compares answers and recorded order (tests/server/comparison.py, which the suite uses too). The exit
+time, and compares answers and recorded order (rig/comparison.py, which the suite uses too). The exit
 status is 0 when all cells are good, 1 when one is not, 130 when interrupted; what has run is printed anyway.
 """
 
@@ -29,11 +29,11 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
+from rig.comparison import Layout, compare, complaints, depth  # noqa: E402
+from rig.launcher import Launcher  # noqa: E402
+from rig.releases import RELEASES, Release  # noqa: E402
+from rig.server import ServerError  # noqa: E402
 from scripts.environment.parts import PartError, provide  # noqa: E402
-from scripts.lib.releases import RELEASES, Release  # noqa: E402
-from scripts.lib.server import ServerError  # noqa: E402
-from tests.server.comparison import Layout, compare, complaints, depth  # noqa: E402
-from tests.server.conftest import Launcher  # noqa: E402
 
 LAYOUTS = {
     layout.name: layout

@@ -23,9 +23,9 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
-from scripts.lib.devices import DEVICES  # noqa: E402
-from scripts.lib.ports import free_ports  # noqa: E402
-from scripts.lib.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError  # noqa: E402
+from rig.devices import DEVICES  # noqa: E402
+from rig.ports import free_ports  # noqa: E402
+from rig.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError  # noqa: E402
 
 ASSETS = ROOT / "scripts" / "assets"
 QUESTION = "which digit is shown in the image?\nanswer with a single digit."  # as it was trained

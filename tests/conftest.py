@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from scripts.lib.server import REFUSED_VARIABLE
-from tests.ascend_sim import build
-from tests.transport.harness import Team, TeamKeeper, short_directory
+from ascend_sim import build
+from rig.harness import Team, TeamKeeper, short_directory
+from rig.server import REFUSED_VARIABLE
 
 torch.set_num_threads(1)
 

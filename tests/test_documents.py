@@ -69,8 +69,7 @@ RUN_BY = {
     "tests/server/test_dp_attention.py::test_answers_are_upstreams",
     "python scripts/fingerprint.py --all": "tests/test_releases.py::"
     "test_the_contract_is_true_of_the_installed_release",
-    "python -m tests.ascend_sim.build": "tests/ascend_sim/test_build.py::"
-    "test_what_was_built_is_not_built_again",
+    "python -m ascend_sim.build": "tests/ascend_sim/test_build.py::test_what_was_built_is_not_built_again",
 }
 """Who runs what a command does; those of make are run as `make -n`, and a script's options are asked for."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rig.folders import new_folder
 from scripts.bench.link import EmulatedLink
-from scripts.lib.folders import new_folder
 
 
 def test_a_run_has_a_folder_of_its_own(tmp_path: Path) -> None:

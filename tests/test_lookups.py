@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
+from rig.bootstrap_server import BootstrapServer, bootstrap_server, dead_address
 from sglang_npu_pp.lookups import LookupFailedError, Lookups, Patience, Question
-
-from .bootstrap_server import BootstrapServer, bootstrap_server, dead_address
 
 QUICK = Patience(total_s=0.5, attempt_s=0.2, first_pause_s=0.02, longest_pause_s=0.1)
 PATIENT = Patience(total_s=30.0, attempt_s=10.0, first_pause_s=0.01, longest_pause_s=0.05)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.server import Server, ServerError
+from rig.server import Server, ServerError
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "tests/assets/random_vl"
+MODEL = ROOT / "rig/assets/random_vl"
 SELECTIONS = dict(re.findall(r"^(QUICK|TEST|REST) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
 MARKERS = ("server", "simulator", "thorough")
 
@@ -73,7 +73,7 @@ def test_a_server_is_refused_in_a_child_of_such_a_test(tmp_path: Path) -> None:
     """As tests that run a script would start one."""
     program = f"""
 from pathlib import Path
-from scripts.lib.server import Server
+from rig.server import Server
 Server(Path({str(MODEL)!r}), 1, 1, log=Path({str(tmp_path / "log")!r})).start()
 """
     done = subprocess.run(

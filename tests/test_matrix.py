@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rig.server import ServerError
 from scripts import matrix
-from scripts.lib.server import ServerError
 
 
 @pytest.fixture

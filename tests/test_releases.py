@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from rig import battery
+from rig.releases import IN_VENV, RELEASES
 from scripts import fingerprint as script
 from scripts.environment.parts import parts
-from scripts.lib.releases import IN_VENV, RELEASES
 from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
 from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_in_file
-from tests.server import battery
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = load_contracts()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.lib.server import is_alive
+from rig.server import is_alive
 from sglang_npu_pp.observe.telemetry import read_snapshots
 from sglang_npu_pp.observe.trace import read_trace
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from rig.harness import Here, Team, results
 from sglang_npu_pp.errors import PeerLostError, PipelineError
 from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from tests.transport.harness import Here, Team, results
 
 WIDTH = 4
 

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 
+from rig.harness import Here, Rank, Team, close_lanes, receive, results
 from sglang_npu_pp.errors import PeerLostError, PipelineError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, copy_to_host, upload
 from sglang_npu_pp.transport.message import Kind
-from tests.transport.harness import Here, Rank, Team, close_lanes, receive, results
 
 LIMIT_S = 20
 

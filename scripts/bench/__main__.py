@@ -24,8 +24,8 @@ from types import FrameType
 
 from rich.console import Console
 
-from scripts.lib.folders import new_folder
-from scripts.lib.server import ServerError
+from rig.folders import new_folder
+from rig.server import ServerError
 
 from . import figure, report
 from .competitors import ROOT, VARIABLES, VLLM, Competitor

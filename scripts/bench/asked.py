@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.lib.server import Server, ServerError
+from rig.server import Server, ServerError
 
 WRITE_LIMIT_S = 20
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import psutil
 
-from scripts.lib.server import Server, ServerError
+from rig.server import Server, ServerError
 
 from . import load
 from .counters import Counted, StageFile, stage_path

@@ -24,15 +24,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rig.server import Server
 from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
 from scripts.bench.dp_metadata_plugin.dp_metadata_probe import KINDS, SIGNAL
 from scripts.bench.load import DECODE, Load, Request
 from scripts.bench.load import run as run_load
-from scripts.lib.server import Server
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "tests/assets/random_moe"
+MODEL = ROOT / "rig/assets/random_moe"
 PLUGIN = Path(__file__).parent / "dp_metadata_plugin"
 ON, OFF = {"SGLANG_NPU_PP": "require"}, {"SGLANG_NPU_PP": "0"}
 HOST = {"SGLANG_NPU_PP_DP_METADATA": "host"}

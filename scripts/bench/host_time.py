@@ -23,15 +23,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rig.server import Server
 from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
 from scripts.bench.host_time_plugin.host_time_probe import SIGNAL
 from scripts.bench.load import DECODE
 from scripts.bench.load import run as run_load
-from scripts.lib.server import Server
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "tests/assets/random_vl"
+MODEL = ROOT / "rig/assets/random_vl"
 PLUGIN = Path(__file__).parent / "host_time_plugin"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 COUNTED = range(10, 23)  # requests in a decode that counts

@@ -24,16 +24,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rig import disaggregated
+from rig.battery import prompt
+from rig.bootstrap_server import bootstrap_server, dead_address
+from rig.disaggregated import Pair, noted
+from rig.ports import HOST, free_ports
+from rig.server import Server
 from scripts.environment.parts import PartError, provide
-from scripts.lib import disaggregated
-from scripts.lib.disaggregated import Pair, noted
-from scripts.lib.ports import HOST, free_ports
-from scripts.lib.server import Server
-from tests.bootstrap_server import bootstrap_server, dead_address
-from tests.server.battery import prompt
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "tests/assets/random_vl"
+MODEL = ROOT / "rig/assets/random_vl"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 LIMIT_S = "5"  # SGLANG_NPU_PP_BOOTSTRAP_LIMIT_S
 ARGUMENTS = (

@@ -23,9 +23,9 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
-from scripts.lib.folders import new_folder
-from scripts.lib.server import Server, ServerError
-from tests.ascend_sim.controls import Simulator
+from ascend_sim.controls import Simulator
+from rig.folders import new_folder
+from rig.server import Server, ServerError
 
 from . import load, npu_sim_report
 from .competitors import FROZEN_LIMIT_S, OURS, PULL_REQUEST, ROOT, UPSTREAM, VARIABLES, Competitor

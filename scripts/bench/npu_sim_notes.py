@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.ascend_sim.kernels import Stretch
+from ascend_sim.kernels import Stretch
 
 from .npu_sim_probe import Host, Launch
 

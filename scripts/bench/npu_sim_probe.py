@@ -112,7 +112,7 @@ class Stage:
 
     def pad_forwards(self, _result: None, scheduler: Any) -> None:
         """Behind the waits for proxies and before sampling: the forward of the model itself."""
-        from tests.ascend_sim import kernels
+        from ascend_sim import kernels
 
         control = Control(control_path(self._folder))
         model = scheduler.tp_worker.model_runner.model
@@ -148,7 +148,7 @@ class Stage:
     def run_batch(
         self, original: Callable[..., Any], scheduler: Any, batch: Any, *arguments: Any, **options: Any
     ) -> Any:
-        from tests.ascend_sim import kernels
+        from ascend_sim import kernels
 
         began, host = time.monotonic_ns(), self._host()
         forward = self._forwards
@@ -175,7 +175,7 @@ class Stage:
         return original(scheduler, batch, *arguments)
 
     def _host(self) -> Host:
-        from tests.ascend_sim import kernels
+        from ascend_sim import kernels
 
         requests, proxies, outputs, backpressure = _waits_of_ours()
         return Host(

@@ -22,12 +22,12 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from ascend_sim import sglang_on_sim
+from ascend_sim.kernels import occupy
+from rig.harness import Here, results
+from rig.npu_ranks import start_team
 from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from tests.ascend_sim import sglang_on_sim
-from tests.ascend_sim.kernels import occupy
-from tests.ascend_sim.processes import start_team
-from tests.transport.harness import Here, results
 
 RANKS = 2
 FORWARDS_MS = (0, 20)

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from scripts.lib.devices import ONE_MACHINE
-from scripts.lib.ports import HOST
-from scripts.lib.server import READY, Server
+from rig.devices import ONE_MACHINE
+from rig.ports import HOST
+from rig.server import READY, Server
 
 from .link import Link
 

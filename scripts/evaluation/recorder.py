@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import requests
 
-from scripts.lib.ports import HOST, free_ports
+from rig.ports import HOST, free_ports
 
 from .results import Token
 

@@ -17,7 +17,7 @@ class Side(Enum):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over ranks, and on what: `device` is a name in `scripts.lib.devices.DEVICES`."""
+    """How a model is spread over ranks, and on what: `device` is a name in `rig.devices.DEVICES`."""
 
     tp: int
     pp: int

@@ -25,7 +25,7 @@ from .pictures import PLAIN, pictures
 from .results import Layout, Result, Side
 from .servers import configure, running
 
-PROBE = ROOT / "tests/server/probe"
+PROBE = ROOT / "rig/probe"
 FAULT_FILE_VARIABLE = "PP_PROBE_FAULT_FILE"
 LAYOUT = Layout(1, 2)
 CONCURRENCY = 16

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.lib.devices import DEVICES
-from scripts.lib.server import Server
+from rig.devices import DEVICES
+from rig.server import Server
 
 from .direct import served_model
 from .lmms import Target

@@ -20,15 +20,15 @@ from typing import Any
 
 from rich.console import Console
 
+from rig.server import ServerError
 from scripts.bench.link import EmulatedLink, LinkError, reason_for_loopback
-from scripts.lib.server import ServerError
 from sglang_npu_pp.settings import Settings
 
 from .episode import Episode, Outcome, describe, on_two_nodes
 from .faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-_MODEL = ROOT / "tests/assets/random_vl"
+_MODEL = ROOT / "rig/assets/random_vl"
 DEFAULT_TIMEOUT_S = Settings().peer_timeout_s
 _HARMLESS_S = 2.0  # how long a pause lasts
 _END_LIMIT_S = 10.0  # with the default time-out; more by what a chosen one is longer

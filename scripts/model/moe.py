@@ -1,6 +1,6 @@
 """Write a tiny Qwen3-MoE with random weights: model and tokenizer, for data-parallel attention.
 
-    python scripts/model/moe.py --out tests/assets/random_moe
+    python scripts/model/moe.py --out rig/assets/random_moe
 
 4 layers of width 64, each with 4 experts of which 2 are taken, 512 tokens; 0.9 MB in bfloat16.
 """

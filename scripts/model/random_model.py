@@ -8,7 +8,7 @@ bfloat16. Small enough for a repository, and it takes every path of a large one:
 
 Under pipeline parallelism every stage but the first must begin at a layer >= the number of
 deepstack layers. 8 layers in 2 stages do; 4 stages need SGLANG_PP_LAYER_PARTITION=3,2,2,1, which
-scripts/lib/server.py sets.
+rig/server.py sets.
 """
 
 import argparse

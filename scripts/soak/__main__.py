@@ -29,13 +29,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rig import battery
+from rig.agreement import MARKER, disagreement, states
+from rig.launcher import ARGUMENTS, PROBE, RANDOM_MODEL
+from rig.ports import free_ports
+from rig.server import Server, ServerError
 from scripts.bench.link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
-from scripts.lib.ports import free_ports
-from scripts.lib.server import Server, ServerError
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
-from tests.server import battery
-from tests.server.conftest import ARGUMENTS, PROBE, RANDOM_MODEL
-from tests.server.regression.agreement import MARKER, disagreement, states
 
 from .checks import GROWTH_LIMIT_MIB, Sample, Trend, errors_in, in_flight, trends
 from .load import Clients, Known, Tally, Weather

@@ -14,10 +14,10 @@ from typing import Any
 
 import requests
 
+from rig import battery
+from rig.loads import ABORTED, Pool, ask, ask_in_pieces, greedy, make_pool
+from rig.server import Server
 from scripts.bench.link import Link
-from scripts.lib.server import Server
-from tests.server import battery
-from tests.server.regression.loads import ABORTED, Pool, ask, ask_in_pieces, greedy, make_pool
 
 PLAIN, STREAMED, ABORTS, LEAVES, PICTURE = "plain", "streamed", "aborted", "left by its client", "picture"
 _SHARES = {PLAIN: 50, STREAMED: 30, ABORTS: 10, LEAVES: 7, PICTURE: 3}

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from rig.ports import HOST, free_ports
+from rig.server import Server, ServerError
 from scripts.environment.parts import provide
 from scripts.evaluation import gate, lmms
 from scripts.evaluation.checks import Check, check_result
 from scripts.evaluation.pictures import OWN_TASKS, pictures
 from scripts.evaluation.results import Layout, Result, Side
 from scripts.evaluation.servers import configure, running
-from scripts.lib.ports import HOST, free_ports
-from scripts.lib.server import Server, ServerError
 
 from .samples import fake_server
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ascend_sim.processes import start_team
-from tests.transport.harness import Team, TeamKeeper
+from rig.harness import Team, TeamKeeper
+from rig.npu_ranks import start_team
 
 
 def start_npu_team(size: int, task_queue: str = "1") -> Team:

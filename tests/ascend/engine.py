@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from ascend_sim.kernels import occupy
+from rig.harness import Here
 from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.transfer_gate import TransferGate
-from tests.ascend_sim.kernels import occupy
-from tests.transport.harness import Here
 
 from . import ranks
 from .mutation import Rule, broken

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from ascend_sim.kernels import occupy
+from rig.harness import Here
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import HostCopy, copy_to_host, upload
 from sglang_npu_pp.transport.message import Kind
-from tests.ascend_sim.kernels import occupy
-from tests.transport.harness import Here
 
 from .mutation import Rule, broken
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
-from tests.ascend_sim.controls import Listing, Simulator
+from ascend_sim.controls import Listing, Simulator
 
 LIMIT_S = 60.0
 POLL_S = 0.005

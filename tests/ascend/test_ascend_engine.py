@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ascend_sim import sglang_on_sim
-from tests.ascend_sim.processes import start_team
-from tests.transport.harness import Rank, Team, TeamKeeper
+from ascend_sim import sglang_on_sim
+from rig.harness import Rank, Team, TeamKeeper
+from rig.npu_ranks import start_team
 
 from . import engine
 from .engine import LIMIT_S, UNWRITTEN

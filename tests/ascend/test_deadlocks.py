@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ascend_sim.controls import Simulator
+from ascend_sim.deadlock import deadlock_among
+from rig.harness import Call, Here, Team, results
 from sglang_npu_pp.transport.message import Kind
-from tests.ascend_sim.controls import Simulator
-from tests.ascend_sim.deadlock import deadlock_among
 from tests.field_cases import field_case
-from tests.transport.harness import Call, Here, Team, results
 
 from . import ranks
 from .conftest import start_npu_team

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ascend_sim import build
+from ascend_sim.environment import environment
 from sglang_npu_pp.tools.doctor import contracts, versions
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
-from tests.ascend_sim import build
-from tests.ascend_sim.environment import environment
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from rig.harness import Team
 from tests.field_cases import field_case
-from tests.transport.harness import Team
 
 from . import ranks
 from .mutation import Rule

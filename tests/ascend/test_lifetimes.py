@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ascend_sim.controls import Simulator
+from rig.harness import Here, Rank, Team, results
 from sglang_npu_pp.transport.message import Kind
-from tests.ascend_sim.controls import Simulator
-from tests.transport.harness import Here, Rank, Team, results
 
 from . import ranks
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from ascend_sim.controls import Simulator
+from ascend_sim.kernels import occupy
+from ascend_sim.sglang_on_sim.import_hooks import MissingPackageFinder
+from rig.harness import Here, Rank, Team
 from sglang_npu_pp.streams import DeviceStreams
-from tests.ascend_sim.controls import Simulator
-from tests.ascend_sim.kernels import occupy
-from tests.ascend_sim.sglang_on_sim.import_hooks import MissingPackageFinder
-from tests.transport.harness import Here, Rank, Team
 
 from . import ranks
 from .mutation import Rule, broken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from tests.transport.harness import Team
+from rig.harness import Team
 
 from . import ranks
 from .rest import at_rest, ended, holding, position

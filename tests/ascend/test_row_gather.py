@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
+from ascend_sim.kernels import occupy
+from rig.harness import Here, Team, results
 from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from tests.ascend_sim.kernels import occupy
-from tests.transport.harness import Here, Team, results
 
 from . import ranks
 from .mutation import Rule, broken

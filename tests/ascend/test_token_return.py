@@ -7,10 +7,10 @@ from unittest import mock
 
 import torch
 
+from rig.harness import Here, Rank, Team, results
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, copy_to_host
 from sglang_npu_pp.transport.message import Kind
-from tests.transport.harness import Here, Rank, Team, results
 
 from . import ranks
 from .mutation import Rule, broken

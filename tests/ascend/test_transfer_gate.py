@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ascend_sim.kernels import occupy
+from rig.harness import Here, Rank, Team
 from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.transfer_gate import LateIndices, TransferGate
-from tests.ascend_sim.kernels import occupy
-from tests.transport.harness import Here, Rank, Team
 
 from . import ranks
 from .mutation import Rule, broken

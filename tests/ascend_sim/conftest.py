@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.transport.harness import Team, TeamKeeper
-
-from .processes import start_team
+from rig.harness import Team, TeamKeeper
+from rig.npu_ranks import start_team
 
 
 @pytest.fixture(scope="package")

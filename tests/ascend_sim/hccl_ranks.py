@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from tests.transport.harness import Here
-
-from .controls import Simulator, Task
+from ascend_sim.controls import Simulator, Task
+from rig.harness import Here
 
 LIMIT_S = 20.0
 TIME_OUT, EXCEPTION = 507048, 507049  # aclError of a stream: for the time limit of HCCL, and for the rest

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tests.ascend_sim import kernels, operator_cases
-from tests.ascend_sim.controls import Simulator
+from ascend_sim import kernels
+from ascend_sim.controls import Simulator
+from tests.ascend_sim import operator_cases
 
 DEVICE = "npu:0"
 LIMIT_S = 20.0

@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 
-from . import build
-from .environment import environment
+from ascend_sim import build
+from ascend_sim.environment import environment
 
 BUILD_LIMIT_S = 120.0
 

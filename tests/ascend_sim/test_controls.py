@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.transport.harness import Here, Rank, TeamKeeper
-
-from .controls import Entry, Links, Simulator, SimulatorError, Stream
-from .processes import start_program, start_team
+from ascend_sim.controls import Entry, Links, Simulator, SimulatorError, Stream
+from rig.harness import Here, Rank, TeamKeeper
+from rig.npu_ranks import start_program, start_team
 
 LIMIT_S = 20.0
 

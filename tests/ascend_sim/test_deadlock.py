@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.transport.harness import Here, Team
-
-from .controls import Listing, Partners, Simulator, Stream, Task, Wait
-from .deadlock import Deadlock, deadlock_among, find_deadlock
-from .processes import start_team
+from ascend_sim.controls import Listing, Partners, Simulator, Stream, Task, Wait
+from ascend_sim.deadlock import Deadlock, deadlock_among, find_deadlock
+from rig.harness import Here, Team
+from rig.npu_ranks import start_team
 
 LIMIT_S = 20.0
 A, B, C = 100, 200, 300  # pids

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.transport.harness import Call, Here, Team, results
+from ascend_sim.controls import Simulator
+from rig.harness import Call, Here, Team, results
+from rig.npu_ranks import run_program, start_team
 
-from .controls import Simulator
 from .hccl_ranks import (
     LIMIT_S,
     numbered,
@@ -32,7 +33,6 @@ from .hccl_ranks import (
     wait_for,
     warm_up,
 )
-from .processes import run_program, start_team
 
 SIZES = [1, 5, 1000, 300_001, 3, 70_000]  # int32; the large ones are more than a channel holds, 256 KiB
 

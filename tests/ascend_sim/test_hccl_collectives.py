@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.transport.harness import Here, Team
+from rig.harness import Here, Team
 
 MEMBERS = 3
 DATA_TYPES = [

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.transport.harness import Call, Here
+from ascend_sim.controls import Simulator
+from rig.harness import Call, Here
+from rig.npu_ranks import run_program, start_team
 
-from .controls import Simulator
 from .hccl_ranks import (
     EXCEPTION,
     LIMIT_S,
@@ -20,7 +21,6 @@ from .hccl_ranks import (
     synchronize,
     wait_for,
 )
-from .processes import run_program, start_team
 
 DIFFERENT_CALLS = {
     "sizes": ("all_reduce(8)", "all_reduce(9)", "calls HcclAllReduce of 9 int32, sum"),
@@ -79,7 +79,7 @@ def test_a_message_and_a_collective_wait_for_each_other() -> None:
     ended = run_program(
         f"""
 import time
-from tests.ascend_sim.controls import Simulator
+from ascend_sim.controls import Simulator
 from tests.ascend_sim.hccl_direct import members
 first, second = both = members(2)
 first.send(8, 1)

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from . import kernel_scenarios, kernels, operator_cases
-from .build import REPOSITORY
-from .environment import environment
+from ascend_sim import kernels
+from ascend_sim.build import REPOSITORY
+from ascend_sim.environment import environment
+
+from . import kernel_scenarios, operator_cases
 
 LIMIT_S = 180.0
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from .sglang_on_sim import reference_kernels as kernels
-from .sglang_on_sim import reference_moe_kernels as moe_kernels
-from .sglang_on_sim import reference_triton_kernels as triton_kernels
-from .sglang_on_sim.missing_packages import MissingPackage
+from ascend_sim.sglang_on_sim import reference_kernels as kernels
+from ascend_sim.sglang_on_sim import reference_moe_kernels as moe_kernels
+from ascend_sim.sglang_on_sim import reference_triton_kernels as triton_kernels
+from ascend_sim.sglang_on_sim.missing_packages import MissingPackage
 
 PAGE = 4
 HEADS, SHARED_HEADS, WIDTH = 4, 2, 8

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.transport.harness import Here, TeamKeeper
-
-from .controls import Entry, Listing, Simulator, Wait
-from .processes import run_program, start_program, start_team
+from ascend_sim.controls import Entry, Listing, Simulator, Wait
+from rig.harness import Here, TeamKeeper
+from rig.npu_ranks import run_program, start_program, start_team
 
 LIMIT_S = 20.0
 ELEMENTS = 1000
@@ -440,7 +439,7 @@ def test_waiting_takes_no_core(rank: Callable[..., Any]) -> None:
 
 BLOCKED = """
 import os, sys, torch, torch_npu
-from tests.ascend_sim.controls import Simulator
+from ascend_sim.controls import Simulator
 torch.npu.set_device(0)
 tensor = torch.ones(4).pin_memory()
 torch.npu.synchronize()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .sglang_on_sim.start_check import EXPECTED_ATTENTION, check
+from ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, check
 
 NATIVE = "sglang.srt.models.qwen3_vl.Qwen3VLForConditionalGeneration"
 FALLBACK = "sglang.srt.models.transformers.TransformersForCausalLM"

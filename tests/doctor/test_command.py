@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.releases import IN_VENV
+from rig.releases import IN_VENV
 from sglang_npu_pp.__main__ import main
 from sglang_npu_pp.tools.doctor import examine, findings, link_test, versions
 from sglang_npu_pp.tools.doctor.findings import Finding, Level, Section

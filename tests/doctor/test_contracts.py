@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.releases import IN_VENV, RELEASES
+from rig.releases import IN_VENV, RELEASES
 from sglang_npu_pp.errors import ContractError
 from sglang_npu_pp.patches import PATCHES, installed, load_contracts, sglang_release
 from sglang_npu_pp.tools.doctor import contracts

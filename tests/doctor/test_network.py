@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.ports import free_ports
+from rig.ports import free_ports
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.doctor import network
 from sglang_npu_pp.tools.doctor.findings import Finding, Level

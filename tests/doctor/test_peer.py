@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
-from scripts.lib.ports import free_ports
+from rig.ports import free_ports
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.doctor import link_test, peer, rendezvous

@@ -20,10 +20,10 @@ from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
 
+from rig.bootstrap_server import BootstrapServer, bootstrap_server, dead_address
 from sglang_npu_pp.lookups import Lookups, Patience
 from sglang_npu_pp.patches import bootstrap, load_contracts, sglang_release
 from sglang_npu_pp.patching import AppliedPatches
-from tests.bootstrap_server import BootstrapServer, bootstrap_server, dead_address
 
 from .disaggregated import bare, make_manager
 

@@ -28,7 +28,7 @@ from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.managers.scheduler_components import dp_attn
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from scripts.lib.releases import RELEASES, Release
+from rig.releases import RELEASES, Release
 from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.observe.trace import Trace

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from rig.harness import Here, Rank, Team, open_device_lane, results, trace_of
 from sglang_npu_pp.settings import Settings
-from tests.transport.harness import Here, Rank, Team, open_device_lane, results, trace_of
 
 WAYS = ("upstream", "torch", "host lane", "both lanes")
 

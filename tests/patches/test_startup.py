@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from rig.harness import Here, Team
 from sglang_npu_pp.errors import SettingsError, TransportError
 from sglang_npu_pp.patches import startup
-
-from ..transport.harness import Here, Team
 
 WORLD = 4  # ranks of one replica
 

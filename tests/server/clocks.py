@@ -8,9 +8,8 @@ from typing import Any
 
 import requests
 
-from scripts.lib.server import Server
-
-from . import battery
+from rig import battery
+from rig.server import Server
 
 HOUR_S = 3600
 LEADERS, OTHERS = "leaders", "others"  # the ranks that decide, and those that are told

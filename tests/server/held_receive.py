@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from scripts.lib.server import Server
+from ascend_sim.controls import Simulator, Stream
+from rig import battery
+from rig.server import Server
 from tests.ascend.rest import at_rest
-from tests.ascend_sim.controls import Simulator, Stream
-
-from . import battery
 
 REQUESTS = 4  # two microbatches of two
 TOKENS = 64

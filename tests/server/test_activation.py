@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.releases import RELEASES
-from scripts.lib.server import Server, ServerError
-
-from . import battery
-from .conftest import Launcher
+from rig import battery
+from rig.launcher import Launcher
+from rig.releases import RELEASES
+from rig.server import Server, ServerError
 
 FAILURE_LIMIT_S = 120  # a start takes 20 to 30 s; a failing one must not wait for any of our limits
 

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from rig.devices import cores_per_rank
+from rig.launcher import ARGUMENTS, RANDOM_MODEL
+from rig.ports import free_ports
+from rig.server import Server
 from scripts.bench.link import EmulatedLink, reason_for_loopback
-from scripts.lib.devices import cores_per_rank
-from scripts.lib.ports import free_ports
-from scripts.lib.server import Server
-
-from .conftest import ARGUMENTS, RANDOM_MODEL
 
 pytestmark = pytest.mark.server
 on_two_nodes = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())

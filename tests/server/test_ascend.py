@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from scripts.lib.server import Server
+from ascend_sim.controls import Simulator
+from ascend_sim.deadlock import find_deadlock
+from ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
+from rig import battery, order
+from rig.launcher import Launcher, traces
+from rig.loads import Pool, make_pool
+from rig.server import Server
 from sglang_npu_pp.observe.trace import Event
-from tests.ascend_sim.controls import Simulator
-from tests.ascend_sim.deadlock import find_deadlock
-from tests.ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
 from tests.field_cases import field_case
 
-from . import battery, order
-from .conftest import Launcher, traces
 from .held_receive import Held, hold_a_receive
-from .regression.loads import Pool, make_pool
 from .regression.test_soak import soak
 
 CONCURRENCY = 24

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from scripts.lib.server import Server
-
-from .conftest import Launcher
+from rig.launcher import Launcher
+from rig.server import Server
 
 BIN = Path(sys.executable).parent
 END_LIMIT_S = 60.0

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from scripts.lib.ports import free_ports
-
-from .conftest import RANDOM_MODEL, ROOT
+from rig.launcher import RANDOM_MODEL, ROOT
+from rig.ports import free_ports
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from scripts.lib.server import Server
-
-from . import battery
+from rig import battery
+from rig.server import Server
 
 CLIENTS = 32
 ROUNDS = 4

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
-
-from . import battery
-from .conftest import Launcher, point_to_point_counts
+from rig import battery
+from rig.launcher import Launcher, point_to_point_counts
+from rig.server import Server
 
 FAKE_BOOTSTRAP_HOST = "2.2.2.2"  # SGLang's name for a request whose KV cache goes nowhere
 REQUESTS = 12

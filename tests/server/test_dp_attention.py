@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.launcher import MOE_MODEL, Launcher
+from rig.server import Server
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 from sglang_npu_pp.observe.trace import Event, read_traces
 
-from . import battery
 from .clocks import OTHERS, Conversation, advance, greedy
-from .conftest import MOE_MODEL, Launcher
 
 LENGTHS = (1, 7, 64, 255, 300, 700)  # tokens; chunks are 256 for both ranks together
 DEVICE = os.environ.get("DP_ATTENTION_DEVICE", "cpu")

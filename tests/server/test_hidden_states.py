@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.lib.server import Server
-from tests.server import battery
-from tests.server.conftest import Launcher
-from tests.server.regression.loads import greedy
+from rig import battery
+from rig.launcher import Launcher
+from rig.loads import greedy
+from rig.server import Server
 
 TOLERANCE = 1e-4  # float32; the same kernels, other shapes
 WANTED = ("--enable-return-hidden-states",)

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from scripts.lib.ports import HOST
-from scripts.lib.server import Server
-
-from . import battery
-from .conftest import Launcher
+from rig import battery
+from rig.launcher import Launcher
+from rig.ports import HOST
+from rig.server import Server
 
 LIMIT_S = 30.0
 KINDS = ("embeddings", "flush", "sessions", "health checks")  # as the probe has them

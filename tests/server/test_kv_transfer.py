@@ -17,13 +17,11 @@ from typing import Any
 
 import pytest
 
-from scripts.lib import disaggregated
-from scripts.lib.ports import HOST, free_ports
-from scripts.lib.server import Server
-from tests.bootstrap_server import bootstrap_server, dead_address
-
-from . import battery
-from .conftest import PROBE, Launcher
+from rig import battery, disaggregated
+from rig.bootstrap_server import bootstrap_server, dead_address
+from rig.launcher import PROBE, Launcher
+from rig.ports import HOST, free_ports
+from rig.server import Server
 
 pytestmark = [
     pytest.mark.skipif(

@@ -11,11 +11,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from rig.launcher import RANDOM_MODEL
 from scripts.bench.link import EmulatedLink, reason_for_loopback
 from scripts.lost_peers.episode import Episode, on_two_nodes
 from scripts.lost_peers.faults import PAUSE, SLOW, STOP, Fault
-
-from .conftest import RANDOM_MODEL
 
 pytestmark = [
     pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback()),

@@ -7,11 +7,10 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.server import Server
 from sglang_npu_pp.observe import metrics
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
-
-from . import battery
 
 LIMIT_S = 30.0  # counters are copied once a second
 Labels = frozenset[tuple[str, str]]

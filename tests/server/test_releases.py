@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from scripts.lib.releases import RELEASES
-
-from .comparison import Layout, compare, complaints
-from .conftest import Launcher
+from rig.comparison import Layout, compare, complaints
+from rig.launcher import Launcher
+from rig.releases import RELEASES
 
 pytestmark = pytest.mark.thorough
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.server import Server
+from rig.harness import short_directory
+from rig.launcher import Launcher
+from rig.server import Server
 from sglang_npu_pp.observe.telemetry import read_snapshots
 from sglang_npu_pp.observe.trace import read_traces
 from sglang_npu_pp.tools.timeline.states import analyse
-from tests.transport.harness import short_directory
-
-from .conftest import Launcher
 
 LENGTH = 86  # of a TMPDIR that serves upstream
 LIMIT_S = 120.0

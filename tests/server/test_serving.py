@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.launcher import traces
+from rig.server import Server
 from sglang_npu_pp.__main__ import main
 from sglang_npu_pp.observe.telemetry import read_snapshots, render_table
 from sglang_npu_pp.observe.trace import read_traces
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.timeline.states import EXPOSED, analyse
 from sglang_npu_pp.transport.clock import ROUNDS
-
-from . import battery
-from .conftest import traces
 
 LONG = {"ignore_eos": True, "max_new_tokens": 2000}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rig.harness import Here, Team, receive, results, send
 from sglang_npu_pp.errors import WaitLimitError
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Trace
@@ -20,8 +21,6 @@ from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport.clock import LinkClock, measure_clock
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import Kind
-
-from .harness import Here, Team, receive, results, send
 
 pytestmark = pytest.mark.timeout(120)
 

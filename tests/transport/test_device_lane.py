@@ -10,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rig.harness import Here, Team, results
+from rig.samples import Sample, assert_same, realise, samples
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.streams import PassedEvent
 from sglang_npu_pp.transport.device_lane import ALIGNMENT, DeviceLane, pack_layout, slot_bytes_for, unpack
 from sglang_npu_pp.transport.message import byte_view
-
-from .harness import Here, Team, results
-from .samples import Sample, assert_same, realise, samples
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -10,7 +10,7 @@ import pytest
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from scripts.lib.ports import free_ports
+from rig.ports import free_ports
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.transport import dialing
 from sglang_npu_pp.transport.dialing import MOST_AT_ONCE, reach

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import zmq
 
+from rig.harness import Here, Team
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.transport import endpoints
 from sglang_npu_pp.transport.endpoints import KeyPair, SocketDirectory, bind_ipc, bind_tcp, node_identity
-
-from .harness import Here, Team
 
 
 def identity(here: Here) -> str:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rig.harness import Here, Team, receive, results, send
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Trace
@@ -14,8 +15,6 @@ from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport.exchange import CARD_BYTES, process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind
-
-from .harness import Here, Team, receive, results, send
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -20,24 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zmq.utils.monitor import recv_monitor_message
 
-from scripts.lib.ports import free_ports
-from sglang_npu_pp.errors import (
-    MessageError,
-    PeerLostError,
-    PipelineError,
-    SequenceError,
-    TransportError,
-    WaitLimitError,
-)
-from sglang_npu_pp.observe.telemetry import Telemetry
-from sglang_npu_pp.observe.trace import Trace
-from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport import doorkeeper, host_lane
-from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
-from sglang_npu_pp.transport.host_lane import Exchange, HostLane
-from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
-
-from .harness import (
+from rig.harness import (
     Call,
     Here,
     Rank,
@@ -53,7 +36,23 @@ from .harness import (
     telemetry_of,
     trace_of,
 )
-from .samples import assert_same, python_values, realise, tensor_dicts
+from rig.ports import free_ports
+from rig.samples import assert_same, python_values, realise, tensor_dicts
+from sglang_npu_pp.errors import (
+    MessageError,
+    PeerLostError,
+    PipelineError,
+    SequenceError,
+    TransportError,
+    WaitLimitError,
+)
+from sglang_npu_pp.observe.telemetry import Telemetry
+from sglang_npu_pp.observe.trace import Trace
+from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.transport import doorkeeper, host_lane
+from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
+from sglang_npu_pp.transport.host_lane import Exchange, HostLane
+from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
 
 pytestmark = pytest.mark.timeout(180)
 

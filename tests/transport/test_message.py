@@ -16,6 +16,7 @@ import zmq
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rig.samples import DTYPES, Sample, assert_same, assert_same_tensor, bits, python_values, realise, samples
 from sglang_npu_pp.errors import MessageError
 from sglang_npu_pp.transport.message import (
     ALWAYS_CHECKED_BYTES,
@@ -34,8 +35,6 @@ from sglang_npu_pp.transport.message import (
     tensor_over,
     torch_dtype,
 )
-
-from .samples import DTYPES, Sample, assert_same, assert_same_tensor, bits, python_values, realise, samples
 
 BIG = 4 * ALWAYS_CHECKED_BYTES
 SMALL = {

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rig.harness import Team, receive, results, send
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport import parts
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.parts import PART_BYTES, Blocks, cut, join
-
-from .harness import Team, receive, results, send
 
 pytestmark = pytest.mark.timeout(180)
 

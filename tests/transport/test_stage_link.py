@@ -13,14 +13,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rig.harness import Here, Rank, Team, await_message, push_dict, results, take_dict, telemetry_of, trace_of
+from rig.samples import Sample, assert_same, assert_same_tensor, python_values, realise, tensor_dicts
 from sglang_npu_pp.errors import SequenceError, WaitLimitError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
 from sglang_npu_pp.transport.message import Kind, Message
 from tests.field_cases import field_case
-
-from .harness import Here, Rank, Team, await_message, push_dict, results, take_dict, telemetry_of, trace_of
-from .samples import Sample, assert_same, assert_same_tensor, python_values, realise, tensor_dicts
 
 pytestmark = pytest.mark.timeout(180)
 

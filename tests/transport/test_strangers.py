@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from rig.harness import Here, Rank, Team, open_host_lane, receive, results, telemetry_of
 from scripts.soak.strangers import (
     GREETING,
     LONG_COMMAND,
@@ -33,7 +34,6 @@ from sglang_npu_pp.transport.endpoints import KeyPair
 from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message, encode
 from sglang_npu_pp.transport.parts import PART_BYTES
 
-from .harness import Here, Rank, Team, open_host_lane, receive, results, telemetry_of
 from .test_host_lane import (
     announce_endpoint,
     assert_serving,

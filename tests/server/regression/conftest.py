@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from scripts.lib.releases import LLGUIDANCE, RELEASES
-from scripts.lib.server import Server
+from rig.launcher import Launcher
+from rig.loads import Pool, make_pool
+from rig.releases import LLGUIDANCE, RELEASES
+from rig.server import Server
 from tests.server.clocks import HOUR_S
-from tests.server.conftest import Launcher
-
-from .loads import Pool, make_pool
 
 # Depth 2 and mixed chunks are the settings in which most of the cases were reported.
 SMALL_POOL = ("--pp-async-batch-depth", "2", "--enable-mixed-chunk", "--max-total-tokens", "6144")

@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces, given, greedy
+from rig.server import Server
 from tests.field_cases import field_case
-from tests.server import battery
-
-from .agreement import assert_stages_agree
-from .loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces, given, greedy
 
 PHASES = ("grammar", "waiting", "chunk", "prefill", "decode", "last")
 VICTIMS = 4  # a phase

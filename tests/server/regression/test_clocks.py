@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from scripts.lib.releases import IN_VENV, RELEASES
-from scripts.lib.server import Server
-from tests.server import battery
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.launcher import Launcher
+from rig.loads import ABORTED, ask, greedy, running
+from rig.releases import IN_VENV, RELEASES
+from rig.server import Server
 from tests.server.clocks import HOUR_S, LEADERS, OTHERS, Conversation, advance
-from tests.server.conftest import Launcher
 
-from .agreement import assert_stages_agree
 from .conftest import CLOCKS_APART, LIMIT_HOURS
-from .loads import ABORTED, ask, greedy, running
 
 LIMIT_S = 120
 CACHED = greedy(battery.prompt(300, seed=5252), 4)

@@ -17,12 +17,11 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
-from scripts.lib.server import Server
-from tests.server import battery
-from tests.server.conftest import DIGITS_MODEL, RANDOM_MODEL, Launcher
-
-from .agreement import assert_stages_agree
-from .loads import ask, greedy, running
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.launcher import DIGITS_MODEL, RANDOM_MODEL, Launcher
+from rig.loads import ask, greedy, running
+from rig.server import Server
 
 CACHED = greedy(battery.prompt(300, seed=515), 8)
 LONG_TOKENS = 500

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts.lib.server import Server
-from tests.server.conftest import RANDOM_MODEL, Launcher
+from rig.launcher import RANDOM_MODEL, Launcher
+from rig.server import Server
 
 pytestmark = pytest.mark.thorough
 

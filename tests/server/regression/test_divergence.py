@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from scripts.lib.server import Server, ServerError
+from rig import battery
+from rig.launcher import Launcher
+from rig.loads import ask, greedy
+from rig.server import Server, ServerError
 from tests.field_cases import field_case
-from tests.server import battery
-from tests.server.conftest import Launcher
 
-from .loads import ask, greedy
 from .test_grammars import GRAMMARS, constrained
 
 LIMIT_S = 90.0

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.loads import Pool, ask
+from rig.server import Server
 from tests.field_cases import field_case
-from tests.server import battery
-
-from .agreement import assert_stages_agree
-from .loads import Pool, ask
 
 GRAMMARS = [rf"x[0-{index}]{{2,{index + 3}}}y" for index in range(1, 9)]
 

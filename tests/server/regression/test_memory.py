@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.loads import Pool, ask, ask_together, greedy
+from rig.server import Server
 from tests.field_cases import field_case
-from tests.server import battery
-
-from .agreement import assert_stages_agree
-from .loads import Pool, ask, ask_together, greedy
 
 # 36 x (20 + 250) tokens, for 6144 places.
 GROWING = [greedy(battery.prompt(20, seed=8000 + index), 250) for index in range(36)]

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces
+from rig.server import Server
 from tests.field_cases import field_case
-from tests.server import battery
-
-from .agreement import assert_stages_agree
-from .loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces
 
 pytestmark = pytest.mark.thorough
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.lib.server import Server
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.loads import Pool, make_pool
+from rig.server import Server
 from scripts.soak.load import Clients, Known, Tally
-from tests.server import battery
-
-from .agreement import assert_stages_agree
-from .loads import Pool, make_pool
 
 SECONDS = 4.0
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.server import Server
-from tests.server import battery
-from tests.server.conftest import DIGITS_MODEL, RANDOM_MODEL
-
-from .agreement import assert_stages_agree
-from .loads import ABORTED, Pool, ask, greedy, running
+from rig import battery
+from rig.agreement import assert_stages_agree
+from rig.launcher import DIGITS_MODEL, RANDOM_MODEL
+from rig.loads import ABORTED, Pool, ask, greedy, running
+from rig.server import Server
 
 CACHED = greedy(battery.prompt(300, seed=4242), 4)
 LONG_TOKENS = 500

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from scripts.lib.server import Server
+from rig.server import Server
 
 LOGPROB_TOLERANCE = 1e-3
 LENGTHS = (1, 2, 7, 31, 64, 129, 255, 256, 257, 511, 1000, 1500)  # tokens; chunks are 256
 OUTPUT_TOKENS = 16
-DIGITS = sorted((Path(__file__).parents[2] / "scripts/assets/digits").glob("*.png"))
+DIGITS = sorted((Path(__file__).parents[1] / "scripts/assets/digits").glob("*.png"))
 QUESTION = "which digit is shown in the image?\nanswer with a single digit."
 
 Case = Callable[[Server], dict[str, Any]]

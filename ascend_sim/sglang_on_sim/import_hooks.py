@@ -78,7 +78,7 @@ class ActionFinder(importlib.abc.MetaPathFinder):
 
 def install_kernels() -> None:
     """torch_npu has just been imported: give its operators implementations."""
-    from tests.ascend_sim import kernels
+    from ascend_sim import kernels
 
     from . import reference_kernels
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.environment.parts import PartError, provide
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 # For either device. One thread per rank: two ranks that each start a thread per core wait for each other's
 # threads, and a forward pass of 20 ms takes a second. torch.compile is off because its warm-up costs 14 s
@@ -60,9 +60,9 @@ def cores_per_rank(ranks: int) -> str:
 
 def simulated_npu_environment(ranks: int) -> Mapping[str, str]:
     """torch_npu on the simulated Ascend, one device a rank, and what SGLang expects on an Ascend machine."""
-    from tests.ascend_sim import sglang_on_sim
-    from tests.ascend_sim.build import torch_npu, unavailable
-    from tests.ascend_sim.environment import environment
+    from ascend_sim import sglang_on_sim
+    from ascend_sim.build import torch_npu, unavailable
+    from ascend_sim.environment import environment
 
     if torch_npu() is None:
         try:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from .controls import Listing, Partners, Simulator, SimulatorError, Stream, Task, Wait
+from ascend_sim.controls import Listing, Partners, Simulator, SimulatorError, Stream, Task, Wait
 
 POLL_S = 0.05
 

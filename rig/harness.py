@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from rig.samples import assert_same, realise
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Event, Trace
 from sglang_npu_pp.settings import Settings
@@ -34,8 +35,6 @@ from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_gro
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import Kind, Message
 from sglang_npu_pp.transport.stage_link import StageLink
-
-from .samples import assert_same, realise
 
 CALL_LIMIT_S = 30.0
 AFTER_ERROR_S = 5.0

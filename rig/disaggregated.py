@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rig.ports import HOST
+from rig.server import Server
 from scripts.environment.parts import LIBRARIES, Part
-from scripts.lib.ports import HOST
-from scripts.lib.server import Server
 
 ENGINE = Part("mooncake")
 PLUGIN = Path(__file__).parent / "kv_plugin"

@@ -6,8 +6,8 @@ import json
 import time
 from typing import Any
 
-from scripts.lib.server import Server
-from tests.server import battery
+from rig import battery
+from rig.server import Server
 
 LIMIT_S = 60.0
 POLL_S = 0.05

@@ -6,10 +6,10 @@ It only hangs up hooks that act when torch_npu is imported; a process that never
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[4]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
-sys.path.append(str(REPOSITORY))  # behind everything else: only `tests.ascend_sim` is wanted from there
+sys.path.append(str(REPOSITORY))  # behind everything else: only `ascend_sim` is wanted from there
 
-from tests.ascend_sim.sglang_on_sim import import_hooks  # noqa: E402
+from ascend_sim.sglang_on_sim import import_hooks  # noqa: E402
 
 import_hooks.install()

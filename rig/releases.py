@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from rig.devices import cores_per_rank
 from scripts.environment.parts import Part
-from scripts.lib.devices import cores_per_rank
 
 IN_VENV = "0.5.21"
 

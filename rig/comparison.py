@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from scripts.lib.releases import IN_VENV, RELEASES, Release
+from rig import battery, order
+from rig.launcher import Launcher, point_to_point_counts, traces
+from rig.releases import IN_VENV, RELEASES, Release
 from sglang_npu_pp.observe.trace import Event
-
-from . import battery, order
-from .conftest import Launcher, point_to_point_counts, traces
 
 Answers = dict[str, Any]
 

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from unittest import mock
 
-from tests.transport.harness import Here, Team, join_process_group
-
-from . import build
-from .environment import environment
+from ascend_sim import build
+from ascend_sim.environment import environment
+from rig.harness import Here, Team, join_process_group
 
 MEMORY_MB = 1024
 PROGRAM_LIMIT_S = 60.0
@@ -50,7 +49,7 @@ def load_torch_npu(here: Here, with_kernels: bool) -> None:
     sys.path.insert(0, str(package.parent))
     importlib.import_module("torch_npu").npu.set_device(here.index)
     if with_kernels:
-        from . import kernels
+        from ascend_sim import kernels
 
         kernels.install()
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import requests
 
-from scripts.lib.server import Server
-from tests.server import battery
+from rig import battery
+from rig.server import Server
 
 Body = dict[str, Any]
 Tokens = list[int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import build
+from ascend_sim import build
 
 
 def environment(*, devices: int, memory_mb: int = 4096, **settings: str | int) -> dict[str, str]:

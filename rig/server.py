@@ -20,8 +20,8 @@ from typing import Any, Self
 import psutil
 import requests
 
-from scripts.lib.devices import DEVICES, DeviceUnavailableError
-from scripts.lib.ports import HOST, free_ports
+from rig.devices import DEVICES, DeviceUnavailableError
+from rig.ports import HOST, free_ports
 
 LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
 TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
@@ -73,7 +73,7 @@ class ServerError(RuntimeError):
 class Server:
     """One SGLang server of `tp` x `pp` ranks, on loopback and free ports.
 
-    `device` is a name in `scripts.lib.devices.DEVICES`: the CPU, the simulated Ascend, or a real device,
+    `device` is a name in `rig.devices.DEVICES`: the CPU, the simulated Ascend, or a real device,
     where `model` may be a name on the hub.
 
     Use it as a context manager, or call `start`, `wait_ready` and `stop`. The process tree runs in

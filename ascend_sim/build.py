@@ -1,4 +1,4 @@
-"""Builds the simulated CANN with g++: `python -m tests.ascend_sim.build` prints where it is.
+"""Builds the simulated CANN with g++: `python -m ascend_sim.build` prints where it is.
 
 The sources in `cann/` become two libraries. One stands in for all of CANN, under the names of the libraries
 that torch_npu is linked with; the other one has the kernels of aten operators (the sources `aten_*.cpp`) and
@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = Path(__file__).resolve().parent / "cann"
 SITE = REPOSITORY / ".venv" / "beside" / "ascend_sim"
 

@@ -1,0 +1,1 @@
+"""What tests and scripts share: servers to start, ranks to run, answers to compare."""
