@@ -56,7 +56,7 @@ bench: setup  ## upstream against this package over an emulated link (ARGS="--qu
 bench-host-lane: setup  ## one-way time of a host lane message on loopback
 	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)
 
-soak: setup  ## half an hour of random load, delays and strangers at pp 4 (ARGS="--minutes 5 --json FILE")
+soak: setup  ## half an hour of random load, delays and unauthenticated clients at pp 4 (ARGS="--minutes 5 --json FILE")
 	@$(PYTHON_IN_VENV) -m scripts.soak $(ARGS)
 
 lost-peers: setup  ## kill and stop stages, cut the link: an hour, needs root (ARGS="--pp 2 --upstream --json FILE")

@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang_npu_pp.lookups import LookupFailedError, Lookups, Patience, Question
+from sglang_npu_pp.lookups import HttpRequest, LookupFailedError, Lookups, RetryPolicy
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
 
@@ -29,14 +29,14 @@ _SENDER = "sglang.srt.disaggregation.common.conn:CommonKVSender"
 
 _lookups: Lookups | None = None
 _failures: dict[int, str] = {}  # bootstrap room -> why its request has to fail
-_used: list[Question] = []  # whose answers the connections of this server now hold
+_used: list[HttpRequest] = []  # whose answers the connections of this server now hold
 
 
 def lookups() -> Lookups:
     """The lookups of this process, made when they are first needed and closed at its end."""
     global _lookups
     if _lookups is None:
-        _lookups = Lookups(Patience(total_s=load_settings().bootstrap_limit_s))
+        _lookups = Lookups(RetryPolicy(total_s=load_settings().bootstrap_limit_s))
         atexit.register(_lookups.close)
     return _lookups
 
@@ -106,13 +106,13 @@ def try_ensure_parallel_info(original: Any, manager: Any, address: str) -> bool:
     """
     if address in manager.prefill_info_table:
         return True
-    question = _layout_question(address)
-    answer = lookups().ask(question)
+    request = _layout_request(address)
+    answer = lookups().ask(request)
     if answer is None:
         return False
-    lookups().forget(question)
+    lookups().forget(request)
     try:
-        usable = with_names(original, requests=_InHand(answer))(manager, address)
+        usable = with_names(original, requests=_CannedResponse(answer))(manager, address)
     except RuntimeError as error:
         raise LookupFailedError(f"the prefill server of {address} does not fit this one: {error}") from error
     if not usable:
@@ -124,12 +124,12 @@ def get_bootstrap_info_from_server(
     original: Any, receiver: Any, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int
 ) -> Any:
     """Upstream's answer where the lookup has one; else, as upstream for a server that is gone, None."""
-    question = _rank_question(receiver.bootstrap_addr, dp_rank, cp_rank, tp_rank, pp_rank)
-    _used.append(question)
+    request = _rank_request(receiver.bootstrap_addr, dp_rank, cp_rank, tp_rank, pp_rank)
+    _used.append(request)
     try:
-        answer = _InHand(lookups().ask(question))
+        answer = _CannedResponse(lookups().ask(request))
     except LookupFailedError:
-        answer = _InHand(None)
+        answer = _CannedResponse(None)
     asked = with_names(original, requests=answer, _get_bootstrap_session=lambda _: answer)
     return asked(receiver, dp_rank, cp_rank, tp_rank, pp_rank)
 
@@ -153,11 +153,11 @@ def _find_rank(original: Any, queue: Any, req: Any) -> int | None:
         return None
     rank: int | None = original(queue, req)
     if rank is None:
-        answer = lookups().ask(_room_question(req))
+        answer = lookups().ask(_room_request(req))
         if answer is None:
             return None
         rank = int(answer[str(req.bootstrap_room)])
-    answers = [lookups().ask(question) for question in _rank_questions(manager, address, rank)]
+    answers = [lookups().ask(request) for request in _rank_requests(manager, address, rank)]
     return None if None in answers else rank
 
 
@@ -168,14 +168,14 @@ def _fail(manager: Any, receiver: Any, reason: str) -> None:
     manager.update_status(receiver.bootstrap_room, _failed_state())
 
 
-def _forget_all(questions: Iterable[Question]) -> None:
-    for question in questions:
-        lookups().forget(question)
+def _forget_all(requests: Iterable[HttpRequest]) -> None:
+    for request in requests:
+        lookups().forget(request)
 
 
 def _forget(req: Any) -> None:
     """Drop what was asked for this request alone."""
-    lookups().forget(_room_question(req))
+    lookups().forget(_room_request(req))
     _failures.pop(req.bootstrap_room, None)
 
 
@@ -191,27 +191,27 @@ def _address(req: Any) -> str:
     return _bootstrap_addr(req)
 
 
-def _layout_question(address: str) -> Question:
-    return Question(_route(address, -1, -1, -1, -1), expects="pp_size")
+def _layout_request(address: str) -> HttpRequest:
+    return HttpRequest(_route(address, -1, -1, -1, -1), expects="pp_size")
 
 
-def _rank_question(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int) -> Question:
-    return Question(_route(address, dp_rank, cp_rank, tp_rank, pp_rank), expects="rank_port")
+def _rank_request(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int) -> HttpRequest:
+    return HttpRequest(_route(address, dp_rank, cp_rank, tp_rank, pp_rank), expects="rank_port")
 
 
-def _room_question(req: Any) -> Question:
+def _room_request(req: Any) -> HttpRequest:
     """A room is registered when the prefill server has seen the request, which may be later than here."""
     body = json.dumps({"bootstrap_rooms": [req.bootstrap_room]})
-    return Question(f"http://{_address(req)}/query_dp_ranks", body, expects=str(req.bootstrap_room))
+    return HttpRequest(f"http://{_address(req)}/query_dp_ranks", body, expects=str(req.bootstrap_room))
 
 
-def _rank_questions(manager: Any, address: str, dp_rank: int) -> list[Question]:
+def _rank_requests(manager: Any, address: str, dp_rank: int) -> list[HttpRequest]:
     """What `CommonKVReceiver.init` asks, as far as no earlier request has."""
     info = manager.prefill_info_table.get(address)
     if info is None:  # its heartbeat has just failed: `init` says so
         return []
     return [
-        _rank_question(address, dp_rank, cp_rank, tp_rank, pp_rank)
+        _rank_request(address, dp_rank, cp_rank, tp_rank, pp_rank)
         for cp_rank in info.target_cp_ranks
         if f"{address}_{dp_rank}_{cp_rank}_{info.target_tp_rank}" not in manager.connection_pool
         for tp_rank in info.target_tp_ranks
@@ -226,7 +226,7 @@ def _route(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int)
     )
 
 
-class _InHand:
+class _CannedResponse:
     """Stands for `requests`, a session of it, and the response: its answer was fetched before."""
 
     def __init__(self, answer: Any) -> None:
@@ -234,7 +234,7 @@ class _InHand:
         self.status_code = 503 if answer is None else 200
         self.text = "the lookup has no answer" if answer is None else json.dumps(answer)
 
-    def get(self, url: str, **_: Any) -> _InHand:
+    def get(self, url: str, **_: Any) -> _CannedResponse:
         return self
 
     def json(self) -> Any:
@@ -250,7 +250,7 @@ class _Teller:
         self._on_failure = on_failure
 
     def post(self, url: str, json: Any, **_: Any) -> _Teller:
-        lookups().tell(Question(url, _as_text(json)), self._on_failure)
+        lookups().tell(HttpRequest(url, _as_text(json)), self._on_failure)
         return self
 
 

@@ -1,7 +1,7 @@
-"""Questions to HTTP servers, asked by a thread of their own, so that whoever needs the answer never waits.
+"""Requests to HTTP servers, asked by a thread of their own, so that whoever needs the answer never waits.
 
 A disaggregated server asks a bootstrap server where the peers of a request are. `Lookups.ask` starts the
-question and says at once what is known of it: nothing yet, the answer, or why there will be none. Every
+request and says at once what is known of it: nothing yet, the answer, or why there will be none. Every
 attempt has a time limit and its HTTP status is checked; attempts that may succeed later are repeated with
 growing pauses, jittered so that many requests do not come back together; and there is a limit for them all.
 
@@ -26,7 +26,7 @@ import msgspec
 CONNECTIONS_PER_HOST = 8
 LONGEST_ANSWER = 4 << 20  # bytes; of thousands of rooms some 100 KiB
 LONGEST_REASON = 200  # characters of an answer that are worth repeating
-TOO_EARLY = (408, 425, 429)  # of the 4xx only these say that the same question may be answered later
+TOO_EARLY = (408, 425, 429)  # of the 4xx only these say that the same request may be answered later
 CLOSE_LIMIT_S = 5.0
 
 
@@ -35,7 +35,7 @@ class LookupFailedError(Exception):
 
 
 @dataclass(frozen=True)
-class Question:
+class HttpRequest:
     """A GET, or a POST of `body` (JSON) if there is one. `expects`: a key that the answer must have."""
 
     url: str
@@ -48,8 +48,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Patience:
-    """Limits of one question, in seconds."""
+class RetryPolicy:
+    """Limits of one request, in seconds."""
 
     total_s: float = 60.0  # all attempts and the pauses between them
     attempt_s: float = 5.0  # one attempt, from connecting to the last byte
@@ -64,7 +64,7 @@ class Patience:
 
 @dataclass
 class _State:
-    """What is known of a question. Written by the asking thread, in one assignment, when it is known."""
+    """What is known of a request. Written by the asking thread, in one assignment, when it is known."""
 
     outcome: _Outcome | None = None
 
@@ -81,14 +81,14 @@ class _RepeatableError(Exception):
 
 
 class Lookups:
-    """Asks questions on a thread of its own. All methods may be called from any thread and none waits.
+    """Asks requests on a thread of its own. All methods may be called from any thread and none waits.
 
-    `counters`: "questions", "attempts", "answers" and "failures".
+    `counters`: "requests", "attempts", "answers" and "failures".
     """
 
-    def __init__(self, patience: Patience | None = None) -> None:
-        self._patience = patience or Patience()
-        self._states: dict[Question, _State] = {}
+    def __init__(self, policy: RetryPolicy | None = None) -> None:
+        self._policy = policy or RetryPolicy()
+        self._states: dict[HttpRequest, _State] = {}
         self._lock = threading.Lock()  # of what several threads change; an outcome is assigned at once
         self.counters: Counter[str] = Counter()
         self._client: aiohttp.ClientSession | None = None
@@ -96,16 +96,16 @@ class Lookups:
         self._thread = threading.Thread(target=self._loop.run_forever, name="lookups", daemon=True)
         self._thread.start()
 
-    def ask(self, question: Question) -> Any | None:
+    def ask(self, request: HttpRequest) -> Any | None:
         """The answer (decoded JSON), None while there is none. Asks when nobody has asked yet.
 
         Whoever needs several answers, and asks for all at once, finds them all fresh in the end: an answer
         gets old after the time that any other may take, and is then asked for again. Raises
         LookupFailedError until `forget`.
         """
-        state = self._states.get(question)
+        state = self._states.get(request)
         if state is None or self._is_old(state):
-            self._start(question, known=state)
+            self._start(request, known=state)
             return None
         outcome = state.outcome
         if outcome is None:
@@ -114,26 +114,26 @@ class Lookups:
             raise LookupFailedError(outcome.failure)
         return outcome.value
 
-    def tell(self, question: Question, on_failure: Callable[[str], None]) -> None:
+    def tell(self, request: HttpRequest, on_failure: Callable[[str], None]) -> None:
         """Ask without wanting the answer. `on_failure` gets the reason, on the asking thread."""
 
         async def run() -> None:
-            outcome = await self._find_out(question)
+            outcome = await self._find_out(request)
             if outcome.failure is not None:
                 on_failure(outcome.failure)
 
         self._submit(run())
 
-    def failed(self) -> list[Question]:
-        """The questions that will have no answer."""
+    def failed(self) -> list[HttpRequest]:
+        """The requests that will have no answer."""
         with self._lock:
-            known = [(question, state.outcome) for question, state in self._states.items()]
-        return [question for question, outcome in known if outcome is not None and outcome.failure]
+            known = [(request, state.outcome) for request, state in self._states.items()]
+        return [request for request, outcome in known if outcome is not None and outcome.failure]
 
-    def forget(self, question: Question) -> None:
+    def forget(self, request: HttpRequest) -> None:
         """Drop what is known; one that is under way goes on, for nobody."""
         with self._lock:
-            self._states.pop(question, None)
+            self._states.pop(request, None)
 
     def close(self) -> None:
         """Give up what is under way, close connections, end the thread. Calling it again changes nothing."""
@@ -146,32 +146,32 @@ class Lookups:
 
     def _is_old(self, state: _State) -> bool:
         outcome = state.outcome
-        return outcome is not None and time.monotonic() - outcome.known_since > self._patience.total_s
+        return outcome is not None and time.monotonic() - outcome.known_since > self._policy.total_s
 
-    def _start(self, question: Question, known: _State | None) -> None:
+    def _start(self, request: HttpRequest, known: _State | None) -> None:
         state = _State()
         with self._lock:
-            if self._states.get(question) is not known:
+            if self._states.get(request) is not known:
                 return  # another thread was faster
-            self._states[question] = state
+            self._states[request] = state
 
         async def run() -> None:
-            state.outcome = await self._find_out(question)
+            state.outcome = await self._find_out(request)
 
         self._submit(run())
 
     def _submit(self, work: Any) -> None:
         with self._lock:
-            self.counters["questions"] += 1
+            self.counters["requests"] += 1
         asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _find_out(self, question: Question) -> _Outcome:
+    async def _find_out(self, request: HttpRequest) -> _Outcome:
         begin, attempt, elapsed = time.monotonic(), 0, 0.0
         while True:
             self.counters["attempts"] += 1
-            limit_s = min(self._patience.attempt_s, self._patience.total_s - elapsed)
+            limit_s = min(self._policy.attempt_s, self._policy.total_s - elapsed)
             try:
-                value = await self._attempt(question, limit_s)
+                value = await self._attempt(request, limit_s)
             except _RepeatableError as error:
                 problem, final = str(error), False
             except Exception as error:
@@ -179,25 +179,25 @@ class Lookups:
             else:
                 self.counters["answers"] += 1
                 return _Outcome(value, None)
-            pause = self._patience.pause_s(attempt, random.random())
+            pause = self._policy.pause_s(attempt, random.random())
             attempt += 1
             elapsed = time.monotonic() - begin
-            if final or elapsed + pause > self._patience.total_s:
+            if final or elapsed + pause > self._policy.total_s:
                 self.counters["failures"] += 1
                 times = "one attempt" if attempt == 1 else f"{attempt} attempts"
-                where = f"{question.method} {question.url}"
+                where = f"{request.method} {request.url}"
                 return _Outcome(None, f"{where} had no answer in {times} and {elapsed:.1f} s: {problem}")
             await asyncio.sleep(pause)
 
-    async def _attempt(self, question: Question, limit_s: float) -> Any:
+    async def _attempt(self, request: HttpRequest, limit_s: float) -> Any:
         client = self._connected_client()
         headers = {"Accept-Encoding": "identity"}
-        if question.body is not None:
+        if request.body is not None:
             headers["Content-Type"] = "application/json"
         limit = aiohttp.ClientTimeout(total=limit_s)
         try:
             async with client.request(
-                question.method, question.url, data=question.body, headers=headers, timeout=limit
+                request.method, request.url, data=request.body, headers=headers, timeout=limit
             ) as response:
                 text = await _read(response)
         except TimeoutError:
@@ -209,7 +209,7 @@ class Lookups:
             if response.status >= 500 or response.status in TOO_EARLY:
                 raise _RepeatableError(problem)
             raise LookupFailedError(problem)
-        return _decode(text, question.expects)
+        return _decode(text, request.expects)
 
     def _connected_client(self) -> aiohttp.ClientSession:
         """Made on the asking thread, to whose loop it belongs. No proxy of the environment is used."""

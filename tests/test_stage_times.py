@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_npu_pp.observe import stage_times
-from sglang_npu_pp.observe.stage_times import PATIENCE, SAMPLES, WARM_UP, DepthAdviser, StageTimer
+from sglang_npu_pp.observe.stage_times import LAUNCH_LIMIT, SAMPLES, WARM_UP, DepthAdviser, StageTimer
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.transport.clock import LinkClock
@@ -189,7 +189,7 @@ def test_stage_0_speaks_when_all_stages_have_measured_both_kinds(clock: Clock) -
 
 def test_a_kind_that_does_not_come_is_not_waited_for(clock: Clock) -> None:
     pair = Pair(clock)
-    pair.launch("prefill", PATIENCE + SLOTS - 1)
+    pair.launch("prefill", LAUNCH_LIMIT + SLOTS - 1)
     assert not pair.advisers[0].finished
     pair.launch("prefill", 1)
     assert pair.advisers[0].finished
@@ -200,5 +200,5 @@ def test_a_kind_that_does_not_come_is_not_waited_for(clock: Clock) -> None:
 
 def test_the_size_of_a_proxy_is_that_of_the_largest(clock: Clock) -> None:
     pair = Pair(clock, hop_s=0.1)
-    pair.launch("prefill", PATIENCE + SLOTS)
+    pair.launch("prefill", LAUNCH_LIMIT + SLOTS)
     assert pair.advisers[0].advice(32, None).endswith("a proxy has up to 3.0 MiB")

@@ -32,7 +32,7 @@ from sglang_npu_pp.row_gather import RowGather, create_row_group
 RANKS = 2
 FORWARDS_MS = (0, 20)
 COMPETITORS = ("upstream", "ours, device", "ours, host")
-PATIENCE_S = 300.0
+WAIT_LIMIT_S = 300.0
 ROW = {
     "dp_size": RANKS,
     "tp_size": 1,
@@ -112,7 +112,7 @@ def measure(rounds: int, steps: int) -> dict[str, list[tuple[int, int]]]:
     try:
         for function in (join_gloo, prepare):
             for call in [rank.start(function) for rank in team.ranks]:
-                call.result(PATIENCE_S)
+                call.result(WAIT_LIMIT_S)
         for number in range(rounds + 1):
             for name in COMPETITORS[:: 1 if number % 2 == 0 else -1]:
                 for forward_ms in FORWARDS_MS:

@@ -5,9 +5,9 @@ python -m scripts.soak --minutes 3 --pp 2 --json FILE
 
 CPU; two nodes in two network namespaces of this machine, whose link gets another delay every few seconds
 (needs root; elsewhere both nodes are on loopback, without delays). Every answer is compared with the one that
-the same request gets alone. Meanwhile strangers visit the ports of the host lane. Between times of load the
-server is idle: then every stage must hold nothing, every message must have been taken, every stranger been
-counted, and memory, descriptors and threads of the schedulers are looked at.
+the same request gets alone. Meanwhile unauthenticated clients connect to the ports of the host lane. Between
+times of load the server is idle: then every stage must hold nothing, every message must have been taken,
+every unauthenticated client been counted; memory, descriptors and threads of the schedulers are looked at.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 
 from .checks import GROWTH_LIMIT_MIB, Sample, Trend, errors_in, in_flight, trends
 from .load import Clients, Known, Tally, Weather
-from .strangers import Strangers
+from .unauthenticated import UnauthenticatedClients
 
 _NODES = 2
 _LOAD_S, _GAP_S = (15.0, 45.0), (1.0, 6.0)
@@ -63,8 +63,10 @@ def main() -> int:
                 link = stack.enter_context(EmulatedLink(folder))
             (port,) = free_ports(1)
             server = stack.enter_context(on_two_nodes(options.pp, options.lane, folder, link, port))
-            strangers = Strangers(list(lane_addresses(link, options.pp, port)), options.seed)
-            soak = Soak(server, link, strangers, options.seed, console)
+            unauthenticated = UnauthenticatedClients(
+                list(lane_addresses(link, options.pp, port)), options.seed
+            )
+            soak = Soak(server, link, unauthenticated, options.seed, console)
             soak.run(60 * options.minutes)
             complaints = soak.complaints()
         except (ServerError, LinkError, ValueError, OSError) as error:
@@ -134,7 +136,7 @@ class Soak:
 
     server: Server
     link: Link
-    strangers: Strangers
+    unauthenticated: UnauthenticatedClients
     seed: int
     console: Console
     tally: Tally = field(default_factory=Tally)
@@ -161,7 +163,7 @@ class Soak:
                 stack.enter_context(weather.changing())
                 self.delays_ms = weather.delays_ms
             while time.monotonic() - began < seconds:
-                with self.strangers.visiting():
+                with self.unauthenticated.visiting():
                     self.rounds.append(clients.run(generator.uniform(*_LOAD_S)))
                 self._rest()
                 at_s = time.monotonic() - began
@@ -199,8 +201,8 @@ class Soak:
         if left := in_flight(snapshots):
             return f"of these kinds so many messages are (under way, not taken): {left}"
         counted = sum(snapshot.refused_connections for snapshot in snapshots)
-        if counted != self.strangers.connections:
-            return f"of {self.strangers.connections} strangers {counted} were counted"
+        if counted != self.unauthenticated.connections:
+            return f"of {self.unauthenticated.connections} unauthenticated clients {counted} were counted"
         return ""
 
     def complaints(self) -> list[str]:
@@ -212,7 +214,7 @@ class Soak:
         for trend in self.trends():
             found += trend.complaints()
         if self.refused:
-            found.append(f"{self.refused} messages were refused, though no stranger was let in")
+            found.append(f"{self.refused} messages were refused, though no unauthenticated client was let in")
         return found
 
     def trends(self) -> list[Trend]:
@@ -255,7 +257,9 @@ class Soak:
             f"messages: {dict(self.messages)}; a send found its window full {self.backpressure} times",
             soft_wrap=True,
         )
-        self.console.print(f"{self.strangers.connections} connections of strangers, refused and counted")
+        self.console.print(
+            f"{self.unauthenticated.connections} connections of unauthenticated clients, refused and counted"
+        )
         self.console.print(
             f"one-way delays of the link ({self.link.kind}): {delays or 'none'}", soft_wrap=True
         )
@@ -272,7 +276,7 @@ class Soak:
             "wrong_answers": self.tally.wrong,
             "rounds": self.rounds,
             "delays_ms": {f"{delay:g}": count for delay, count in self.delays_ms.items()},
-            "strangers": self.strangers.connections,
+            "unauthenticated": self.unauthenticated.connections,
             "messages": dict(self.messages),
             "backpressure": self.backpressure,
             "trends": [trend.as_json() for trend in self.trends()],

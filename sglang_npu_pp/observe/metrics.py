@@ -57,7 +57,9 @@ PHASE_SECONDS = Metric(
     "time of the scheduler in a phase; forward: on CPU the forward, on a device its launch",
     ("phase",),
 )
-REFUSED = Metric(f"{PREFIX}refused_total", "frames from strangers and messages that could not be read")
+REFUSED = Metric(
+    f"{PREFIX}refused_total", "frames from unauthenticated clients and messages that could not be read"
+)
 REFUSED_CONNECTIONS = Metric(
     f"{PREFIX}refused_connections_total", "connections from the network without a key of this server"
 )

@@ -22,7 +22,7 @@ from .telemetry import Telemetry
 KINDS = ("prefill", "decode")
 WARM_UP = 4  # busy launches of a kind that are not counted: first use of memory, kernels, caches
 SAMPLES = 16
-PATIENCE = 1000  # busy launches after which a kind that did not come is not waited for
+LAUNCH_LIMIT = 1000  # busy launches after which a kind that did not come is not waited for
 
 
 class _Launch(NamedTuple):
@@ -120,7 +120,7 @@ class DepthAdviser:
     def finished(self) -> bool:
         """Whether there is no more to measure: `advice` can be read (stage 0), or everything was told."""
         known = [kind for kind in KINDS if self._is_known(kind)]
-        return len(known) == len(KINDS) or (bool(known) and self._timer.busy_launches >= PATIENCE)
+        return len(known) == len(KINDS) or (bool(known) and self._timer.busy_launches >= LAUNCH_LIMIT)
 
     def advice(self, max_requests: int, limit: int | None) -> str:
         """See `advise`; on stage 0, once it has `finished`."""

@@ -40,7 +40,7 @@ class Telemetry:
     sent: dict[str, ChannelCounters] = field(default_factory=dict)
     received: dict[str, ChannelCounters] = field(default_factory=dict)
     phases_s: dict[str, float] = field(default_factory=dict)
-    refused: int = 0  # frames from strangers and messages that could not be read
+    refused: int = 0  # frames from unauthenticated clients and messages that could not be read
     refused_connections: int = 0  # from the network, of which nobody showed a key of this server
     started: float = field(default_factory=time.monotonic)
     replica: int | None = None  # where data-parallel replicas each have a stage 0 and a rank 0

@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import TransportError
-from .endpoints import Card, KeyPair
+from .endpoints import EndpointRecord, KeyPair
 from .monitor import open_monitor
 
 STAGGER_S = 0.5  # until the next attempt is started; twice as long when all have been tried
@@ -28,13 +28,13 @@ _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCON
 
 
 def reach(
-    context: zmq.Context, peers: Iterable[Card], keys: KeyPair, *, where: str, limit_s: float
+    context: zmq.Context, peers: Iterable[EndpointRecord], keys: KeyPair, *, where: str, limit_s: float
 ) -> dict[int, str]:
     """Stage -> the endpoint at which it answers with its key, for all `peers`; blocks until all do.
 
     Raises TransportError, with everything that was tried, when `limit_s` seconds are over.
     """
-    dials = [_Dial(context, card, keys) for card in peers]
+    dials = [_Dial(context, record, keys) for record in peers]
     found: dict[int, str] = {}
     deadline = time.monotonic() + limit_s
     try:
@@ -60,11 +60,11 @@ def reach(
 class _Dial:
     """All attempts to reach one peer."""
 
-    def __init__(self, context: zmq.Context, card: Card, keys: KeyPair) -> None:
-        self.stage = card.stage
+    def __init__(self, context: zmq.Context, record: EndpointRecord, keys: KeyPair) -> None:
+        self.stage = record.stage
         self.under_way: list[_Attempt] = []
-        self._context, self._card, self._keys = context, card, keys
-        self._next = deque(card.tcp)
+        self._context, self._card, self._keys = context, record, keys
+        self._next = deque(record.tcp)
         self._started = 0
         self._due = 0.0
         self._accepted: set[str] = set()  # where somebody listens, if not the peer

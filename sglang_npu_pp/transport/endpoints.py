@@ -26,7 +26,7 @@ _TOO_LONG = f"is longer than {IPC_PATH_LIMIT} bytes"
 logger = logging.getLogger("sglang_npu_pp")
 
 
-class Card(msgspec.Struct, frozen=True, array_like=True):
+class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     """What a rank tells the other stages of its pipeline about itself."""
 
     stage: int

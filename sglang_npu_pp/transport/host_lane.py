@@ -25,9 +25,9 @@ from ..observe.telemetry import Telemetry
 from ..observe.trace import Trace
 from ..settings import Settings
 from .addresses import LOOPBACK, listening_addresses
+from .connection_monitor import ConnectionMonitor
 from .dialing import reach
-from .doorkeeper import Doorkeeper
-from .endpoints import Card, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
+from .endpoints import EndpointRecord, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
 from .inbox import Inbox
 from .liveness import Pulse
 from .message import Kind, Message
@@ -41,7 +41,7 @@ Exchange = Callable[[bytes], list[bytes]]
 MAIN_PORT = "main"
 DESCRIPTORS = 32  # of sockets that listen, their monitors, the authenticator, ZeroMQ's own
 DESCRIPTORS_A_PEER = 12  # connections both ways, on two ports, and their monitors
-FAILURE_CHARACTERS = 400  # of a sentence that the other stages are told; a card has little room
+FAILURE_CHARACTERS = 400  # of a sentence that the other stages are told; a record has little room
 TERMINATION_LIMIT_S = 5.0  # for messages that linger, 1 s each at most
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -82,8 +82,8 @@ class HostLane:
         self._authenticator: ThreadAuthenticator | None = None
         self._directory: SocketDirectory | None = None
         self._sockets: list[zmq.Socket] = []
-        self._doorkeepers: dict[zmq.Socket, Doorkeeper] = {}  # of the socket for other nodes
-        self._cards: list[Card] = []
+        self._connection_monitors: dict[zmq.Socket, ConnectionMonitor] = {}  # of the socket for other nodes
+        self._records: list[EndpointRecord] = []
         self._endpoints: dict[int, str] = {}  # at which the peers answered
         self._outboxes: dict[int, Outbox] = {}
         self._inbox: Inbox | None = None
@@ -102,7 +102,7 @@ class HostLane:
             self._bind(exchange)
             self._inbox = Inbox(
                 self._sockets,
-                in_parts=self._doorkeepers,
+                in_parts=self._connection_monitors,
                 where=self._where,
                 bounds=self.bounds,
                 wait_limit_s=self._settings.wait_limit_s,
@@ -139,9 +139,9 @@ class HostLane:
         expected = {f"{stage}/{port}".encode() for stage in senders if stage != self.stage}
         try:
             if self.stage in senders:
-                for card in self._cards:
-                    if card.stage != self.stage:
-                        outboxes[card.stage] = self._connect(card, port)
+                for record in self._records:
+                    if record.stage != self.stage:
+                        outboxes[record.stage] = self._connect(record, port)
             self._greet(outboxes.values(), expected)
         except BaseException:
             for outbox in outboxes.values():
@@ -159,26 +159,30 @@ class HostLane:
             self._directory.clear()
 
     def _bind(self, exchange: Exchange) -> None:
-        """Listen, and tell the other stages where, or why not: they wait for this card."""
+        """Listen, and tell the other stages where, or why not: they wait for this record."""
         identity = node_identity()
         apart = self._settings.host_transport == "tcp"  # as if every stage were on another node
         node = f"{identity}|{self.stage}" if apart else identity
-        cards = _exchange_cards(exchange, Card(stage=self.stage, node=node, key=self._keys.public))
-        self._known.keys.update(card.key for card in cards)  # before anyone learns where to connect to
-        one_node = all(card.node in (identity, f"{identity}|{card.stage}") for card in cards)
+        records = _exchange_records(
+            exchange, EndpointRecord(stage=self.stage, node=node, key=self._keys.public)
+        )
+        self._known.keys.update(record.key for record in records)  # before anyone learns where to connect to
+        one_node = all(record.node in (identity, f"{identity}|{record.stage}") for record in records)
         failure: TransportError | None = None
         ipc: str = ""
         tcp: tuple[str, ...] = ()
         try:
             self._check_descriptors()
-            ipc, tcp = self._listen(node, [card.node for card in cards], one_node)
+            ipc, tcp = self._listen(node, [record.node for record in records], one_node)
         except TransportError as error:
             failure = error
         said = str(failure)[:FAILURE_CHARACTERS] if failure else ""
-        self._cards = _exchange_cards(exchange, Card(self.stage, node, ipc, tcp, self._keys.public, said))
+        self._records = _exchange_records(
+            exchange, EndpointRecord(self.stage, node, ipc, tcp, self._keys.public, said)
+        )
         if failure is not None:
             raise failure
-        if failures := [card.failure for card in self._cards if card.failure]:
+        if failures := [record.failure for record in self._records if record.failure]:
             raise TransportError(f"{self._where}: another stage cannot listen. {' '.join(failures)}")
 
     def _listen(self, node: str, nodes: list[str], one_node: bool) -> tuple[str, tuple[str, ...]]:
@@ -202,8 +206,8 @@ class HostLane:
             router.setsockopt(zmq.CURVE_SERVER, 1)
             router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
             refuse_longer_frames(router)
-            self._doorkeepers[router] = Doorkeeper(router, self._telemetry)
-            self.watch(self._doorkeepers[router].check)
+            self._connection_monitors[router] = ConnectionMonitor(router, self._telemetry)
+            self.watch(self._connection_monitors[router].check)
             tcp = bind_tcp(router, hosts, self._port, self._where)
         return ipc, tcp
 
@@ -217,40 +221,40 @@ class HostLane:
     def _find_endpoints(self) -> dict[int, str]:
         """Stage -> endpoint of every peer; of those that told several addresses, the first that answers."""
         found, several = {}, []
-        for card in self._cards:
-            if card.stage == self.stage:
+        for record in self._records:
+            if record.stage == self.stage:
                 continue
-            if self.is_local(card.stage):
-                found[card.stage] = card.ipc
-            elif len(card.tcp) > 1:
-                several.append(card)
+            if self.is_local(record.stage):
+                found[record.stage] = record.ipc
+            elif len(record.tcp) > 1:
+                several.append(record)
             else:
-                found[card.stage] = "".join(card.tcp)
+                found[record.stage] = "".join(record.tcp)
         answered = reach(
             self._context, several, self._keys, where=self._where, limit_s=self._settings.start_limit_s
         )
-        for card in several:
-            if (endpoint := answered[card.stage]) != card.tcp[0]:
+        for record in several:
+            if (endpoint := answered[record.stage]) != record.tcp[0]:
                 logger.info(
                     "sglang-npu-pp: %s: stage %d answers at %s, and not at %s, which it named first",
                     self._where,
-                    card.stage,
+                    record.stage,
                     endpoint,
-                    ", ".join(card.tcp[: card.tcp.index(endpoint)]),
+                    ", ".join(record.tcp[: record.tcp.index(endpoint)]),
                 )
         return found | answered
 
-    def _connect(self, card: Card, port: str) -> Outbox:
-        local = card.node == self._cards[self.stage].node
+    def _connect(self, record: EndpointRecord, port: str) -> Outbox:
+        local = record.node == self._records[self.stage].node
         return Outbox(
             self._context,
             stage=self.stage,
             rank=self.rank,
-            peer=card.stage,
+            peer=record.stage,
             port=port,
-            endpoint=self._endpoints[card.stage],
+            endpoint=self._endpoints[record.stage],
             keys=None if local else self._keys,
-            peer_key=card.key,
+            peer_key=record.key,
             bounds=self.bounds,
             peer_timeout_s=self._settings.peer_timeout_s,
             pulse=self._pulse,
@@ -264,7 +268,7 @@ class HostLane:
         """Introduce ourselves over `outboxes`; wait to be welcomed and for the `expected` to come."""
         outboxes = list(outboxes)
         for outbox in outboxes:
-            outbox.say(Kind.HELLO)
+            outbox.send_control(Kind.HELLO)
         deadline = time.monotonic() + self._settings.start_limit_s
         while True:
             missing = [outbox for outbox in outboxes if not outbox.welcomed]
@@ -281,7 +285,7 @@ class HostLane:
 
     def _not_connected(self, missing: list[Outbox], absent: set[bytes]) -> TransportError:
         names = [f"stage {outbox.peer} at {outbox.endpoint} did not answer" for outbox in missing]
-        told = ", ".join(self._cards[self.stage].tcp)
+        told = ", ".join(self._records[self.stage].tcp)
         at = f" at {told}" if told else ""
         names += [f"stage {name.split(b'/')[0].decode()} did not connect to us{at}" for name in absent]
         return TransportError(
@@ -291,7 +295,7 @@ class HostLane:
         )
 
     def _authenticate(self, identity: bytes, frame: zmq.Frame) -> int | None:
-        """The stage behind a connection that has not been seen before, None for a stranger.
+        """The stage behind a connection that has not been seen before, None for an unauthenticated client.
 
         ipc: who could reach the socket is this user. TCP: ZAP has admitted the key; it must be the key of
         the stage that the connection claims to be.
@@ -299,15 +303,15 @@ class HostLane:
         stage_text, _, _ = identity.partition(b"/")
         if not stage_text.isdigit() or int(stage_text) >= self.stages:
             return None
-        card = self._cards[int(stage_text)]
+        record = self._records[int(stage_text)]
         try:
             key = frame.get("User-Id")
         except zmq.ZMQError:
             key = ""
-        if key == card.key.decode():
-            return card.stage
-        local = card.node == self._cards[self.stage].node
-        return card.stage if local and not key else None
+        if key == record.key.decode():
+            return record.stage
+        local = record.node == self._records[self.stage].node
+        return record.stage if local and not key else None
 
     # --- use -----------------------------------------------------------------------------------
 
@@ -318,7 +322,7 @@ class HostLane:
 
     def is_local(self, stage: int) -> bool:
         """Whether that stage is on this node, where copying bytes is cheaper than a collective."""
-        return self._cards[stage].node == self._cards[self.stage].node
+        return self._records[stage].node == self._records[self.stage].node
 
     def endpoint_of(self, stage: int) -> str:
         """Where that stage is reached."""
@@ -378,11 +382,11 @@ class HostLane:
             return
         self._closed = True
         for outbox in self._outboxes.values():
-            outbox.say(Kind.GOODBYE)
+            outbox.send_control(Kind.GOODBYE)
             outbox.close()
         self._pulse.close()
-        for doorkeeper in self._doorkeepers.values():
-            doorkeeper.close()
+        for connection_monitor in self._connection_monitors.values():
+            connection_monitor.close()
         for socket in self._sockets:
             socket.close()
         if self._authenticator is not None:
@@ -404,6 +408,6 @@ class HostLane:
             )
 
 
-def _exchange_cards(exchange: Exchange, mine: Card) -> list[Card]:
-    decoder = msgspec.msgpack.Decoder(Card)
-    return [decoder.decode(card) for card in exchange(msgspec.msgpack.encode(mine))]
+def _exchange_records(exchange: Exchange, mine: EndpointRecord) -> list[EndpointRecord]:
+    decoder = msgspec.msgpack.Decoder(EndpointRecord)
+    return [decoder.decode(record) for record in exchange(msgspec.msgpack.encode(mine))]

@@ -123,7 +123,7 @@ class Inbox:
             frames.append(socket.recv(zmq.NOBLOCK, copy=False))
         stage = self._stages.get(identity)
         if stage is None:
-            self._meet(socket, identity, frames)
+            self._handshake(socket, identity, frames)
             return
         try:
             buffers: list[Buffer] = [frame.buffer for frame in frames]
@@ -156,8 +156,8 @@ class Inbox:
         self._trace.record("arrive", message.kind.label, message.slot, message.iteration)
         self.on_arrival(message)
 
-    def _meet(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
-        """The first message of a connection: the hello of a stage, or it is a stranger's and is dropped."""
+    def _handshake(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
+        """The first message of a connection: the hello of a stage, else it is dropped."""
         stage = self._authenticate(identity, frames[-1])
         if stage is None or not _is_hello(frames, stage):
             self._telemetry.refused += 1

@@ -180,7 +180,7 @@ class Outbox:
         self._channels[kind] = channel
         return channel
 
-    def say(self, kind: Kind) -> None:
+    def send_control(self, kind: Kind) -> None:
         """Send a hello or goodbye, outside the window. A peer that is gone does not hear it."""
         frames = encode(Message(kind=kind), source=self._stage, number=0, check_all=True)
         with suppress(zmq.Again):
@@ -223,7 +223,7 @@ class Outbox:
         self._attempt += 1
         self._lost_at, self._connected = None, False
         self._open_socket()
-        self.say(Kind.HELLO)
+        self.send_control(Kind.HELLO)
 
     def _silent_s(self) -> float:
         """How long the peer has not shown that it runs, while this process did."""

@@ -2,8 +2,8 @@
 
 ZeroMQ makes room for a frame as soon as its length is announced and fills it as bytes come, before it knows
 who sends them. On connections between nodes no frame is therefore longer than a part, and a socket closes a
-connection that announces more: a stranger costs one part at most. A frame of ours that is longer travels as
-several frames of the same message: a full part is continued by the next one.
+connection that announces more: an unauthenticated client costs one part at most. A frame of ours that is
+longer travels as several frames of the same message: a full part is continued by the next one.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class EachTimeAnother:
         return str(next(self._versions))
 
 
-# --- strangers, and nobody ---------------------------------------------------------------------------
+# --- unauthenticated clients, and none at all -------------------------------------------------------
 
 
 def test_another_key_gets_no_answer(listener: PeerTest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,22 +141,22 @@ def test_a_connection_without_the_secret_reaches_nothing(listener: PeerTest, kno
     with (
         Rendezvous(listener.host, listener.port, listener.key, listens=True, limit_s=1.0) as here,
         zmq.Context() as context,
-        context.socket(zmq.REQ) as stranger,
+        context.socket(zmq.REQ) as client,
     ):
-        stranger.setsockopt(zmq.LINGER, 0)
+        client.setsockopt(zmq.LINGER, 0)
         if knows_public_key:
             own = key_pair(new_key())
-            stranger.setsockopt(zmq.CURVE_SERVERKEY, key_pair(listener.key).public)
-            stranger.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
-            stranger.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
-        stranger.connect(f"tcp://{listener.host}:{listener.port}")
-        stranger.send(b"{}", zmq.NOBLOCK)
+            client.setsockopt(zmq.CURVE_SERVERKEY, key_pair(listener.key).public)
+            client.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
+            client.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
+        client.connect(f"tcp://{listener.host}:{listener.port}")
+        client.send(b"{}", zmq.NOBLOCK)
         with pytest.raises(TransportError, match="no node with the key came"):
             here.exchange(b"secret")
-        assert not stranger.poll(0)
+        assert not client.poll(0)
 
 
-def test_the_one_with_the_key_is_served_among_strangers(listener: PeerTest) -> None:
+def test_the_one_with_the_key_is_served_among_unauthenticated_clients(listener: PeerTest) -> None:
     with socket.socket() as scanner, ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(peer.check, listener, Settings())
         other = replace(listener, listens=False)

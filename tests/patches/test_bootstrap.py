@@ -21,21 +21,21 @@ from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
 
 from rig.bootstrap_server import BootstrapServer, bootstrap_server, dead_address
-from sglang_npu_pp.lookups import Lookups, Patience
+from sglang_npu_pp.lookups import Lookups, RetryPolicy
 from sglang_npu_pp.patches import bootstrap, load_contracts, sglang_release
 from sglang_npu_pp.patching import AppliedPatches
 
 from .disaggregated import bare, make_manager
 
 LIMIT_S = 60.0
-PATIENCE = Patience(total_s=1.0, attempt_s=0.3, first_pause_s=0.02, longest_pause_s=0.2)
+RETRY_POLICY = RetryPolicy(total_s=1.0, attempt_s=0.3, first_pause_s=0.02, longest_pause_s=0.2)
 
 
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
     contract = load_contracts()[sglang_release()]
     patches = AppliedPatches([patch for patch in bootstrap.PATCHES if patch.is_needed(contract)])
-    bootstrap.set_lookups(Lookups(PATIENCE))
+    bootstrap.set_lookups(Lookups(RETRY_POLICY))
     yield
     bootstrap.set_lookups(None)
     patches.undo()

@@ -14,7 +14,7 @@ from rig.ports import free_ports
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.transport import dialing
 from sglang_npu_pp.transport.dialing import MOST_AT_ONCE, reach
-from sglang_npu_pp.transport.endpoints import Card, KeyPair, KnownKeys, bind_tcp
+from sglang_npu_pp.transport.endpoints import EndpointRecord, KeyPair, KnownKeys, bind_tcp
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,8 +50,8 @@ class Network:
         return f"tcp://127.0.0.1:{free_ports(1)[0]}"
 
     def reach(self, *endpoints: str, limit_s: float = LIMIT_S) -> str:
-        card = Card(1, "there", tcp=endpoints, key=THEIRS.public)
-        return reach(self.context, [card], OURS, where="stage 0 rank 0", limit_s=limit_s)[1]
+        record = EndpointRecord(1, "there", tcp=endpoints, key=THEIRS.public)
+        return reach(self.context, [record], OURS, where="stage 0 rank 0", limit_s=limit_s)[1]
 
 
 @pytest.fixture
@@ -147,9 +147,9 @@ def test_all_that_was_tried_is_named(network: Network) -> None:
 
 def test_every_peer_that_is_missing_is_named_and_nothing_stays_open(network: Network) -> None:
     nowhere = {stage: (network.nothing(), network.nothing()) for stage in (1, 2)}
-    cards = [Card(stage, "there", tcp=tcp, key=THEIRS.public) for stage, tcp in nowhere.items()]
-    here = Card(3, "there", tcp=(network.peer(), network.peer()), key=THEIRS.public)
+    records = [EndpointRecord(stage, "there", tcp=tcp, key=THEIRS.public) for stage, tcp in nowhere.items()]
+    here = EndpointRecord(3, "there", tcp=(network.peer(), network.peer()), key=THEIRS.public)
     with pytest.raises(TransportError, match="stage 1 did not answer at .* and stage 2 did not answer at"):
-        reach(network.context, [*cards, here], OURS, where="stage 0 rank 0", limit_s=1.5)
+        reach(network.context, [*records, here], OURS, where="stage 0 rank 0", limit_s=1.5)
     assert reach(network.context, [here], OURS, where="", limit_s=LIMIT_S) == {3: here.tcp[0]}
     # A socket that was left open would keep the fixture's context from ending.

@@ -12,24 +12,24 @@ from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport.exchange import CARD_BYTES, process_group_exchange
+from sglang_npu_pp.transport.exchange import RECORD_BYTES, process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind
 
 pytestmark = pytest.mark.timeout(120)
 
-ROOM = CARD_BYTES - 2  # two bytes say how long the card is
+ROOM = RECORD_BYTES - 2  # two bytes say how long the record is
 
 
-def exchange(here: Here, cards: list[bytes]) -> list[bytes]:
+def exchange(here: Here, records: list[bytes]) -> list[bytes]:
     assert dist.group.WORLD is not None
-    return process_group_exchange(dist.group.WORLD)(cards[here.index])
+    return process_group_exchange(dist.group.WORLD)(records[here.index])
 
 
 @settings(max_examples=30)
-@given(cards=st.lists(st.binary(max_size=ROOM), min_size=3, max_size=3))
-def test_every_rank_gets_every_card_in_rank_order(team: Team, cards: list[bytes]) -> None:
-    assert team.each(exchange, cards) == [cards] * 3
+@given(records=st.lists(st.binary(max_size=ROOM), min_size=3, max_size=3))
+def test_every_rank_gets_every_card_in_rank_order(team: Team, records: list[bytes]) -> None:
+    assert team.each(exchange, records) == [records] * 3
 
 
 def test_a_card_may_fill_its_room_and_no_more(team: Team) -> None:

@@ -1,4 +1,4 @@
-"""The host lane between real processes: order, bounds, strangers, damage, lost peers and what remains."""
+"""The host lane between real processes: order, bounds, unauthenticated clients, damage, lost peers, ends."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ from sglang_npu_pp.errors import (
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport import doorkeeper, host_lane
-from sglang_npu_pp.transport.endpoints import Card, KeyPair, bind_tcp, node_identity
+from sglang_npu_pp.transport import connection_monitor, host_lane
+from sglang_npu_pp.transport.endpoints import EndpointRecord, KeyPair, bind_tcp, node_identity
 from sglang_npu_pp.transport.host_lane import Exchange, HostLane
 from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
 
@@ -293,7 +293,7 @@ def test_what_cannot_be_pickled_raises_and_uses_up_no_number(team: Team) -> None
     assert b.call(receive, 0, Kind.REQUESTS, range(1)) == ["fine"]
 
 
-# --- strangers ---------------------------------------------------------------------------------
+# --- unauthenticated clients ----------------------------------------------------------------------
 
 
 class Trap:
@@ -327,11 +327,11 @@ def trap(tmp_path: Path) -> Path:
 
 def endpoint_of(here: Here) -> tuple[str, bytes]:
     """TCP endpoint and public key of this rank."""
-    card = here.lane._cards[here.lane.stage]
-    return card.tcp[0], card.key
+    record = here.lane._records[here.lane.stage]
+    return record.tcp[0], record.key
 
 
-class Stranger:
+class UnauthenticatedClient:
     """A DEALER that is not made by our code."""
 
     def __init__(
@@ -368,7 +368,7 @@ class Stranger:
                 return True
             if event in refused:
                 return False
-        raise AssertionError("the stranger was neither refused nor let in within 20 s")
+        raise AssertionError("the client was neither refused nor let in within 20 s")
 
     def close(self) -> None:
         self.socket.disable_monitor()
@@ -378,8 +378,8 @@ class Stranger:
 
 
 @contextlib.contextmanager
-def stranger(endpoint: str, identity: bytes, **options: Any) -> Iterator[Stranger]:
-    someone = Stranger(endpoint, identity, **options)
+def unauthenticated_client(endpoint: str, identity: bytes, **options: Any) -> Iterator[UnauthenticatedClient]:
+    someone = UnauthenticatedClient(endpoint, identity, **options)
     try:
         yield someone
     finally:
@@ -395,7 +395,7 @@ def assert_serving(a: Rank, b: Rank, number: int = 0) -> None:
 
 
 @pytest.mark.parametrize("credentials", ["no key", "an unknown key", "the wrong server key"])
-def test_a_stranger_on_the_network_is_refused_and_nothing_is_unpickled(
+def test_an_unauthenticated_client_on_the_network_is_refused_and_nothing_is_unpickled(
     team: Team, trap: Path, credentials: str
 ) -> None:
     a, b = team.open_lanes(2, Settings(host_transport="tcp", wait_limit_s=20))
@@ -404,7 +404,7 @@ def test_a_stranger_on_the_network_is_refused_and_nothing_is_unpickled(
     if credentials != "no key":
         server_key = key if credentials == "an unknown key" else KeyPair.generate().public
         options = {"keys": KeyPair.generate(), "server_key": server_key}
-    with stranger(endpoint, b"1/other", **options) as someone:
+    with unauthenticated_client(endpoint, b"1/other", **options) as someone:
         with contextlib.suppress(zmq.Again):  # the connection may be refused already
             someone.socket.send_multipart(hello_frames(1), zmq.NOBLOCK)
             someone.socket.send_multipart(trap_frames(trap), zmq.NOBLOCK)
@@ -416,7 +416,9 @@ def test_a_stranger_on_the_network_is_refused_and_nothing_is_unpickled(
 
 def pretend(here: Here, path: Path, claimed: int, endpoint: str, server_key: bytes) -> None:
     """Connect to a peer with this rank's own good key, but as another stage."""
-    with stranger(endpoint, b"%d/other" % claimed, keys=here.lane._keys, server_key=server_key) as someone:
+    with unauthenticated_client(
+        endpoint, b"%d/other" % claimed, keys=here.lane._keys, server_key=server_key
+    ) as someone:
         someone.socket.setsockopt(zmq.LINGER, 10_000)
         someone.socket.send_multipart(hello_frames(claimed))
         someone.socket.send_multipart(trap_frames(path, source=claimed))
@@ -460,19 +462,17 @@ def announce_endpoint(here: Here, exchange: Exchange) -> Exchange:
     def wrapped(data: bytes) -> list[bytes]:
         nonlocal calls
         calls += 1
-        cards = exchange(data)
+        records = exchange(data)
         if calls == 2:
-            card = msgspec.msgpack.decode(data, type=Card)
-            here.note(card.ipc or card.tcp[0])
-            here.store.get(f"go on, {card.ipc or card.tcp[0]}")
-        return cards
+            record = msgspec.msgpack.decode(data, type=EndpointRecord)
+            here.note(record.ipc or record.tcp[0])
+            here.store.get(f"go on, {record.ipc or record.tcp[0]}")
+        return records
 
     return wrapped
 
 
-def test_an_ipc_stranger_that_said_no_hello_is_refused_and_nothing_is_unpickled(
-    team: Team, trap: Path
-) -> None:
+def test_an_ipc_client_that_said_no_hello_is_refused_and_nothing_is_unpickled(team: Team, trap: Path) -> None:
     """It may even name a stage: only a proper hello opens a connection."""
     name = team.new_round()
     settings = Settings(host_transport="ipc", wait_limit_s=20, start_limit_s=20)
@@ -493,7 +493,7 @@ def test_an_ipc_stranger_that_said_no_hello_is_refused_and_nothing_is_unpickled(
     identities = [b"who", b"1/ghost"]
     with contextlib.ExitStack() as stack:
         for identity in identities:
-            someone = stack.enter_context(stranger(endpoint, identity))
+            someone = stack.enter_context(unauthenticated_client(endpoint, identity))
             someone.socket.setsockopt(zmq.LINGER, 10_000)  # on a busy machine it is closed before it has sent
             for frames in said:
                 someone.socket.send_multipart(frames)
@@ -511,11 +511,11 @@ def test_a_stage_that_connects_at_once_is_known_already(team: Team) -> None:
     opening = team.ranks[0].start(open_host_lane, name, 0, 2, settings, wrap_exchange=announce_endpoint)
     exchange = store_exchange(team.store, name, 1, 2)
     keys = KeyPair.generate()
-    mine = Card(1, "another machine", tcp=(f"tcp://127.0.0.1:{free_ports(1)[0]}",), key=keys.public)
+    mine = EndpointRecord(1, "another machine", tcp=(f"tcp://127.0.0.1:{free_ports(1)[0]}",), key=keys.public)
     for _ in range(2):
-        theirs = msgspec.msgpack.decode(exchange(msgspec.msgpack.encode(mine))[0], type=Card)
+        theirs = msgspec.msgpack.decode(exchange(msgspec.msgpack.encode(mine))[0], type=EndpointRecord)
     assert opening.note() == theirs.tcp[0]  # and there it waits until we say so
-    with stranger(theirs.tcp[0], b"1/main", keys=keys, server_key=theirs.key) as peer:
+    with unauthenticated_client(theirs.tcp[0], b"1/main", keys=keys, server_key=theirs.key) as peer:
         assert peer.is_let_in()
         team.store.set(f"go on, {theirs.tcp[0]}", "")
         assert isinstance(failure(opening), TransportError)  # nobody listens at our own address
@@ -525,8 +525,8 @@ def lie_about_the_key(here: Here, exchange: Exchange) -> Exchange:
     key = KeyPair.generate().public
 
     def wrapped(data: bytes) -> list[bytes]:
-        card = msgspec.msgpack.decode(data, type=Card)
-        return exchange(msgspec.msgpack.encode(msgspec.structs.replace(card, key=key)))
+        record = msgspec.msgpack.decode(data, type=EndpointRecord)
+        return exchange(msgspec.msgpack.encode(msgspec.structs.replace(record, key=key)))
 
     return wrapped
 
@@ -578,7 +578,7 @@ def open_a_port(here: Here) -> int:
 
 
 def limit_handshakes(here: Here, limit_ms: int) -> None:
-    doorkeeper.HANDSHAKE_LIMIT_MS = limit_ms
+    connection_monitor.HANDSHAKE_LIMIT_MS = limit_ms
 
 
 @pytest.fixture
@@ -843,13 +843,13 @@ def lane(stage: int = 0, *, host: str = "127.0.0.1", port: int = 0, **values: An
     )
 
 
-def alone_with(other: Card) -> Exchange:
+def alone_with(other: EndpointRecord) -> Exchange:
     """An exchange for stage 0 in which stage 1 always says `other`."""
     return lambda data: [data, msgspec.msgpack.encode(other)]
 
 
-NEIGHBOUR = Card(stage=1, node=node_identity())
-FAR_AWAY = Card(stage=1, node="another machine")
+NEIGHBOUR = EndpointRecord(stage=1, node=node_identity())
+FAR_AWAY = EndpointRecord(stage=1, node="another machine")
 
 
 def fails_to_open(lane: HostLane, exchange: Exchange) -> str:
@@ -909,16 +909,16 @@ def test_a_name_that_is_nothing_here_is_named() -> None:
 
 
 def test_a_stage_that_cannot_listen_tells_the_others_why() -> None:
-    """They would wait for its card for as long as gloo waits."""
-    card = msgspec.structs.replace(FAR_AWAY, failure="stage 1 rank 0: no.")
-    sentence = fails_to_open(lane(), alone_with(card))
+    """They would wait for its record for as long as gloo waits."""
+    record = msgspec.structs.replace(FAR_AWAY, failure="stage 1 rank 0: no.")
+    sentence = fails_to_open(lane(), alone_with(record))
     assert sentence == "stage 0 rank 0: another stage cannot listen. stage 1 rank 0: no."
 
 
 def test_a_peer_that_says_an_address_that_is_none_is_named_at_once() -> None:
     """Its connection cannot be made; what was made before does not keep the process from ending."""
-    card = msgspec.structs.replace(FAR_AWAY, tcp=("tcp://*:5000",), key=KeyPair.generate().public)
-    sentence = fails_to_open(lane(), alone_with(card))
+    record = msgspec.structs.replace(FAR_AWAY, tcp=("tcp://*:5000",), key=KeyPair.generate().public)
+    sentence = fails_to_open(lane(), alone_with(record))
     assert sentence.startswith("stage 0 rank 0: cannot connect to stage 1 at tcp://*:5000 (Invalid argument)")
     assert "SGLANG_NPU_PP_HOST" in sentence
 
@@ -927,8 +927,8 @@ def open_with_few_descriptors(here: Here, spare: int) -> str:
     used = len(os.listdir("/proc/self/fd"))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, hard))
-    card = Card(1, "another machine", tcp=("tcp://127.0.0.1:1",), key=KeyPair.generate().public)
-    return fails_to_open(lane(start_limit_s=0.2), alone_with(card))
+    record = EndpointRecord(1, "another machine", tcp=("tcp://127.0.0.1:1",), key=KeyPair.generate().public)
+    return fails_to_open(lane(start_limit_s=0.2), alone_with(record))
 
 
 @pytest.mark.parametrize("spare", [3, 10, 20, 40])
@@ -948,9 +948,9 @@ def test_ipc_between_nodes_is_refused() -> None:
 def test_a_stage_that_does_not_answer_is_named_when_the_limit_is_over(ipc_dir: Path) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as silent:
         silent.bind(f"ipc://{ipc_dir}/silent")
-        card = msgspec.structs.replace(NEIGHBOUR, ipc=f"ipc://{ipc_dir}/silent")
+        record = msgspec.structs.replace(NEIGHBOUR, ipc=f"ipc://{ipc_dir}/silent")
         one = lane(ipc_dir=ipc_dir, start_limit_s=0.5)
-        sentence = fails_to_open(one, alone_with(card))
+        sentence = fails_to_open(one, alone_with(record))
     assert sentence.startswith("stage 0 rank 0: after 0.5 s stage 1 at ipc://")
     assert "did not answer and stage 1 did not connect to us" in sentence
     assert [path.name for path in ipc_dir.iterdir() if path.is_dir()] == []

@@ -74,7 +74,7 @@ class _Talk:
     def _say(self, kind: Kind, value: float | tuple[float, float] | None = None) -> None:
         self._lane.send(self.peer, Message(kind, values=value))
 
-    def _hear(self, kind: Kind) -> Message:
+    def _receive(self, kind: Kind) -> Message:
         number = self._next.get(kind, 0)
         self._next[kind] = number + 1
         return self._lane.wait(self.peer, kind, number, self._limit_s)
@@ -85,7 +85,7 @@ class _Talk:
         for _ in range(ROUND_TRIPS):
             began = time.monotonic()
             self._say(Kind.REQUESTS)
-            self._hear(Kind.REQUESTS)
+            self._receive(Kind.REQUESTS)
             took.append(time.monotonic() - began)
         found = min(took), statistics.median(took)
         self._say(Kind.OBJECT, found)
@@ -93,9 +93,9 @@ class _Talk:
 
     def answer_pings(self) -> tuple[float, float]:
         for _ in range(ROUND_TRIPS):
-            self._hear(Kind.REQUESTS)
+            self._receive(Kind.REQUESTS)
             self._say(Kind.REQUESTS)
-        shortest_s, median_s = self._hear(Kind.OBJECT).values
+        shortest_s, median_s = self._receive(Kind.OBJECT).values
         return shortest_s, median_s
 
     def send_chunks(self, round_trip_s: float) -> float:
@@ -114,17 +114,17 @@ class _Talk:
         began = time.monotonic()
         for _ in range(count):
             self._lane.send(self.peer, Message(Kind.PROXY, tensors={"chunk": self._chunk}))
-        self._hear(Kind.OUTPUT)
+        self._receive(Kind.OUTPUT)
         return max(1e-6, time.monotonic() - began - round_trip_s / 2)
 
     def receive_chunks(self) -> float:
-        while count := int(self._hear(Kind.OBJECT).values):
+        while count := int(self._receive(Kind.OBJECT).values):
             for _ in range(count):
-                chunk = self._hear(Kind.PROXY).tensors["chunk"]
+                chunk = self._receive(Kind.PROXY).tensors["chunk"]
                 if not torch.equal(chunk, self._chunk):
                     raise MessageError(
                         f"stage {self._lane.stage} rank 0: bytes of stage {self.peer} did not arrive as they "
                         "left; look at the network, and set SGLANG_NPU_PP_CHECKSUM=full until it is repaired."
                     )
             self._say(Kind.OUTPUT)
-        return float(self._hear(Kind.OBJECT).values)
+        return float(self._receive(Kind.OBJECT).values)

@@ -24,18 +24,18 @@ TRANSPORTS = {"ipc": "ipc", "tcp": "TCP + CURVE"}
 HOST = "127.0.0.1"
 
 
-class _Meeting:
+class _Rendezvous:
     """In the place of SGLang's process group: an exchange between threads."""
 
     def __init__(self) -> None:
-        self._cards = [b"", b""]
+        self._records = [b"", b""]
         self._barrier = threading.Barrier(2)
 
     def exchange_of(self, stage: int) -> Exchange:
         def exchange(data: bytes) -> list[bytes]:
-            self._cards[stage] = data
+            self._records[stage] = data
             self._barrier.wait(LIMIT_S)
-            everyone = list(self._cards)
+            everyone = list(self._records)
             self._barrier.wait(LIMIT_S)
             return everyone
 
@@ -66,7 +66,7 @@ def check(settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
 def run(settings: Settings) -> LinkReport:
     """Over the transport that `settings` name. Raises PipelineError."""
     settings = replace(settings, start_limit_s=LIMIT_S, wait_limit_s=LIMIT_S)
-    meeting = _Meeting()
+    meeting = _Rendezvous()
     with ThreadPoolExecutor(2) as threads:
         sides = [threads.submit(_side, stage, settings, meeting) for stage in (0, 1)]
     errors = [error for side in sides if (error := side.exception()) is not None]
@@ -77,7 +77,7 @@ def run(settings: Settings) -> LinkReport:
     return sides[0].result()
 
 
-def _side(stage: int, settings: Settings, meeting: _Meeting) -> LinkReport:
+def _side(stage: int, settings: Settings, meeting: _Rendezvous) -> LinkReport:
     lane = HostLane(
         stage=stage,
         stages=2,

@@ -17,11 +17,11 @@ _ENTERED, _LET_IN, _LEFT = zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zm
 _STOPPED = zmq.EVENT_MONITOR_STOPPED
 
 
-class Doorkeeper:
+class ConnectionMonitor:
     """Listens to what ZeroMQ says about the connections of one socket, in a thread of its own.
 
     In a thread, because ZeroMQ waits for whoever listens: a scheduler in a long forward must not hold up the
-    connections of its peers when strangers come in their hundreds.
+    connections of its peers when unauthenticated clients come in their hundreds.
     """
 
     def __init__(self, socket: zmq.Socket, telemetry: Telemetry) -> None:
@@ -30,7 +30,7 @@ class Doorkeeper:
         self._socket, self._telemetry = socket, telemetry
         self._monitor = open_monitor(socket, _ENTERED | _LET_IN | _LEFT | _STOPPED)
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="doorkeeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="connection_monitor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

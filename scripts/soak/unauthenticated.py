@@ -1,4 +1,4 @@
-"""Strangers at a port that speaks ZMTP with CURVE: what they say, from nothing at all to 64 MiB."""
+"""Unauthenticated clients of a port that speaks ZMTP with CURVE: they send nothing, or up to 64 MiB."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def damaged(said: bytes, generator: random.Random) -> bytes:
     return bytes(text)
 
 
-class Strangers:
+class UnauthenticatedClients:
     """Visits some ports again and again, until a visit is over; then no connection of theirs is open."""
 
     def __init__(self, addresses: Sequence[tuple[str, int]], seed: int) -> None:
         self.connections = 0
-        self._addresses, self._generator = addresses, random.Random(f"strangers {seed}")
+        self._addresses, self._generator = addresses, random.Random(f"unauthenticated {seed}")
 
     @contextmanager
     def visiting(self) -> Iterator[None]:
         end = threading.Event()
-        thread = threading.Thread(target=self._visit, args=(end,), name="strangers", daemon=True)
+        thread = threading.Thread(target=self._visit, args=(end,), name="unauthenticated", daemon=True)
         thread.start()
         try:
             yield

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rig.harness import Here, Rank, Team, open_host_lane, receive, results, telemetry_of
-from scripts.soak.strangers import (
+from scripts.soak.unauthenticated import (
     GREETING,
     LONG_COMMAND,
     LONG_MESSAGE,
@@ -29,7 +29,7 @@ from scripts.soak.strangers import (
 )
 from sglang_npu_pp.errors import MessageError, PeerLostError, SequenceError
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport import doorkeeper
+from sglang_npu_pp.transport import connection_monitor
 from sglang_npu_pp.transport.endpoints import KeyPair
 from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message, encode
 from sglang_npu_pp.transport.parts import PART_BYTES
@@ -40,7 +40,7 @@ from .test_host_lane import (
     endpoint_of,
     flipped,
     send_frames,
-    stranger,
+    unauthenticated_client,
 )
 
 pytestmark = pytest.mark.timeout(180)
@@ -138,7 +138,7 @@ def test_a_flood_while_pythons_lock_is_taken_does_not_stop_the_network_thread(te
     assert_serving(attacked, peer)
 
 
-def test_without_a_stranger_nothing_is_counted(ranks: list[Rank]) -> None:
+def test_without_an_unauthenticated_client_nothing_is_counted(ranks: list[Rank]) -> None:
     assert_serving(ranks[0], ranks[1])
     assert [rank.call(telemetry_of).refused_connections for rank in ranks] == [0, 0]
 
@@ -154,9 +154,9 @@ def test_a_rank_of_an_earlier_start_is_refused(team: Team) -> None:
     ranks = team.open_lanes(2, SETTINGS)
     endpoint, server_key = ranks[0].call(endpoint_of)
     for known_key in (old_server_key, server_key):
-        with stranger(endpoint, b"1/main", keys=old_keys, server_key=known_key) as someone:
+        with unauthenticated_client(endpoint, b"1/main", keys=old_keys, server_key=known_key) as someone:
             assert not someone.is_let_in()
-    with stranger(endpoint, b"1/main") as someone:
+    with unauthenticated_client(endpoint, b"1/main") as someone:
         assert not someone.is_let_in()
     await_refused(ranks[0], 3)
     assert_serving(ranks[0], ranks[1])
@@ -166,7 +166,7 @@ def test_a_rank_of_an_earlier_start_is_refused(team: Team) -> None:
 
 
 @pytest.mark.parametrize("announced", [LONG_COMMAND, LONG_MESSAGE], ids=["command", "message"])
-def test_a_stranger_that_announces_a_gibibyte_and_sends_it_is_refused(
+def test_an_unauthenticated_client_that_announces_a_gibibyte_and_sends_it_is_refused(
     ranks: list[Rank], address: Address, announced: bytes
 ) -> None:
     with memory_is_bounded(ranks[0]):
@@ -177,7 +177,9 @@ def test_a_stranger_that_announces_a_gibibyte_and_sends_it_is_refused(
     assert_serving(ranks[0], ranks[1])
 
 
-def test_a_part_is_all_that_a_stranger_can_have_kept(ranks: list[Rank], address: Address) -> None:
+def test_a_part_is_all_that_an_unauthenticated_client_can_have_kept(
+    ranks: list[Rank], address: Address
+) -> None:
     """As long as it may be; it is read to its end, and then it is no handshake."""
     longest = b"\x06" + struct.pack(">Q", PART_BYTES)
     with memory_is_bounded(ranks[0], 2 * GROWTH_LIMIT_MIB), contextlib.ExitStack() as stack:
@@ -209,8 +211,8 @@ def test_a_peer_that_sends_a_frame_that_is_too_long_loses_its_connection(ranks: 
 
 
 def limit_handshakes(here: Here, milliseconds: int) -> int:
-    before = doorkeeper.HANDSHAKE_LIMIT_MS
-    doorkeeper.HANDSHAKE_LIMIT_MS = milliseconds
+    before = connection_monitor.HANDSHAKE_LIMIT_MS
+    connection_monitor.HANDSHAKE_LIMIT_MS = milliseconds
     return before
 
 
@@ -247,12 +249,12 @@ def test_two_hundred_connections_that_say_next_to_nothing_are_given_back(team: T
 
 
 def record_handshake(endpoint: str, server_key: bytes) -> bytes:
-    """What a stranger with a key of its own says to the port; a relay listens."""
+    """What an unauthenticated client with a key of its own says to the port; a relay listens."""
     with socket.create_server(("127.0.0.1", 0)) as relay:
         relay.settimeout(LIMIT_S)
         said = b""
         address = f"tcp://127.0.0.1:{relay.getsockname()[1]}"
-        with stranger(address, b"1/other", keys=KeyPair.generate(), server_key=server_key):
+        with unauthenticated_client(address, b"1/other", keys=KeyPair.generate(), server_key=server_key):
             theirs, _ = relay.accept()
             with theirs, connect(address_of(endpoint)) as ours:
                 for direction in (theirs, ours):
