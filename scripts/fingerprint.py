@@ -18,14 +18,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from sglang_npu_pp.fingerprints import fingerprint_in_file, source_in_file
 from sglang_npu_pp.patches import ABSENT, PATCHES, load_contracts
-from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_source, source_in_file
+from sglang_npu_pp.patching import Contract, contract_targets
 
 CONTRACTS = Path(__file__).resolve().parent.parent / "patches" / "contracts.json"
 
@@ -41,13 +42,11 @@ def downloaded(release: str) -> Iterator[zipfile.ZipFile]:
             yield wheel
 
 
-def read_source(wheel: zipfile.ZipFile, target: str) -> str | None:
-    """The text of the function at `target`, None if the release does not have it."""
+def read(wheel: zipfile.ZipFile, target: str, what: Callable[[str, str], str | None]) -> str | None:
+    """`what` of the function at `target`, given its module's text; None if the release does not have it."""
     module, _, qualname = target.partition(":")
     name = module.replace(".", "/") + ".py"
-    if name not in wheel.namelist():
-        return None
-    return source_in_file(wheel.read(name).decode(), qualname)
+    return what(wheel.read(name).decode(), qualname) if name in wheel.namelist() else None
 
 
 def release_name(text: str) -> str:
@@ -60,10 +59,7 @@ def release_name(text: str) -> str:
 
 def read_contract(release: str) -> Contract:
     with downloaded(release) as wheel:
-        sources = {target: read_source(wheel, target) for target in contract_targets(PATCHES)}
-    return {
-        target: None if source is None else fingerprint_source(source) for target, source in sources.items()
-    }
+        return {target: read(wheel, target, fingerprint_in_file) for target in contract_targets(PATCHES)}
 
 
 def write(contracts: Mapping[str, Contract]) -> None:
@@ -104,7 +100,7 @@ def source_difference(name: str, old: str, new: str) -> list[str]:
     with downloaded(old) as before, downloaded(new) as after:
         for target in contract_targets(PATCHES):
             if target.endswith(name):
-                a, b = ((read_source(wheel, target) or "").splitlines() for wheel in (before, after))
+                a, b = ((read(wheel, target, source_in_file) or "").splitlines() for wheel in (before, after))
                 lines += difflib.unified_diff(a, b, f"{old} {target}", f"{new} {target}", lineterm="")
     return lines
 

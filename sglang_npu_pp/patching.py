@@ -11,15 +11,12 @@ contract says which of these a release has, so no version numbers are compared.
 
 from __future__ import annotations
 
-import ast
 import enum
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from types import FunctionType
 from typing import Any
 
 from .errors import ContractError
+from .fingerprints import decorators_in_source, fingerprint_of_source, fingerprint_on_disk
 
 Contract = Mapping[str, str | None]
 """Target -> fingerprint, None for a function that the release does not have."""
@@ -80,12 +78,6 @@ class Patch:
         return not (self.optional and contract.get(self.target) is None)
 
 
-def fingerprint_source(source: str) -> str:
-    """Fingerprint of a function's source text, decorators included, indentation removed."""
-    text = textwrap.dedent(source).strip()
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def fingerprint(target: str) -> str:
     """Fingerprint of the function that is at `target` in this process.
 
@@ -106,13 +98,13 @@ def fingerprint(target: str) -> str:
         source = inspect.getsource(function)  # of what its decorators wrap
     except (OSError, TypeError) as error:
         raise ContractError(f"The source of {target} cannot be read: {error}.") from None
-    if _layers(function) > _decorators(source):
+    if _layers(function) > decorators_in_source(source):
         code = function.__code__
         raise ContractError(
             f"{target} is wrapped by something that is not SGLang's ({code.co_filename}, line "
             f"{code.co_firstlineno}; another plugin?)."
         )
-    return fingerprint_source(source)
+    return fingerprint_of_source(source)
 
 
 def _fingerprint_of_unloaded(target: str) -> str | None:
@@ -124,16 +116,6 @@ def _fingerprint_of_unloaded(target: str) -> str | None:
     return fingerprint_on_disk(target, Path(package.submodule_search_locations[0]))
 
 
-def fingerprint_on_disk(target: str, package: Path) -> str | None:
-    """Fingerprint of the function at `target` in the folder of its top package, None if it is not there.
-
-    Nothing is imported.
-    """
-    module, _, qualname = target.partition(":")
-    path = package.parent / (module.replace(".", "/") + ".py")
-    return fingerprint_in_file(path.read_text(), qualname) if path.is_file() else None
-
-
 def _layers(function: Any) -> int:
     """How many functions are wrapped around the one whose source `inspect` finds."""
     layers = 0
@@ -141,43 +123,6 @@ def _layers(function: Any) -> int:
         function = function.__wrapped__
         layers += 1
     return layers
-
-
-def _decorators(source: str) -> int:
-    (node,) = ast.parse(textwrap.dedent(source)).body
-    return len(getattr(node, "decorator_list", ()))
-
-
-def fingerprint_in_file(source: str, qualname: str) -> str | None:
-    """Fingerprint of `Class.method` or `function` in the text of a module, None if it is not there.
-
-    Gives the same value as `fingerprint` without importing the module.
-    """
-    found = source_in_file(source, qualname)
-    return None if found is None else fingerprint_source(found)
-
-
-def source_in_file(source: str, qualname: str) -> str | None:
-    """The text of `Class.method` or `function` in that of a module, None if it is not there."""
-    node: ast.AST = _parsed(source)
-    for part in qualname.split("."):
-        found = None
-        for child in ast.iter_child_nodes(node):
-            named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if named and child.name == part:  # type: ignore[attr-defined]
-                found = child  # the last definition wins, as at run time
-        if found is None:
-            return None
-        node = found
-    assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
-
-
-@functools.lru_cache(maxsize=16)
-def _parsed(source: str) -> ast.Module:
-    """Many targets are in few modules, and parsing one takes a tenth of a second."""
-    return ast.parse(source)
 
 
 def contract_targets(patches: Iterable[Patch]) -> list[str]:

@@ -11,8 +11,9 @@ from rig import battery
 from rig.releases import IN_VENV, RELEASES
 from scripts import fingerprint as script
 from scripts.environment.parts import parts
+from sglang_npu_pp.fingerprints import fingerprint_in_file
 from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
-from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_in_file
+from sglang_npu_pp.patching import Contract, contract_targets
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = load_contracts()
@@ -114,6 +115,19 @@ def test_the_script_adds_a_post_release(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("sys.argv", ["fingerprint.py", "0.5.13.post1"])
     script.main()
     assert json.loads(script.CONTRACTS.read_text())["releases"] == ["0.5.13.post1", *CONTRACTS]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("v0.5.15.post1", "0.5.15.post1"),
+        ("0.5.22.dev1+g1234", "0.5.22.dev1+g1234"),
+        ("0.5.24-rc1", "0.5.24rc1"),
+        ("0.5.24a2", "0.5.24a2"),
+    ],
+)
+def test_the_script_calls_a_release_as_pip_does(given: str, name: str) -> None:
+    assert script.release_name(given) == name
 
 
 def test_the_script_says_what_is_no_release(
