@@ -164,6 +164,7 @@ PATCHES = (
             f"{_MIXIN}.process_batch_result_disagg_prefill",
             f"{_MIXIN}.maybe_send_cached_prefix_chunk",
             "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.event_loop_pp_disagg_prefill",
+            "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.event_loop_pp_disagg_decode",
         ),
     ),
     Patch(

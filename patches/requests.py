@@ -139,8 +139,6 @@ PATCHES = (
             "sglang.srt.utils.poll_based_barrier:PollBasedBarrier.poll_global_arrived",
             f"{_SCHEDULER}.ingest_requests",
             f"{_MIXIN}.event_loop_pp",
-            f"{_MIXIN}.event_loop_pp_disagg_prefill",
-            f"{_MIXIN}.event_loop_pp_disagg_decode",
             f"{_MIXIN}.init_pp_loop_state",
             "sglang.srt.observability.scheduler_stage_metrics:scheduler_stage_method",
         ),

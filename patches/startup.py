@@ -40,6 +40,7 @@ from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
 from .dp_metadata import open_metadata
+from .features import functions, in_force, unknown_to_a_server
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .pipeline import AsyncPipeline, current, has_pipeline, leave_to_upstream, set_current
@@ -83,16 +84,17 @@ def _start(scheduler: Any) -> None:
 
     parallel = get_parallel()
     where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
+    settings = load_settings()
+    reason, without = _unsupported(scheduler), unknown_to_a_server(scheduler.server_args, separable=True)
+    refused = reason or without
+    if refused is not None and settings.mode == "require":
+        raise ContractError(
+            f"{where}: {refused}, and SGLANG_NPU_PP=require; start without it, or set "
+            "SGLANG_NPU_PP=auto to serve on upstream's path."
+        )
     if parallel.pp_size == 1:
         logger.info("sglang-npu-pp: %s; one stage, nothing to make asynchronous", _decision)
         return
-    settings = load_settings()
-    reason = _unsupported(scheduler)
-    if reason is not None and settings.mode == "require":
-        raise ContractError(
-            f"{where}: {reason}, and SGLANG_NPU_PP=require; start without it, or set "
-            "SGLANG_NPU_PP=auto to serve on upstream's path."
-        )
     _agree_with_all_ranks(settings, reason)
     if reason is not None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
@@ -133,9 +135,10 @@ def init_pp_loop_state(original: Any, scheduler: Any) -> None:
 
 def _unsupported(scheduler: Any) -> str | None:
     """What in this configuration has no asynchronous path yet; equal on all ranks."""
-    if not scheduler.spec_algorithm.is_none():
+    arguments = scheduler.server_args
+    if arguments.pp_size > 1 and not scheduler.spec_algorithm.is_none():
         return "speculative decoding with pipeline parallelism is not supported yet"
-    return None
+    return unknown_to_a_server(arguments)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
@@ -146,6 +149,8 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
         "sglang-npu-pp": __version__,
         "protocol": str(PROTOCOL),
         "path": "asynchronous" if reason is None else f"upstream ({reason})",
+        "features": ", ".join(name for name, known in in_force().items() if known),
+        "functions": functions(),
         **settings.shared_values(),
     }
     agree(
@@ -274,7 +279,7 @@ def _start_pipeline(
 def _export(telemetry: Telemetry, limits: Mapping[Metric, float], labels: Mapping[str, str]) -> None:
     """Metrics that cannot be shown (a full disk, say) are no reason not to serve."""
     try:
-        Exporter(telemetry, limits, labels=labels).start()
+        Exporter(telemetry, limits, features=in_force(), labels=labels).start()
     except Exception:
         logger.exception("sglang-npu-pp: this rank goes on without metrics")
 

@@ -2,8 +2,8 @@
 
 A patch names the upstream function it replaces and says why, how, from which upstream work the idea comes and
 when it can go. A contract is what is known of one release: the fingerprint of every upstream function that is
-replaced, or whose behaviour a replacement relies on, and which of them the release does not have. Nothing is
-applied to an SGLang without a contract, or that differs from it.
+replaced, or whose behaviour a replacement relies on, and which of them the release does not have. What of an
+SGLang is known, and which patches it gets for that, says builds.py.
 
 Releases differ. A patch that not every release needs says so by naming functions (`optional`, `unless`); the
 contract says which of these a release has, so no version numbers are compared.
@@ -11,7 +11,6 @@ contract says which of these a release has, so no version numbers are compared.
 
 from __future__ import annotations
 
-import enum
 import functools
 import importlib
 import importlib.util
@@ -78,22 +77,25 @@ class Patch:
         return not (self.optional and contract.get(self.target) is None)
 
 
-def fingerprint(target: str) -> str:
-    """Fingerprint of the function that is at `target` in this process.
+def fingerprint(target: str) -> str | None:
+    """Fingerprint of the function that is at `target` in this process, None if there is none.
 
     A module that nobody has imported yet is read, and stays so: some of SGLang's import what must not be
     imported before it has set it up (prometheus_client before its directory, for one). Raises
-    ContractError when there is no such function or its source cannot be read.
+    ContractError when its source cannot be read, or is not all that runs.
     """
-    unloaded = _fingerprint_of_unloaded(target)
-    if unloaded is not None:
-        return unloaded
-    owner, name = _resolve(target)
+    folder = _folder_of_unloaded(target)
+    if folder is not None:
+        return fingerprint_on_disk(target, folder)
+    try:
+        owner, name = _resolve(target)
+    except ContractError:
+        return None
     function = inspect.getattr_static(owner, name, None)
     if isinstance(function, staticmethod | classmethod):
         function = function.__func__
     if function is None:
-        raise ContractError(f"{target} does not exist in this SGLang.")
+        return None
     try:
         source = inspect.getsource(function)  # of what its decorators wrap
     except (OSError, TypeError) as error:
@@ -107,13 +109,13 @@ def fingerprint(target: str) -> str:
     return fingerprint_of_source(source)
 
 
-def _fingerprint_of_unloaded(target: str) -> str | None:
-    """None if the module is imported already, or does not come from a file of its package."""
+def _folder_of_unloaded(target: str) -> Path | None:
+    """Of its package. None if the module is imported already, or does not come from a package's file."""
     module, _, _ = target.partition(":")
     package = None if module in sys.modules else importlib.util.find_spec(module.partition(".")[0])
     if package is None or not package.submodule_search_locations:
         return None
-    return fingerprint_on_disk(target, Path(package.submodule_search_locations[0]))
+    return Path(package.submodule_search_locations[0])
 
 
 def _layers(function: Any) -> int:
@@ -130,99 +132,11 @@ def contract_targets(patches: Iterable[Patch]) -> list[str]:
     return sorted({target for patch in patches for target in patch.contract_targets})
 
 
-def known_contract(release: str, contracts: Contracts) -> Contract:
-    """What is known of a release. Raises ContractError if it is none of `contracts`."""
-    contract = contracts.get(release)
-    if contract is None:
-        raise ContractError(
-            f"SGLang {release} is not a release that sglang-npu-pp knows ({', '.join(contracts)})."
-        )
-    return contract
-
-
-class Why(enum.Enum):
-    """What keeps a patch off an SGLang."""
-
-    DIFFERS = enum.auto()  # functions are not as its release has them
-    PRESENT = enum.auto()  # it has the function that would be added
-    ABSENT = enum.auto()  # it does not have the function that would be replaced
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """One patch that cannot be applied."""
-
-    why: Why
-    targets: tuple[str, ...]
-
-
-IsAsKnown = Callable[[str, str | None], bool]
-"""Whether the function at a target has this fingerprint; with None, whether there is no such function."""
-
-
-def misfit(patch: Patch, contract: Contract, is_as_known: IsAsKnown) -> Misfit | None:
-    """The one rule of what fits an SGLang of that contract; None where the patch does, or is not needed.
-
-    The server asks it of its own process (`check_contracts`), the doctor of the files.
-    """
-    different = tuple(
-        target
-        for target in patch.checked_targets(contract)
-        if target not in contract or not is_as_known(target, contract[target])
-    )
-    if different:
-        return Misfit(Why.DIFFERS, different)
-    if not patch.is_needed(contract):
-        return None
-    if patch.adds:
-        return None if is_as_known(patch.target, None) else Misfit(Why.PRESENT, (patch.target,))
-    return Misfit(Why.ABSENT, (patch.target,)) if contract[patch.target] is None else None
-
-
-def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts) -> tuple[Patch, ...]:
-    """Return those of `patches` that this release needs.
-
-    Raises ContractError unless every function that matters is the one that we know in this release.
-    """
-    contract = known_contract(release, contracts)
-    _import_what_is_replaced(patch for patch in patches if patch.is_needed(contract))
-    is_as_known = functools.cache(_is_as_known)  # many patches rely on the same functions
-    found = [misfit(patch, contract, is_as_known) for patch in patches]
-    different = sorted(
-        {target for each in found if each and each.why is Why.DIFFERS for target in each.targets}
-    )
-    if different:
-        raise ContractError(
-            f"This SGLang calls itself {release}, but {', '.join(different)} "
-            f"{'differs' if len(different) == 1 else 'differ'} from that release "
-            "(another plugin, or an edited file?)."
-        )
-    for patch, each in zip(patches, found, strict=True):
-        if each and each.why is Why.PRESENT:
-            raise ContractError(f"SGLang {release} already has {patch.target}, which we would add.")
-        if each and each.why is Why.ABSENT:
-            raise ContractError(f"SGLang {release} has no {patch.target}, which we would replace.")
-    return tuple(patch for patch in patches if patch.is_needed(contract))
-
-
-def _import_what_is_replaced(patches: Iterable[Patch]) -> None:
+def import_what_is_replaced(patches: Iterable[Patch]) -> None:
     """It is about to be imported anyway, and a function that is loaded is looked at faster than a file."""
     for patch in patches:
-        with suppress(ImportError):  # what is missing the check says
+        with suppress(ImportError):  # what is missing is found when it is looked at
             importlib.import_module(patch.target.partition(":")[0])
-
-
-def _is_as_known(target: str, known: str | None) -> bool:
-    """Of the SGLang of this process. Raises ContractError where a function that is known cannot be read."""
-    return not _exists(target) if known is None else fingerprint(target) == known
-
-
-def _exists(target: str) -> bool:
-    try:
-        owner, name = _resolve(target)
-    except ContractError:
-        return False
-    return inspect.getattr_static(owner, name, None) is not None
 
 
 class AppliedPatches:

@@ -10,8 +10,9 @@ import logging
 import multiprocessing
 import sys
 
+from .builds import CORE, Known, build_of_this_process
 from .errors import ContractError, PipelineError, SettingsError
-from .patching import AppliedPatches, check_contracts
+from .patching import AppliedPatches
 from .settings import Settings, load_settings
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -45,9 +46,12 @@ def activate(settings: Settings | None = None) -> bool:
     try:
         from . import patches  # not before: a process in which it is off does not pay for torch
 
-        release = patches.sglang_release()
-        needed = check_contracts(patches.patches_here(), release, patches.load_contracts())
-        _applied = AppliedPatches(needed)
+        seams = patches.seams_here()
+        build = build_of_this_process(patches.sglang_release(), seams)
+        known = Known(build, seams, patches.load_contracts())
+        if CORE in known.missing:
+            raise known.refusal
+        _applied = AppliedPatches(known.patches)
     except (ContractError, ImportError) as error:
         if settings.mode == "require":
             raise ContractError(
@@ -56,9 +60,9 @@ def activate(settings: Settings | None = None) -> bool:
             ) from error
         _decide(f"not activated, SGLang is left as it is: {error}", problem=True)
         return False
-    sentence = f"{len(needed)} patches in force for SGLang {release}"
-    patches.startup.set_decision(sentence)
-    _decide(sentence)
+    patches.features.set_known(known)
+    patches.startup.set_decision(known.sentence)
+    _decide(known.sentence)
     return True
 
 

@@ -156,8 +156,12 @@ def test_the_program_counts(source: str, data: st.DataObject) -> None:
 
 
 def code_of(tree: Any) -> Any:
-    """The bytecode with all that it refers to, without line numbers."""
-    return essence(compile(ast.unparse(ast.fix_missing_locations(tree)), "", "exec"))
+    """The bytecode with all that it refers to, without docstrings and line numbers."""
+    program = copy.deepcopy(tree)
+    for function in functions(program):
+        if ast.get_docstring(function, clean=False) is not None:
+            function.body[0] = ast.Pass()
+    return essence(compile(ast.unparse(ast.fix_missing_locations(program)), "", "exec"))
 
 
 def essence(code: Any) -> Any:
@@ -243,7 +247,7 @@ def other_decorators(node: Any, ask: bool) -> bool:
 
 def other_order(node: Any, ask: bool) -> bool:
     body = getattr(node, "body", None)
-    if not isinstance(body, list) or len(body) < 2:
+    if not isinstance(body, list) or len(body) < 2 or not all(map(does_something, body[-2:])):
         return False
     if not ask:
         body[-2:] = reversed(body[-2:])
@@ -252,7 +256,7 @@ def other_order(node: Any, ask: bool) -> bool:
 
 def without_last_statement(node: Any, ask: bool) -> bool:
     body = getattr(node, "body", None)
-    if not isinstance(body, list):
+    if not isinstance(body, list) or not does_something(body[-1]):
         return False
     if not ask:
         body[-1:] = [] if len(body) > 1 else [ast.Pass()]
@@ -423,6 +427,11 @@ def statements(function: Any) -> Iterator[tuple[Any, str, int, Any]]:
             if isinstance(block, list):
                 for place, node in enumerate(block):
                     yield owner, field, place, node
+
+
+def does_something(statement: Any) -> bool:
+    is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return not (is_constant or isinstance(statement, ast.Pass))
 
 
 def is_declared(function: Any, target: Any) -> bool:

@@ -108,11 +108,26 @@ assert SchedulerPPMixin._pp_launch_batch is launch
     assert "sglang-npu-pp: off, because SGLANG_NPU_PP=0" in result.stderr
 
 
-@pytest.mark.parametrize(("mode", "release"), [("auto", "0.6.0"), ("require", "0.5.23.post1")])
-def test_an_unknown_release_is_left_alone_or_refused(run: Run, mode: str, release: str) -> None:
+@pytest.mark.parametrize("release", ["0.5.22.dev1+g1234", "nightly"])
+def test_a_known_build_is_in_force_whatever_it_calls_itself(run: Run, release: str) -> None:
     result = run(
         f"sglang.version.__version__ = {release!r}"
         """
+assert sglang_npu_pp.activate() is True
+assert SchedulerPPMixin._pp_launch_batch is not launch
+""",
+        SGLANG_NPU_PP="require",
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"patches in force for SGLang {release} (functions of 0.5.21), all features" in result.stderr
+
+
+@pytest.mark.parametrize(("mode", "release"), [("auto", "0.6.0"), ("require", "0.5.21")])
+def test_an_unknown_build_is_left_alone_or_refused(run: Run, mode: str, release: str) -> None:
+    result = run(
+        f"sglang.version.__version__ = {release!r}"
+        """
+SchedulerPPMixin._pp_commit_comm_work = SchedulerPPMixin._pp_commit_proxy_send_work
 try:
     active = sglang_npu_pp.activate()
 except ContractError as error:
@@ -126,10 +141,10 @@ assert not hasattr(GroupCoordinator, "irecv_tensor_dict")
     )
     assert result.returncode == 0, result.stderr
     if mode == "require":
-        assert f"refused: SGLang {release} is not a release that sglang-npu-pp knows" in result.stdout
+        assert f"refused: SGLang {release} is not a build that sglang-npu-pp knows" in result.stdout
     else:
         assert "active: False" in result.stdout
-        assert result.stderr.count(f"SGLang is left as it is: SGLang {release} is not a release") == 1
+        assert result.stderr.count(f"SGLang is left as it is: SGLang {release} is not a build") == 1
 
 
 def test_a_function_that_differs_from_its_release_is_named_and_nothing_is_patched(run: Run) -> None:
@@ -142,7 +157,23 @@ assert SchedulerPPMixin._pp_launch_batch is launch
         SGLANG_NPU_PP="auto",
     )
     assert result.returncode == 0, result.stderr
-    assert "SchedulerPPMixin._pp_commit_comm_work differs from that release" in result.stderr
+    assert "SchedulerPPMixin._pp_commit_comm_work differs from SGLang 0.5.21 (another plugin" in result.stderr
+
+
+def test_a_feature_whose_functions_differ_is_left_out_alone(run: Run) -> None:
+    result = run(
+        """
+from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin as Prefill
+Prefill.send_kv_chunk = chunk = Prefill.process_prefill_chunk
+assert sglang_npu_pp.activate() is True
+assert SchedulerPPMixin._pp_launch_batch is not launch
+assert Prefill.send_kv_chunk is chunk
+""",
+        SGLANG_NPU_PP="require",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "send_kv_chunk differs from SGLang 0.5.21)" in result.stderr
+    assert "not for disaggregation (" in result.stderr
 
 
 def test_a_bad_setting_ends_the_process_through_sglangs_own_loader(run: Run) -> None:
