@@ -91,7 +91,7 @@ def launch_scheduler_processes(
 
 def _look_before_it_ends(result: Any, watch: Watch, on_lost: Callable[[int, PeerLostError], None]) -> None:
     """Launchers of later nodes wait for their schedulers, and kill what is left of the node at once then."""
-    wait_for_schedulers = getattr(result, "block_until_scheduler_exits", None)  # 0.5.18 and later
+    wait_for_schedulers = getattr(result, "block_until_scheduler_exits", None)  # 0.5.17 and later
     if wait_for_schedulers is None:
         return
 

@@ -1,6 +1,6 @@
-"""Seam: which grammars have been compiled, in 0.5.15.
+"""Seam: which grammars have been compiled, up to 0.5.15.post1.
 
-Threads compile them, on every rank by itself. From 0.5.18 on stage 0 sends the others which of the waiting
+Threads compile them, on every rank by itself. From 0.5.16 on stage 0 sends the others which of the waiting
 requests are ready, and which have waited too long; before, the ranks of a stage agree and the stages do not.
 Here the leader of stage 0 tells all ranks. One that is not ready then waits for its own thread.
 """
@@ -84,7 +84,7 @@ PATCHES = (
         wrapper=get_ready_grammar_requests,
         why="every stage finds by itself which grammars are ready; stages that differ run other requests",
         how="stage 0 tells; a rank that is not ready waits for its compiler",
-        upstream="sglang #30747 (0.5.18: stage 0 sends what it has found)",
+        upstream="sglang #30747 (0.5.16: stage 0 sends what it has found)",
         plan="goes with 0.5.15",
         relies_on=(f"{_MANAGER}.abort_requests",),
         unless=f"{_MANAGER}._pp_sync_ready_failed",

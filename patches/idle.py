@@ -4,7 +4,7 @@ As upstream's --sleep-on-idle, which is off by default because its stages spin o
 wakes when a client writes to a socket of the first stage, or after a second; all other ranks wait for that
 rank, so what they poll waits with it. Whatever an event loop polls on its own account would be that late.
 
-What the loops of 0.5.15 to 0.5.23 poll, and whether a server sleeps in spite of it:
+What the loops of 0.5.14 to 0.5.23 poll, and whether a server sleeps in spite of it:
 
 - Never, whatever is under way (`_ALWAYS_POLLED`): transfers, handshakes and prefetched KV of disaggregated
   servers; rows of data-parallel attention ranks, which all listen, and elastic ranks that join; the second
@@ -91,7 +91,7 @@ def _has_second_tier(scheduler: Any) -> bool:
     from sglang.srt import runtime_context
 
     places = [scheduler, scheduler.server_args]
-    if hasattr(runtime_context, "get_memory"):  # 0.5.18 and later
+    if hasattr(runtime_context, "get_memory"):  # 0.5.17 and later
         places.append(runtime_context.get_memory())
     return any(getattr(place, flag, False) for place in places for flag in _SECOND_TIERS)
 

@@ -40,7 +40,7 @@ def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
-    """The last arguments are equal in all releases; before them 0.5.18 and later pass the batch as well."""
+    """The last arguments are equal in all releases; before them 0.5.16 and later pass the batch as well."""
     pipeline = current()
     if pipeline is None:
         return original(scheduler, mb_id, *arguments)

@@ -48,7 +48,7 @@ def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
     decorate: Callable[..., Any]
     try:
         from sglang.srt.observability import scheduler_stage_metrics as stages
-    except ImportError:  # up to 0.5.18 there are only profiles
+    except ImportError:  # up to 0.5.19 there are only profiles
         from sglang.srt.utils.nvtx_utils import scheduler_nvtx_method
 
         decorate = scheduler_nvtx_method("scheduler.recv_requests")

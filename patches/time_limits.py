@@ -1,4 +1,4 @@
-"""Seam: how long a request may wait and run, up to 0.5.18.
+"""Seam: how long a request may wait and run, up to 0.5.19.
 
 `SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT` are two limits in seconds. From 0.5.20 on the
 leader of stage 0 ends what has exceeded one, with an abort in the list of requests. Before, every rank looks
@@ -59,7 +59,7 @@ def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
 
 
 def abort_on_running_timeout(original: Any, scheduler: Any, *batch: Any) -> None:
-    """`batch`: in 0.5.18 the running batch, which 0.5.15 takes from the scheduler."""
+    """`batch`: from 0.5.16 on the running batch, which 0.5.15 takes from the scheduler."""
     pipeline = current()
     if pipeline is None:
         original(scheduler, *batch)
@@ -81,7 +81,7 @@ def _patch(name: str, wrapper: Any, what: str) -> Patch:
         why=f"every rank decides by its own clock {what}; stages that differ run other requests",
         how="ends the requests that stage 0 has named",
         upstream="0.5.20 (aborts of the leader in the list of requests)",
-        plan="goes with 0.5.18",
+        plan="goes with 0.5.19",
         relies_on=(f"{_SCHEDULER}.get_next_batch_to_run",),
         optional=True,
     )

@@ -30,7 +30,7 @@ class Decisions:
     overdue: frozenset[str] = frozenset()
     """Ids of requests that have waited or run for too long; from SGLang 0.5.20 on aborts say so."""
     grammars: Grammars = NO_GRAMMARS
-    """From SGLang 0.5.18 on stage 0 sends them itself."""
+    """From SGLang 0.5.16 on stage 0 sends them itself."""
 
 
 class ToldClock:
