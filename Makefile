@@ -42,7 +42,7 @@ test-all: test test-rest  ## the whole suite: test, then test-rest
 accuracy: setup  ## lmms_eval and a random model, unpatched against patched (ARGS="--quick", "--self-test")
 	@$(PYTHON_IN_VENV) scripts/accuracy.py $(ARGS)
 
-matrix: setup  ## eleven SGLang releases x four layouts, two hours (ARGS="--releases 0.5.15 --layouts tp1-pp2")
+matrix: setup  ## twelve SGLang releases x four layouts, two hours (ARGS="--releases 0.5.15 --layouts tp1-pp2")
 	@$(PYTHON_IN_VENV) scripts/matrix.py $(ARGS)
 
 lint: setup  ## ruff and mypy

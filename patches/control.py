@@ -38,6 +38,7 @@ from sglang_npu_pp.patching import Patch
 
 from .disaggregation import is_disaggregated
 from .intake import needs_agreement
+from .parallel import get_parallel
 from .pipeline import AsyncPipeline, current
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -151,8 +152,6 @@ def _tell_each_other(scheduler: Any, pipeline: AsyncPipeline, outcome: Outcome) 
 
 
 def _ranks_of_a_stage() -> int:
-    from sglang.srt.runtime_context import get_parallel
-
     return int(get_parallel().tp_size)
 
 

@@ -95,8 +95,9 @@ def get(original: Any, queue: Any) -> Any:
 
 def _can_send_early(scheduler: Any) -> bool:
     """Equal on all ranks. Up to 0.5.15.post1 the step of one chunk cannot be taken alone; staging sends by a
-    grid of its own. A hierarchical cache copies what is in the tree to the host, and a model with state besides its KV (Mamba,
-    sliding windows) copies that into the tree: neither may happen before it is computed."""
+    grid of its own. A hierarchical cache copies what is in the tree to the host, and a model with state
+    beside its KV (Mamba, sliding windows) copies that into the tree: neither may happen before it is
+    computed."""
     parameters = inspect.signature(scheduler.process_prefill_chunk).parameters
     return (
         "last_batch" in parameters

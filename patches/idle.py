@@ -4,7 +4,7 @@ As upstream's --sleep-on-idle, which is off by default because its stages spin o
 wakes when a client writes to a socket of the first stage, or after a second; all other ranks wait for that
 rank, so what they poll waits with it. Whatever an event loop polls on its own account would be that late.
 
-What the loops of 0.5.14 to 0.5.23 poll, and whether a server sleeps in spite of it:
+What the loops of 0.5.13 to 0.5.23 poll, and whether a server sleeps in spite of it:
 
 - Never, whatever is under way (`_ALWAYS_POLLED`): transfers, handshakes and prefetched KV of disaggregated
   servers; rows of data-parallel attention ranks, which all listen, and elastic ranks that join; the second
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .disaggregation import is_disaggregated
+from .parallel import get_parallel, memory_settings
 from .pipeline import current
 
 
@@ -70,8 +71,6 @@ def may_sleep(scheduler: Any) -> bool:
 
 
 def _has_data_parallel_attention(scheduler: Any) -> bool:
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     elastic = getattr(parallel, "attn_dp_enabled", False)  # 0.5.22 and later: a rank that joins later, too
     return bool(parallel.attn_dp_size > 1 or elastic)
@@ -88,11 +87,7 @@ _SECOND_TIERS = (
 
 def _has_second_tier(scheduler: Any) -> bool:
     """Releases keep these settings in different places, and not all of them have all."""
-    from sglang.srt import runtime_context
-
-    places = [scheduler, scheduler.server_args]
-    if hasattr(runtime_context, "get_memory"):  # 0.5.17 and later
-        places.append(runtime_context.get_memory())
+    places = [scheduler, scheduler.server_args, *memory_settings()]
     return any(getattr(place, flag, False) for place in places for flag in _SECOND_TIERS)
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.transport.message import Kind
 
+from .parallel import get_parallel
 from .pipeline import current
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -45,17 +47,20 @@ def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
         assert pipeline is not None
         return pipeline.receive_requests()
 
-    decorate: Callable[..., Any]
-    try:
+    decorated: Callable[[Any], list[Any]] = _decorator_of_recv_requests()(receive)
+    return decorated
+
+
+def _decorator_of_recv_requests() -> Callable[..., Any]:
+    with suppress(ImportError):
         from sglang.srt.observability import scheduler_stage_metrics as stages
-    except ImportError:  # up to 0.5.19 there are only profiles
+
+        return stages.scheduler_stage_method(stages.SCHEDULER_STAGE_RECV_REQUESTS)
+    with suppress(ImportError):  # up to 0.5.19 there are only profiles
         from sglang.srt.utils.nvtx_utils import scheduler_nvtx_method
 
-        decorate = scheduler_nvtx_method("scheduler.recv_requests")
-    else:
-        decorate = stages.scheduler_stage_method(stages.SCHEDULER_STAGE_RECV_REQUESTS)
-    decorated: Callable[[Any], list[Any]] = decorate(receive)
-    return decorated
+        return scheduler_nvtx_method("scheduler.recv_requests")
+    return lambda function: function  # in 0.5.13 neither
 
 
 def _meet_at_the_barrier(receiver: Any) -> None:
@@ -113,8 +118,6 @@ def _broadcast_inside_stage(scheduler: Any, data: Any) -> Any:
 
 
 def is_leader() -> bool:
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     return parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
 

@@ -43,6 +43,7 @@ from .dp_metadata import open_metadata
 from .features import functions, in_force, unknown_to_a_server
 from .groups import attach_link
 from .idle import sleep_when_idle
+from .parallel import get_parallel
 from .pipeline import AsyncPipeline, current, has_pipeline, leave_to_upstream, set_current
 
 LAST_PORT = 65535
@@ -80,8 +81,6 @@ def init_torch_distributed(original: Any, runner: Any) -> Any:
 
 
 def _start(scheduler: Any) -> None:
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
     settings = load_settings()

@@ -81,6 +81,7 @@ class Release:
 RELEASES: Mapping[str, Release] = {
     release.name: release
     for release in (
+        Release("0.5.13.post1", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.14", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.15", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.15.post1", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),

@@ -12,7 +12,9 @@ recorded as absent: a patch that must replace it will refuse that release.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import functools
 import json
 import subprocess
 import sys
@@ -58,8 +60,52 @@ def release_name(text: str) -> str:
 
 
 def read_contract(release: str) -> Contract:
+    """Says, too, what the patches would import in vain."""
     with downloaded(release) as wheel:
+        for line in missing_imports(wheel):
+            print(f"{release}: {line}, which is not there")
         return {target: read(wheel, target, fingerprint_in_file) for target in contract_targets(PATCHES)}
+
+
+def imports_of_patches() -> Iterator[tuple[str, str, str]]:
+    """File, module and name of what the patches import from SGLang, but where they can do without."""
+    for path in sorted(CONTRACTS.parent.glob("*.py")):
+        inside: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), False)]
+        while inside:
+            node, guarded = inside.pop()
+            guarded = guarded or (isinstance(node, ast.Try | ast.With) and "ImportError" in ast.unparse(node))
+            inside += [(child, guarded) for child in ast.iter_child_nodes(node)]
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module and module.startswith("sglang.") and not guarded:
+                assert isinstance(node, ast.ImportFrom)
+                yield from ((path.name, module, name.name) for name in node.names)
+
+
+def missing_imports(wheel: zipfile.ZipFile) -> list[str]:
+    """What the patches import and this release does not have, a line each."""
+    files = set(wheel.namelist())
+    lines = []
+    for file, module, name in imports_of_patches():
+        folder = module.replace(".", "/")
+        source = next((each for each in (f"{folder}.py", f"{folder}/__init__.py") if each in files), None)
+        known = _names(wheel.read(source).decode()) if source else set()
+        if not {name, "*"} & known and not {f"{folder}/{name}.py", f"{folder}/{name}/__init__.py"} & files:
+            lines.append(f"patches/{file} imports {name} from {module}")
+    return lines
+
+
+@functools.cache
+def _names(source: str) -> frozenset[str]:
+    """Bound anywhere in the text of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+    return frozenset(found)
 
 
 def write(contracts: Mapping[str, Contract]) -> None:

@@ -1,6 +1,6 @@
 """Run the core of the suite on every supported SGLang release and print release x layout x verdict.
 
-    scripts/matrix.py                                    everything: about 88 starts of a server, two hours
+    scripts/matrix.py                                    everything: about 96 starts of a server, two hours
     scripts/matrix.py --releases 0.5.15 0.5.23 --layouts tp1-pp2 --json result.json
 
 A cell starts the release unpatched and patched, asks both the same requests, one by one and sixteen at a

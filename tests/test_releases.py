@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sglang_npu_pp.patching import Contract, contract_targets
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = load_contracts()
+IDLE_SLEEPER = ("sglang.srt.managers.scheduler_components.idle_sleeper", "IdleSleeper")
 EACH_RELEASE = pytest.mark.parametrize("release", RELEASES)
 
 
@@ -57,6 +59,7 @@ def test_releases_differ_in_the_patches_that_say_so() -> None:
     send, prefetch = "send_recv_tensor_dict", "prefetch_prefill_dp_rank_queries"
     limits = {"_abort_on_waiting_timeout", "_abort_on_running_timeout"}
     assert {release: names - common for release, names in needed.items()} == {
+        "0.5.13.post1": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.14": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.15": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.15.post1": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
@@ -117,9 +120,9 @@ def test_the_script_adds_a_post_release(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(script, "CONTRACTS", tmp_path / "contracts.json")
     script.CONTRACTS.write_text(text)
     monkeypatch.setattr(script, "read_contract", lambda release: {**CONTRACTS["0.5.15"]})
-    monkeypatch.setattr("sys.argv", ["fingerprint.py", "0.5.13.post1"])
+    monkeypatch.setattr("sys.argv", ["fingerprint.py", "0.5.12.post1"])
     script.main()
-    assert json.loads(script.CONTRACTS.read_text())["releases"] == ["0.5.13.post1", *CONTRACTS]
+    assert json.loads(script.CONTRACTS.read_text())["releases"] == ["0.5.12.post1", *CONTRACTS]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,19 @@ def test_the_script_adds_a_post_release(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_the_script_calls_a_release_as_pip_does(given: str, name: str) -> None:
     assert script.release_name(given) == name
+
+
+def test_imports_that_a_release_does_not_have_are_named(tmp_path: Path) -> None:
+    """`import` inside `try` or `suppress` is for some releases only."""
+    wanted = set(script.imports_of_patches())
+    assert ("startup.py", "sglang.srt.distributed.parallel_state", "model_parallel_is_initialized") in wanted
+    assert not {name for _, module, name in wanted if "scheduler_stage_metrics" in (module, name)}
+    with zipfile.ZipFile(tmp_path / "sglang.whl", "w") as wheel:
+        for _, module, name in wanted - {("idle.py", *IDLE_SLEEPER)}:
+            wheel.writestr(f"{module.replace('.', '/')}/{name}.py", "")
+        assert script.missing_imports(wheel) == [
+            f"patches/idle.py imports {IDLE_SLEEPER[1]} from {IDLE_SLEEPER[0]}"
+        ]
 
 
 def test_the_script_says_what_is_no_release(
@@ -149,7 +165,7 @@ def test_the_table_shows_what_changed_where() -> None:
     head, *lines, last = script.differences(CONTRACTS)
     assert head.split() == [*CONTRACTS, "function"]
     (line,) = (line for line in lines if line.endswith(target.rpartition("srt.")[2]))
-    assert line.split()[:-1] == [*["-"] * 7, *["A"] * 4]
+    assert line.split()[:-1] == [*["-"] * 8, *["A"] * 4]
     assert last.startswith(f"{len(contract_targets(PATCHES)) - len(lines)} more functions")
 
 
