@@ -11,7 +11,8 @@ exposed communication, by kind (requests, proxy, output)
     the time in which a launched forward of a later stage waits on the device, for its tensors and to begin.
     Requests count only in an iteration that launches something.
 back-pressure, by kind
-    No forward runs, and the scheduler thread is blocked because as many messages are in flight as may be.
+    No forward runs, and the scheduler thread is blocked because as many messages are in flight as may be;
+    in upstream, one of a kind.
 bubble
     There is no batch to run. The scheduler thread waits for a message that its sender has not pushed yet (it
     still computes, or has nothing to send), or it is in an iteration that neither launches anything nor gets
@@ -243,12 +244,16 @@ def _pairs(events: Iterable[Event], written_ns: int) -> Iterator[tuple[Event, in
 
 
 def _pushed_ns(wait: Event, stage: int, pushes: Sequence[Mapping[tuple[str, int], list[int]]]) -> int:
-    """When the message that is waited for was pushed; long ago if that is not recorded (any more)."""
-    source = len(pushes) - 1 if wait.kind == "output" else stage - 1
-    times = pushes[source].get((wait.kind, wait.iteration), [])
-    if not times:
-        return 0
-    return times[min(stage, len(times) - 1)] if wait.kind == "output" else times[0]
+    """When the message that is waited for was pushed; long ago if that is not recorded (any more).
+
+    Outputs come from the last stage, a push for each receiver; in upstream's ring, from the stage before.
+    """
+    message = (wait.kind, wait.iteration)
+    if wait.kind != "output" or (stage > 0 and message in pushes[stage - 1]):
+        times = pushes[stage - 1].get(message, [])
+        return times[0] if times else 0
+    times = pushes[-1].get(message, [])
+    return times[min(stage, len(times) - 1)] if times else 0
 
 
 def _empty_iterations(events: Iterable[Event], written_ns: int) -> Iterator[Span]:
