@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import psutil
@@ -85,12 +86,22 @@ class Idle:
 
 
 class Contestant:
-    """A competitor's server on two nodes, resident while others are measured: frozen except in `awake`."""
+    """A competitor's server on two nodes, resident while others are measured: frozen except in `awake`.
+
+    `variables`: of the environment, in addition to those of its design.
+    """
 
     def __init__(
-        self, competitor: Competitor, pp: int, model: Path, link: Link, folder: Path, vllm: Path | None = None
+        self,
+        competitor: Competitor,
+        pp: int,
+        model: Path,
+        link: Link,
+        folder: Path,
+        vllm: Path | None = None,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.competitor, self.pp = competitor, pp
+        self.competitor, self.pp, self._variables = competitor, pp, variables
         self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
         self._folder.mkdir(parents=True)
         common: dict[str, Any] = {
@@ -103,14 +114,15 @@ class Contestant:
             self.server = self._sglang(model, link, common)
         else:
             assert vllm is not None, "vLLM takes part where --vllm names its interpreter"
-            variables = {node: vllm_variables(link, node) for node in range(_NODES)}
-            self.server = VllmServer(model, 1, pp, python=vllm, node_env=variables, **common)
+            of_nodes = {node: vllm_variables(link, node) for node in range(_NODES)}
+            self.server = VllmServer(model, 1, pp, python=vllm, node_env=of_nodes, **common)
         self._dialect: load.Dialect = load.SGLANG if competitor.is_sglang else VllmDialect(model)
         self._stages: list[StageFile] = []
 
     def _sglang(self, model: Path, link: Link, common: dict[str, Any]) -> Server:
         environment = {
             **VARIABLES[self.competitor.design],
+            **self._variables,
             "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
             "BENCH_FOLDER": str(self._folder),
         }

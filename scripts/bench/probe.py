@@ -5,6 +5,7 @@ It is loaded into every server that is measured, upstream's as well, and does th
 wait for their messages before it begins.
 
 BENCH_FOLDER: where the counters go. BENCH_DESIGN=pr19582: also load that design.
+BENCH_UPSTREAM_TRACE: a folder, into which an unpatched server then writes traces (upstream_trace.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def register() -> None:
         from . import pr19582
 
         pr19582.register()
+    if folder := os.environ.get("BENCH_UPSTREAM_TRACE"):
+        from . import upstream_trace
+
+        upstream_trace.register(Path(folder))
     stage = Stage(Path(os.environ["BENCH_FOLDER"]))
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.run_batch", stage.run_batch, HookType.AROUND
