@@ -97,7 +97,11 @@ def record(setting: Setting, link: Link, model: Path, logs: Path, output: Path) 
         finally:
             server.stop()
         rate = DECODE.answer_tokens / run.answers.duration_s
-        print(f"{design}: {run.stages[0].launches:.0f} forwards a stage, {rate:.0f} tokens/s", flush=True)
+        print(
+            f"{design}: {run.stages[0].launches:.0f} forwards a stage, {rate:.0f} tokens/s, "
+            f"load of the machine {run.load_average:.1f}",
+            flush=True,
+        )
 
 
 def draw(recorded: Path, picture: Path, heading: str) -> int:
