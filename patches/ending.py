@@ -190,8 +190,8 @@ def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
         if node is None or pipeline is None:
             _mark_as_crashed()
             raise
-        report = () if pipeline.reporter is None else (pipeline.reporter.finish,)
-        speak(lambda: logger.error("%s", sentence), *report, lambda: _publish_last_metrics(scheduler))
+        report = pipeline.reporter.finish
+        speak(lambda: logger.error("%s", sentence), report, lambda: _publish_last_metrics(scheduler))
         let_dumps_be_made(beside)
         end_node(node)
     except Exception:

@@ -35,7 +35,7 @@ class OutputTicket:
     def __init__(self, scheduler: Any, pipeline: AsyncPipeline, slot: int, batch: Any, metadata: Any) -> None:
         from sglang.srt.managers.utils import GenerationBatchResult
 
-        self._scheduler, self._pipeline, self._slot = scheduler, pipeline, slot
+        self._scheduler, self._pipeline = scheduler, pipeline
         self._batch, self._metadata = batch, metadata
         self._launch = pipeline.launched[slot]
         self._pending = None if pipeline.is_last else pipeline.post_outputs(slot)
@@ -53,18 +53,18 @@ class OutputTicket:
 
     def on_device(self, name: str, value: Any) -> Any:
         """The device tensor behind one output; the last stage still has it."""
-        own = self._launch.device_outputs
-        if own is not None:
-            return own[name]
-        return upload(value, self._pipeline.streams)
+        own = self._launch.outputs
+        return upload(value, self._pipeline.streams) if own is None else own.sources[name]
 
     def _wait(self) -> Mapping[str, Any]:
         with torch.profiler.record_function("recv_res_dict_from_prev_stage"):  # upstream's name in profiles
             if self._pending is not None:
                 return self._pending.wait()
-            token_return = self._pipeline.token_return
+            token_return, own = self._pipeline.token_return, self._launch.outputs
             assert token_return is not None
-            return token_return.own(self._slot, self._launch.iteration).wait()
+            assert own is not None
+            token_return.check()
+            return own.wait()
 
 
 def exchange_outputs(
