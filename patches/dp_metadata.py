@@ -185,8 +185,7 @@ def _could_be_converted(info: Any) -> bool:
 
 
 def _metadata() -> DPMetadata | None:
-    pipeline = current()
-    metadata = None if pipeline is None else pipeline.metadata
+    metadata = current().metadata
     # The pipeline's type says less, since its module is imported here; nothing else is ever put there.
     assert metadata is None or isinstance(metadata, DPMetadata)
     return metadata

@@ -79,16 +79,6 @@ def exchange_outputs(
 ) -> tuple[Any, Any, Any, list[Any]]:
     """Post the receive of the outputs of `next_mb_id`; nothing is forwarded and nothing waits."""
     pipeline = current()
-    if pipeline is None:
-        return original(
-            scheduler,
-            next_first_rank_mb_id,
-            next_mb_id,
-            mbs,
-            mb_metadata,
-            last_rank_comm_queue,
-            pp_outputs,
-        )
     batch, metadata = mbs[next_mb_id], mb_metadata[next_mb_id]
     if batch is None or batch.forward_mode.is_prebuilt():
         return None, None, None, []
@@ -121,8 +111,7 @@ def _prepare_result(
 
 def stream_output(original: Any, streamer: Any, reqs: list[Any], *arguments: Any, **options: Any) -> None:
     """Later stages have no detokenizer. What is left for them is the mark of a request that has finished."""
-    pipeline = current()
-    if pipeline is not None and pipeline.link.stage > 0:
+    if current().link.stage > 0:
         reqs = [request for request in reqs if request.finished()]
         if not reqs:
             return

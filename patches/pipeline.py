@@ -1,7 +1,7 @@
 """The asynchronous pipeline of one scheduler process: what the seams share.
 
-There is one scheduler a process, so there is one pipeline, `current()`; None means that this server stays on
-upstream's path (one stage, or a feature that is not supported yet) and every seam calls the original.
+There is one scheduler a process, so there is one pipeline, `current()`. Without one this server stays on
+upstream's path (one stage, or a feature that is not supported yet): `has_pipeline` keeps the seams out of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ _current: AsyncPipeline | None = None
 _left_to_upstream = False
 
 
-def current() -> AsyncPipeline | None:
-    """The pipeline of this process, None where upstream's path is used."""
+def current() -> AsyncPipeline:
+    """The pipeline of this process, in functions that `has_pipeline` guards."""
+    assert _current is not None
+    return _current
+
+
+def current_or_none() -> AsyncPipeline | None:
+    """None where upstream's path is used, and in processes without a scheduler."""
     return _current
 
 

@@ -34,16 +34,12 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
     """A pending value in the place of the tensors; only `launch_batch` reads it."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler)
     return None if pipeline.link.stage == 0 else pipeline.post_proxies()
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
     """The last arguments are equal in all releases; before them 0.5.18 and later pass the batch as well."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler, mb_id, *arguments)
     *given, proxies, mb_metadata, last_rank_comm_queue = arguments
     microbatch = _Microbatch.of(scheduler.mbs[mb_id])
     proxies = _wait_for_proxies(scheduler, proxies, microbatch.words)
@@ -65,7 +61,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
     """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
-    return original(scheduler, *arguments, **options) if current() is None else []
+    return []
 
 
 # --- the steps of a launch ---------------------------------------------------------------------------

@@ -131,12 +131,9 @@ def _start(scheduler: Any) -> None:
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:
     """Every event loop begins with this, on the schedule stream."""
     original(scheduler)
-    pipeline = current()
-    if pipeline is not None:
-        allocator = scheduler.token_to_kv_pool_allocator
-        pipeline.first_free_pages = [
-            getattr(allocator, name, None) for name in ("free_pages", "release_pages")
-        ]
+    allocator = scheduler.token_to_kv_pool_allocator
+    names = ("free_pages", "release_pages")
+    current().first_free_pages = [getattr(allocator, name, None) for name in names]
 
 
 def _unsupported(scheduler: Any) -> str | None:
