@@ -54,11 +54,7 @@ class WithoutWaiting(TorchFunctionMode):
 
 
 def init_forward_metadata(original: Any, backend: Any, forward_batch: Any) -> None:
-    pipeline = current()
-    if pipeline is None:
-        original(backend, forward_batch)
-        return
-    with WithoutWaiting(forward_batch, pipeline.streams):
+    with WithoutWaiting(forward_batch, current().streams):
         original(backend, forward_batch)
 
 

@@ -80,7 +80,7 @@ def init_request_dispatcher(original: Any, scheduler: Any) -> None:
 def handle(scheduler: Any, handler: Any, request: Any) -> Any:
     """Handle a control request on all stages; returns the answer for the client."""
     pipeline = current()
-    if pipeline is None or is_disaggregated(scheduler):
+    if is_disaggregated(scheduler):
         return handler(request)
     pipeline.send_requests()
     served = _served_weights(scheduler, request)

@@ -30,8 +30,6 @@ def broadcast_requests(original: Any, receiver: Any, requests: Any, *local: Any)
     """Runs on stage 0. `requests`: what has arrived, None on ranks that are told. `local`: from 0.5.20 on the
     requests that upstream's own time limits end."""
     pipeline = current()
-    if pipeline is None:
-        return original(receiver, requests, *local)
     if requests is not None and (found := _decide(pipeline.scheduler, bool(requests or any(local)))):
         requests = [*requests, found]
     return pipeline.told.take(original(receiver, requests, *local))
@@ -63,15 +61,12 @@ def _time_matters(scheduler: Any, now: float) -> bool:
 
 
 def maybe_reap(original: Any, sessions: Any, now: float, *interval: Any) -> None:
-    pipeline = current()
-    original(sessions, now if pipeline is None else pipeline.told.now, *interval)
+    original(sessions, current().told.now, *interval)
 
 
 def by_told_clock(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Upstream's function, by the time that stage 0 has told."""
-    pipeline = current()
-    function = original if pipeline is None else with_names(original, time=pipeline.told.clock)
-    return function(*args, **kwargs)
+    return with_names(original, time=current().told.clock)(*args, **kwargs)
 
 
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"

@@ -61,8 +61,8 @@ def send_kv_chunk(
     """What a request sends last, its own forwards have written; what it sends before may be the prefix that
     it shares with a request that has just been launched."""
     pipeline = current()
-    written = None if pipeline is None else pipeline.last_launched
-    if pipeline is None or written is None:
+    written = pipeline.last_launched
+    if written is None:
         original(scheduler, req, last_chunk, end_idx)
         return
     if last_chunk:
@@ -75,21 +75,17 @@ def send_kv_chunk_inside(
     original: Any, scheduler: Any, req: Any, last_chunk: bool = False, end_idx: Any = None
 ) -> None:
     """From 0.5.21 on the part of `send_kv_chunk` behind its checksum."""
-    pipeline = current()
-    sending = original if pipeline is None else _with_late_indices(original, pipeline, req)
-    sending(scheduler, req, last_chunk, end_idx)
+    _with_late_indices(original, current(), req)(scheduler, req, last_chunk, end_idx)
 
 
 def put(original: Any, queue: Any, item: Any) -> None:
-    if (pipeline := current()) is not None:
-        pipeline.transfers.queued(item)
+    current().transfers.queued(item)
     original(queue, item)
 
 
 def get(original: Any, queue: Any) -> Any:
     item = original(queue)
-    if (pipeline := current()) is not None:
-        pipeline.transfers.taken(item)
+    current().transfers.taken(item)
     return item
 
 

@@ -23,9 +23,8 @@ import torch
 from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from sglang_npu_pp.settings import Settings
 
-from .pipeline import AsyncPipeline, current
+from .pipeline import LoopPosition, current
 
 _MODULE = "sglang.srt.managers.scheduler_components.dp_attn"
 _KIND = "metadata"  # in counters and traces
@@ -65,8 +64,8 @@ class _Posted(Exception):  # noqa: N818
 class DPMetadata:
     """The rows of one stage's data-parallel ranks, of one microbatch at a time."""
 
-    def __init__(self, rows: RowGather, scheduler: Any, pipeline: AsyncPipeline) -> None:
-        self._rows, self._scheduler, self._pipeline = rows, scheduler, pipeline
+    def __init__(self, rows: RowGather, scheduler: Any, loop: LoopPosition) -> None:
+        self._rows, self._scheduler, self._loop = rows, scheduler, loop
         self._may_leave = False  # whether the caller of upstream's function goes on without its decisions
         self._unfinished: Callable[[], Any] | None = None
         self._columns = columns_of_this_release()
@@ -125,10 +124,10 @@ class DPMetadata:
         if batch is None or batch.forward_mode.is_idle() or batch.forward_mode.is_prebuilt():
             return False
         interval = getattr(self._scheduler, "prefill_decode_interval", 0)
-        return self._pipeline.link.stage > 0 and interval == 0
+        return self._loop.link.stage > 0 and interval == 0
 
     def _record(self, name: str) -> None:
-        self._pipeline.link.trace.record(name, _KIND, self._pipeline.slot, self._pipeline.iteration)
+        self._loop.link.trace.record(name, _KIND, self._loop.slot, self._loop.iteration)
 
     def _fill(self, info: Any, rows: torch.Tensor) -> None:
         """As the end of upstream's `all_gather`: the first rank of every replica speaks for it."""
@@ -153,9 +152,7 @@ def columns_of_this_release() -> tuple[Column, ...]:
     return tuple(column for column in COLUMNS if column.name in has)
 
 
-def open_metadata(
-    scheduler: Any, parallel: Any, settings: Settings, pipeline: AsyncPipeline
-) -> DPMetadata | None:
+def open_metadata(scheduler: Any, parallel: Any, loop: LoopPosition) -> DPMetadata | None:
     """None without data-parallel attention, and where ranks come and go (elastic expert parallelism).
 
     Makes and warms up a communicator: the same on every rank of the stage, before memory is measured.
@@ -165,17 +162,17 @@ def open_metadata(
     if not enabled or getattr(arguments, "elastic_ep_backend", None) is not None:
         return None
     group = parallel.tp_group
-    link = pipeline.link
-    device = torch.device("cpu") if settings.dp_metadata == "host" else torch.device(group.device)
+    context = loop.link.context
+    device = torch.device("cpu") if context.settings.dp_metadata == "host" else torch.device(group.device)
     rows = RowGather(
         create_row_group(group.ranks, device),
         len(columns_of_this_release()),
         device,
-        link.telemetry.receiving(_KIND),
-        where=f"stage {link.stage} rank {link.rank}",
+        context.telemetry.receiving(_KIND),
+        where=context.where,
     )
     rows.warm_up()
-    return DPMetadata(rows, scheduler, pipeline)
+    return DPMetadata(rows, scheduler, loop)
 
 
 def _could_be_converted(info: Any) -> bool:
@@ -188,8 +185,7 @@ def _could_be_converted(info: Any) -> bool:
 
 
 def _metadata() -> DPMetadata | None:
-    pipeline = current()
-    metadata = None if pipeline is None else pipeline.metadata
+    metadata = current().metadata
     # The pipeline's type says less, since its module is imported here; nothing else is ever put there.
     assert metadata is None or isinstance(metadata, DPMetadata)
     return metadata

@@ -28,7 +28,7 @@ from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
 
-from .pipeline import current, has_pipeline
+from .pipeline import current_or_none, has_pipeline
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -186,12 +186,12 @@ def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
     try:
         return original(scheduler)
     except PeerLostError as error:
-        sentence, node, pipeline = f"sglang-npu-pp: {error}", Node.of_this_process(), current()
+        sentence, node, pipeline = f"sglang-npu-pp: {error}", Node.of_this_process(), current_or_none()
         if node is None or pipeline is None:
             _mark_as_crashed()
             raise
-        report = () if pipeline.reporter is None else (pipeline.reporter.finish,)
-        speak(lambda: logger.error("%s", sentence), *report, lambda: _publish_last_metrics(scheduler))
+        report = pipeline.reporter.finish
+        speak(lambda: logger.error("%s", sentence), report, lambda: _publish_last_metrics(scheduler))
         let_dumps_be_made(beside)
         end_node(node)
     except Exception:

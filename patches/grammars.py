@@ -43,8 +43,6 @@ def get_ready_grammar_requests(original: Any, manager: Any) -> list[Any]:
     Only the leader polls, as upstream does: it counts how long a request waits, and does not spin meanwhile.
     """
     pipeline = current()
-    if pipeline is None:
-        return list(original(manager))
     told = pipeline.told.grammars
     leader = pipeline.link.stage == 0 and is_leader()
     if told == NO_GRAMMARS and not leader:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .disaggregation import is_disaggregated
-from .pipeline import current
+from .pipeline import current_or_none
 
 
 def sleep_when_idle(scheduler: Any, parallel: Any) -> None:
@@ -105,7 +105,7 @@ def _is_scripted(scheduler: Any) -> bool:
 
 
 def _keeps_requests(scheduler: Any) -> bool:
-    pipeline = current()
+    pipeline = current_or_none()
     return pipeline is not None and pipeline.intake.keeps_some
 
 

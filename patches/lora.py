@@ -28,8 +28,6 @@ def update_adapter_stats(
     set, which every process has its own of."""
     original(drainer, waiting_queue, running_reqs)
     pipeline = current()
-    if pipeline is None:
-        return
     for stats in drainer.adapter_to_stats.values():
         stats.max_wait_time_secs = 0.0
     for place, request in enumerate(waiting_queue):
@@ -42,8 +40,7 @@ def update_adapter_stats(
 
 def update_draining_loras(original: Any, drainer: Any, running_reqs: Sequence[Any]) -> None:
     """Of adapters that have equally few tokens to go, the same one on all ranks."""
-    function = original if current() is None else with_names(original, min=_first_smallest)
-    function(drainer, running_reqs)
+    with_names(original, min=_first_smallest)(drainer, running_reqs)
 
 
 def _first_smallest(names: Iterable[Any], key: Callable[[Any], Any]) -> Any:
@@ -54,8 +51,6 @@ def try_overlap_load_lora(
     original: Any, loader: Any, lora_id: str | None, running_loras: set[str | None]
 ) -> bool:
     """Whether there is room decides, not whether this rank still copies."""
-    if current() is None:
-        return bool(original(loader, lora_id, running_loras))
     if not loader.lora_manager.validate_lora_batch({lora_id} | running_loras):
         return False
     if not original(loader, lora_id, running_loras):

@@ -35,7 +35,7 @@ class OutputTicket:
     def __init__(self, scheduler: Any, pipeline: AsyncPipeline, slot: int, batch: Any, metadata: Any) -> None:
         from sglang.srt.managers.utils import GenerationBatchResult
 
-        self._scheduler, self._pipeline, self._slot = scheduler, pipeline, slot
+        self._scheduler, self._pipeline = scheduler, pipeline
         self._batch, self._metadata = batch, metadata
         self._launch = pipeline.launched[slot]
         self._pending = None if pipeline.is_last else pipeline.post_outputs(slot)
@@ -53,18 +53,18 @@ class OutputTicket:
 
     def on_device(self, name: str, value: Any) -> Any:
         """The device tensor behind one output; the last stage still has it."""
-        own = self._launch.device_outputs
-        if own is not None:
-            return own[name]
-        return upload(value, self._pipeline.streams)
+        own = self._launch.outputs
+        return upload(value, self._pipeline.streams) if own is None else own.sources[name]
 
     def _wait(self) -> Mapping[str, Any]:
         with torch.profiler.record_function("recv_res_dict_from_prev_stage"):  # upstream's name in profiles
             if self._pending is not None:
                 return self._pending.wait()
-            token_return = self._pipeline.token_return
+            token_return, own = self._pipeline.token_return, self._launch.outputs
             assert token_return is not None
-            return token_return.own(self._slot, self._launch.iteration).wait()
+            assert own is not None
+            token_return.check()
+            return own.wait()
 
 
 def exchange_outputs(
@@ -79,16 +79,6 @@ def exchange_outputs(
 ) -> tuple[Any, Any, Any, list[Any]]:
     """Post the receive of the outputs of `next_mb_id`; nothing is forwarded and nothing waits."""
     pipeline = current()
-    if pipeline is None:
-        return original(
-            scheduler,
-            next_first_rank_mb_id,
-            next_mb_id,
-            mbs,
-            mb_metadata,
-            last_rank_comm_queue,
-            pp_outputs,
-        )
     batch, metadata = mbs[next_mb_id], mb_metadata[next_mb_id]
     if batch is None or batch.forward_mode.is_prebuilt():
         return None, None, None, []
@@ -121,8 +111,7 @@ def _prepare_result(
 
 def stream_output(original: Any, streamer: Any, reqs: list[Any], *arguments: Any, **options: Any) -> None:
     """Later stages have no detokenizer. What is left for them is the mark of a request that has finished."""
-    pipeline = current()
-    if pipeline is not None and pipeline.link.stage > 0:
+    if current().link.stage > 0:
         reqs = [request for request in reqs if request.finished()]
         if not reqs:
             return

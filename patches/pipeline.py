@@ -1,7 +1,7 @@
 """The asynchronous pipeline of one scheduler process: what the seams share.
 
-There is one scheduler a process, so there is one pipeline, `current()`; None means that this server stays on
-upstream's path (one stage, or a feature that is not supported yet) and every seam calls the original.
+There is one scheduler a process, so there is one pipeline, `current()`. Without one this server stays on
+upstream's path (one stage, or a feature that is not supported yet): `has_pipeline` keeps the seams out of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.outcomes import Outcome
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import TokenReturn
+from sglang_npu_pp.token_return import HostCopy, TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
@@ -28,8 +28,14 @@ _current: AsyncPipeline | None = None
 _left_to_upstream = False
 
 
-def current() -> AsyncPipeline | None:
-    """The pipeline of this process, None where upstream's path is used."""
+def current() -> AsyncPipeline:
+    """The pipeline of this process, in functions that `has_pipeline` guards."""
+    assert _current is not None
+    return _current
+
+
+def current_or_none() -> AsyncPipeline | None:
+    """None where upstream's path is used, and in processes without a scheduler."""
     return _current
 
 
@@ -61,7 +67,7 @@ class Launch:
 
     iteration: int
     skipped: bool  # a pure middle chunk: its outputs are placeholders and do not travel
-    device_outputs: dict[str, Any] | None = None  # last stage: its own outputs, on the device
+    outputs: HostCopy | None = None  # last stage: its own outputs, unless they are skipped
 
 
 class Undecided(Protocol):
@@ -71,49 +77,70 @@ class Undecided(Protocol):
         """The last thing before a launch: decide what was not decided yet."""
 
 
-class AsyncPipeline:
-    """Numbers the iterations of a scheduler and ties messages to microbatch slots.
+class LoopPosition:
+    """Numbers the iterations of a scheduler.
 
     All stages run the same loop, one request list an iteration, so `iteration` is equal on all of them
     for the same microbatch, and slot = iteration % slots as upstream's loops count.
     """
 
-    def __init__(
-        self,
-        link: StageLink,
-        token_return: TokenReturn | None,
-        streams: DeviceStreams,
-        slots: int,
-        scheduler: Any = None,
-    ) -> None:
-        self.scheduler = scheduler  # SGLang's, of this process
-        self.link, self.token_return, self.streams = link, token_return, streams
-        timed = link.trace.enabled and streams.asynchronous
-        self.timer = ForwardTimer(streams, link.trace) if timed else None
-        self.slots = slots
+    def __init__(self, link: StageLink, slots: int) -> None:
+        self.link, self.slots = link, slots
         self.iteration = -1
+
+    @property
+    def slot(self) -> int:
+        return self.iteration % self.slots
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pipeline is made of; `startup` makes them."""
+
+    scheduler: Any  # SGLang's, of this process
+    link: StageLink
+    streams: DeviceStreams
+    loop: LoopPosition
+    reporter: Reporter
+    token_return: TokenReturn | None = None  # of the last stage
+    metadata: Undecided | None = None  # where attention is data-parallel
+    adviser: DepthAdviser | None = None  # of one rank of each stage
+
+
+class AsyncPipeline:
+    """Ties messages to the microbatch slots of a scheduler."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.scheduler, self.link, self.streams = parts.scheduler, parts.link, parts.streams
+        self.loop, self.reporter = parts.loop, parts.reporter
+        self.token_return, self.metadata = parts.token_return, parts.metadata
+        self.adviser = parts.adviser  # until it has measured enough
+        trace = self.link.trace
+        timed = trace.enabled and self.streams.asynchronous
+        self.timer = ForwardTimer(self.streams, trace) if timed else None
         self.launched: dict[int, Launch] = {}
-        self.adviser: DepthAdviser | None = None  # until it has measured enough
-        self.reporter: Reporter | None = None
-        self.metadata: Undecided | None = None  # where attention is data-parallel
-        self.transfers = TransferGate(streams, link.trace)
+        self.transfers = TransferGate(self.streams, trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
         self.intake = Intake()  # of stage 0
         self.requests: list[Any] = []  # of this iteration
         self.sent_requests: list[Any] | None = None
         self.told = Told()
-        self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
+        self.first_free_pages: list[Any] = []  # tensors of another stream, kept for ever
 
     @property
     def is_last(self) -> bool:
         return self.link.stage == self.link.stages - 1
 
     @property
+    def iteration(self) -> int:
+        return self.loop.iteration
+
+    @property
     def slot(self) -> int:
-        return self.iteration % self.slots
+        return self.loop.slot
 
     def begin_iteration(self) -> None:
-        self.iteration += 1
+        self.loop.iteration += 1
         self.told.this_iteration = None
         if self.timer is not None:
             self.timer.collect()

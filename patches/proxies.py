@@ -19,7 +19,7 @@ import torch
 
 from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.patching import Patch
-from sglang_npu_pp.token_return import copy_to_host
+from sglang_npu_pp.token_return import HostCopy, copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
@@ -34,34 +34,34 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
     """A pending value in the place of the tensors; only `launch_batch` reads it."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler)
     return None if pipeline.link.stage == 0 else pipeline.post_proxies()
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
     """The last arguments are equal in all releases; before them 0.5.18 and later pass the batch as well."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler, mb_id, *arguments)
     *given, proxies, mb_metadata, last_rank_comm_queue = arguments
     microbatch = _Microbatch.of(scheduler.mbs[mb_id])
     proxies = _wait_for_proxies(scheduler, proxies, microbatch.words)
     _decide_what_was_put_off(pipeline)
     with _timed(scheduler, pipeline, mb_id, counted=not microbatch.skipped):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
-    _note_launch(pipeline, mb_id, microbatch, launched, last_rank_comm_queue)
+    pipeline.link.release(launched)  # the proxies are used up once that event has passed
+    outputs = None
     if pipeline.is_last:
-        _send_outputs(scheduler, pipeline, mb_id, microbatch, result)
+        outputs = _return_outputs(
+            scheduler, pipeline, mb_id, microbatch, result, last_rank_comm_queue.pop()[1]
+        )
     else:
         _send_proxies(scheduler, pipeline, microbatch, result)
+    pipeline.launched[mb_id] = Launch(pipeline.iteration, microbatch.skipped, outputs)
     send_launched_chunks(scheduler, pipeline, microbatch.batch, launched)
     return result, launched
 
 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
     """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
-    return original(scheduler, *arguments, **options) if current() is None else []
+    return []
 
 
 # --- the steps of a launch ---------------------------------------------------------------------------
@@ -159,15 +159,6 @@ def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) 
         logger.info("sglang-npu-pp: %s", adviser.advice(scheduler.max_running_requests, limit))
 
 
-def _note_launch(
-    pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch, launched: Any, last_rank_comm_queue: Any
-) -> None:
-    """Keep what its outputs will need. Its proxies are used up once the event `launched` has passed."""
-    outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
-    pipeline.launched[slot] = Launch(pipeline.iteration, microbatch.skipped, outputs)
-    pipeline.link.release(launched)
-
-
 def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbatch, result: Any) -> None:
     """On the forward stream: the next forward may overwrite the tensors once they are packed."""
     if microbatch.prebuilt:
@@ -177,24 +168,20 @@ def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbat
         pipeline.send_proxies(proxies, microbatch.words, _gather_group(scheduler))
 
 
-def _send_outputs(
-    scheduler: Any, pipeline: AsyncPipeline, mb_id: int, microbatch: _Microbatch, result: Any
-) -> None:
-    outputs = pipeline.launched[mb_id].device_outputs
-    if outputs is not None and not microbatch.skipped:
-        add_hidden_states(scheduler, microbatch.batch, result, outputs)
-        _return_tokens(scheduler, pipeline, mb_id)
-
-
-def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int) -> None:
-    assert pipeline.token_return is not None
-    launch = pipeline.launched[mb_id]
-    assert launch.device_outputs is not None
+def _return_outputs(
+    scheduler: Any, pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch, result: Any, outputs: Any
+) -> HostCopy | None:
+    """Of the last stage: the copy of its outputs to the host, from where they leave for the other stages."""
+    if microbatch.skipped:
+        return None
+    add_hidden_states(scheduler, microbatch.batch, result, outputs.tensors)
     with torch.profiler.record_function("send_res_dict_to_next_stage"):  # upstream's name in profiles
         with scheduler.forward_stream_ctx:
             produced = pipeline.streams.record()  # upstream packs outputs behind its own event
-        copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, produced)
-        pipeline.token_return.post(copy, mb_id, launch.iteration)
+        copy = copy_to_host(outputs.tensors, pipeline.streams, scheduler.copy_stream, produced)
+        assert pipeline.token_return is not None
+        pipeline.token_return.post(copy, slot, pipeline.iteration)
+    return copy
 
 
 _PLAN = "goes when upstream has split phases (sglang #19582) and sends right after the launch"

@@ -23,17 +23,15 @@ def preempt_to_schedule(original: Any, adder: Any, request: Any, *server_args: A
     before = len(adder.preempt_list)
     places = {id(running): place for place, running in enumerate(adder.running_batch.reqs)}
     preempted = bool(original(adder, request, *server_args))
-    if current() is not None:
-        adder.preempt_list[before:] = sorted(adder.preempt_list[before:], key=lambda one: places[id(one)])
+    adder.preempt_list[before:] = sorted(adder.preempt_list[before:], key=lambda one: places[id(one)])
     return preempted
 
 
 def calc_priority(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
     from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 
-    pipeline = current()
-    if pipeline is not None and policy.policy is CacheAgnosticPolicy.RANDOM:
-        random.seed(pipeline.iteration)
+    if policy.policy is CacheAgnosticPolicy.RANDOM:
+        random.seed(current().iteration)
     return original(policy, *args, **kwargs)
 
 

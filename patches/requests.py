@@ -27,8 +27,6 @@ def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
     image features in it are ordinary tensors, no longer names of shared memory. `options`: aborts that
     stage 0 adds, from 0.5.20 on."""
     pipeline = current()
-    if pipeline is None:
-        return original(receiver, **options)
     pipeline.begin_iteration()
     if pipeline.link.stage == 0:
         return pipeline.intake.next_list(original(receiver, **options))
@@ -41,9 +39,7 @@ def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
     """With the decorator of upstream's function: its time in the metrics, and its range in profiles."""
 
     def receive(receiver: Any) -> list[Any]:
-        pipeline = current()
-        assert pipeline is not None
-        return pipeline.receive_requests()
+        return current().receive_requests()
 
     decorate: Callable[..., Any]
     try:
@@ -71,9 +67,6 @@ def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -
     """They leave as this stage leaves them, which is what upstream sends; but before the stages agree on a
     control request, which is the last of its list (`control.handle`)."""
     pipeline = current()
-    if pipeline is None:
-        original(scheduler, requests)
-        return
     pipeline.requests = requests
     original(scheduler, requests)
     pipeline.send_requests()
@@ -83,8 +76,6 @@ def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: boo
     """Requests have left already (`process_input_requests`); what remains are the request ids that the stages
     of a disaggregated server agree on, once around the ring."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler, data, async_send=async_send)
     if data is not pipeline.sent_requests and is_leader():
         following = (pipeline.link.stage + 1) % pipeline.link.stages
         pipeline.link.push(Kind.CONSENSUS, following, data)
@@ -93,8 +84,6 @@ def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: boo
 
 def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler)
     data: Any = []
     if is_leader():
         previous = (pipeline.link.stage - 1) % pipeline.link.stages

@@ -47,9 +47,6 @@ def overdue_requests(scheduler: Any) -> frozenset[str]:
 def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
     """Upstream's function, which ends all that it sees, sees those that were named."""
     pipeline = current()
-    if pipeline is None:
-        original(scheduler)
-        return
     if not (named := pipeline.told.overdue):
         return
     queue = scheduler.waiting_queue
@@ -61,9 +58,6 @@ def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
 def abort_on_running_timeout(original: Any, scheduler: Any, *batch: Any) -> None:
     """`batch`: in 0.5.18 the running batch, which 0.5.15 takes from the scheduler."""
     pipeline = current()
-    if pipeline is None:
-        original(scheduler, *batch)
-        return
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     (running,) = batch or (scheduler.running_batch,)

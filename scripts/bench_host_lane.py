@@ -24,10 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_npu_pp.observe.telemetry import Telemetry
-from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport.exchange import process_group_exchange
+from sglang_npu_pp.transport.context import RankContext
+from sglang_npu_pp.transport.endpoints import process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind, Message
 
@@ -41,14 +40,7 @@ def open_lane(stage: int, transport: str, store: str) -> HostLane:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=stage, world_size=2, timeout=timedelta(seconds=60)
     )
-    lane = HostLane(
-        stage=stage,
-        stages=2,
-        rank=0,
-        settings=Settings(host_transport=transport),
-        telemetry=Telemetry(stage, 0),
-        trace=Trace(),
-    )
+    lane = HostLane(RankContext.begin(stage, 2, Settings(host_transport=transport)))
     world = dist.group.WORLD
     assert world is not None
     lane.open(process_group_exchange(world))
@@ -57,27 +49,23 @@ def open_lane(stage: int, transport: str, store: str) -> HostLane:
 
 def send(transport: str, store: str, messages: int) -> None:
     lane = open_lane(0, transport, store)
-    number = 0
     for size in SIZES:
         payload = torch.zeros(size, dtype=torch.uint8)
         for _ in range(messages + WARM_UP):
             message = Message(Kind.PROXY, iteration=time.monotonic_ns(), tensors={"payload": payload})
             lane.send(1, message)
-            lane.wait(1, Kind.OUTPUT, number)
-            number += 1
+            lane.receive(1, Kind.OUTPUT)
     lane.close()
 
 
 def receive(transport: str, store: str, messages: int, results: Any) -> None:
     lane = open_lane(1, transport, store)
-    number = 0
     for size in SIZES:
         times_us = []
         for _ in range(messages + WARM_UP):
-            message = lane.wait(0, Kind.PROXY, number)
+            message = lane.receive(0, Kind.PROXY)
             times_us.append((time.monotonic_ns() - message.iteration) / 1000)
             lane.send(0, Message(Kind.OUTPUT))
-            number += 1
         results.put((transport, size, sorted(times_us[WARM_UP:])))
     lane.close()
 

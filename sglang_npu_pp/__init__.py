@@ -14,9 +14,9 @@ from .version import __version__
 
 def counters() -> Telemetry | None:
     """The counters of this process, None where no scheduler with a pipeline runs."""
-    from .patches.pipeline import current  # imports torch, which `import sglang_npu_pp` does not
+    from .patches.pipeline import current_or_none  # imports torch, which `import sglang_npu_pp` does not
 
-    pipeline = current()
+    pipeline = current_or_none()
     return None if pipeline is None else pipeline.link.telemetry
 
 

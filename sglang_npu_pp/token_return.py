@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from .errors import PipelineError
 from .streams import DeviceStreams, Event
 from .transport.message import Kind
 from .transport.outbox import Outbox
@@ -43,8 +42,8 @@ ABANDON_LIMIT_S = 1.0  # then, for a sender that waits for room
 class HostCopy:
     """Outputs of one microbatch on their way to the host.
 
-    `values` may be read after `wait()`. `sources` keeps the device tensors alive until then: an
-    allocator that does not know of the copy stream must not hand their memory out.
+    `values` may be read after `wait()`. `sources` are the same outputs on the device, which later work
+    reads there; an allocator that does not know of the copy stream must not hand their memory out before.
     """
 
     values: dict[str, Any]
@@ -53,7 +52,6 @@ class HostCopy:
 
     def wait(self) -> dict[str, Any]:
         self.ready.synchronize()
-        self.sources = {}
         return self.values
 
 
@@ -65,7 +63,8 @@ def copy_to_host(
     Runs on `copy_stream` behind the event `produced`. On CPU nothing is copied.
     """
     if not streams.asynchronous:
-        return HostCopy(dict(outputs), streams.record())
+        values = dict(outputs)
+        return HostCopy(values, streams.record(), sources=values)
     with streams.use(copy_stream):
         streams.wait_for(produced)
         values = {name: _to_pinned(value) for name, value in outputs.items()}
@@ -102,7 +101,7 @@ class _Outgoing:
 
 
 class TokenReturn:
-    """The last stage's side: sends outputs to every other stage and keeps its own.
+    """The last stage's side: sends outputs to every other stage.
 
     `outboxes` are connections for the sending thread (device outputs), which watches and closes them; None
     sends at once, from the caller's thread, which needs the copies to be complete (CPU). `adopt_thread` is
@@ -117,35 +116,22 @@ class TokenReturn:
         adopt_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self._link, self._outboxes, self._adopt_thread = link, outboxes, adopt_thread
-        self._own: dict[int, _Outgoing] = {}
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if outboxes is not None:
-            link.host_lane.watch(self._raise_failure, outboxes.values())
+            link.host_lane.watch(self.check, outboxes.values())
             self._thread = threading.Thread(target=self._run, name="token-return", daemon=True)
             self._thread.start()
 
     def post(self, copy: HostCopy, slot: int, iteration: int) -> None:
         """Send the outputs of a microbatch to all other stages as soon as they are on the host."""
-        self._raise_failure()
+        self.check()
         outgoing = _Outgoing(copy, slot, iteration)
-        self._own[slot] = outgoing
         if self._thread is None:
             self._send(outgoing)
         else:
             self._queue.put(outgoing)
-
-    def own(self, slot: int, iteration: int) -> HostCopy:
-        """This stage's own outputs of a microbatch."""
-        self._raise_failure()
-        outgoing = self._own.pop(slot)
-        if outgoing.iteration != iteration:
-            raise PipelineError(
-                f"stage {self._link.stage} rank {self._link.rank}: the outputs kept for microbatch "
-                f"slot {slot} are of iteration {outgoing.iteration}, not {iteration}; report this."
-            )
-        return outgoing.copy
 
     def close(self) -> None:
         """Send what is queued and end the thread, which closes its connections; at most some seconds.
@@ -162,9 +148,8 @@ class TokenReturn:
         self._thread.join(ABANDON_LIMIT_S)
         if self._thread.is_alive():
             logger.warning(
-                "stage %d rank %d: outputs are not on the host after %g s, so they were not sent at the end.",
-                self._link.stage,
-                self._link.rank,
+                "%s: outputs are not on the host after %g s, so they were not sent at the end.",
+                self._link.context.where,
                 CLOSE_LIMIT_S,
             )
 
@@ -172,12 +157,19 @@ class TokenReturn:
         assert self._outboxes is not None
         try:
             self._adopt_thread()
-            while (outgoing := self._next()) is not None:
-                self._send(outgoing)
+            while self._send_next():
+                pass
         except BaseException as error:
             self._failure = error
         for outbox in self._outboxes.values():
             outbox.close()
+
+    def _send_next(self) -> bool:
+        """False at the end. Keeps nothing of what it has sent, tensors of the device among it."""
+        outgoing = self._next()
+        if outgoing is not None:
+            self._send(outgoing)
+        return outgoing is not None
 
     def _next(self) -> _Outgoing | None:
         """What is to be sent; looks at the connections until then. None at the end."""
@@ -203,6 +195,7 @@ class TokenReturn:
                     outboxes=self._outboxes,
                 )
 
-    def _raise_failure(self) -> None:
+    def check(self) -> None:
+        """Raise what has ended the sending thread."""
         if self._failure is not None:
             raise self._failure

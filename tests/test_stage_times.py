@@ -141,15 +141,14 @@ class FakeLink:
         self.stage, self._mailbox = stage, mailbox
         self.telemetry = Telemetry(stage, 0)
         self.clock = LinkClock({1 - stage: 2 * hop_s}, 0)
-        self.host_lane = SimpleNamespace(inbox=self)
 
     def push(self, kind: Kind, peer: int, values: Any) -> None:
         assert (self.stage, kind, peer) == (1, Kind.STAGE_TIMES, 0)
         self._mailbox.append(values)
 
-    def oldest(self, source: int, kind: Kind) -> Any:
+    def has_arrived(self, kind: Kind, source: int) -> bool:
         assert (source, kind) == (1, Kind.STAGE_TIMES)
-        return self._mailbox[0] if self._mailbox else None
+        return bool(self._mailbox)
 
     def post(self, kind: Kind, source: int) -> Any:
         return SimpleNamespace(wait_values=self._mailbox.popleft)

@@ -195,9 +195,9 @@ def _slot_of(scheduler: Any, batch: Any) -> int:
 
 def _waits_of_ours() -> list[int]:
     """Requests, proxies, outputs, back-pressure."""
-    from sglang_npu_pp.patches.pipeline import current
+    from sglang_npu_pp.patches.pipeline import current_or_none
 
-    pipeline = current()
+    pipeline = current_or_none()
     if pipeline is None:
         return [0, 0, 0, 0]
     telemetry = pipeline.link.telemetry

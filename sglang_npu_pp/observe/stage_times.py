@@ -143,7 +143,7 @@ class DepthAdviser:
 
     def _hear(self) -> None:
         for source in range(1, self._link.stages):
-            while self._link.host_lane.inbox.oldest(source, Kind.STAGE_TIMES) is not None:
+            while self._link.has_arrived(Kind.STAGE_TIMES, source):
                 kind, times = self._link.post(Kind.STAGE_TIMES, source).wait_values()
                 self._known[kind][source] = StageTimes(**times)
 

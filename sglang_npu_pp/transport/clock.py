@@ -58,10 +58,10 @@ def measure_clock(lane: HostLane, limit_s: float, now_ns: Callable[[], int] = ti
 def _lead(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) -> int:
     """Ping `peer` and tell it the result: the shortest round trip, in ns."""
     samples = []
-    for number in range(ROUNDS):
+    for _ in range(ROUNDS):
         began = now_ns()
         lane.send(peer, Message(Kind.CLOCK))
-        theirs = lane.wait(peer, Kind.CLOCK, number, limit_s).values
+        theirs = lane.receive(peer, Kind.CLOCK, limit_s).values
         ended = now_ns()
         samples.append((ended - began, (began + ended) // 2 - theirs))
     best = min(samples)
@@ -71,8 +71,8 @@ def _lead(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) 
 
 def _follow(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) -> tuple[int, int]:
     """Answer the pings of `peer`. Its result: the shortest round trip and what to add to our time, in ns."""
-    for number in range(ROUNDS):
-        lane.wait(peer, Kind.CLOCK, number, limit_s)
+    for _ in range(ROUNDS):
+        lane.receive(peer, Kind.CLOCK, limit_s)
         lane.send(peer, Message(Kind.CLOCK, values=now_ns()))
-    round_trip_ns, offset_ns = lane.wait(peer, Kind.CLOCK, ROUNDS, limit_s).values
+    round_trip_ns, offset_ns = lane.receive(peer, Kind.CLOCK, limit_s).values
     return round_trip_ns, offset_ns

@@ -14,17 +14,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from ..errors import TransportError
 from ..observe.telemetry import ChannelCounters
 from ..streams import DeviceStreams, Event
-from .message import TensorSpec, dtype_name, torch_dtype
+from .context import RankContext
+from .message import Message, TensorSpec, sizes_of
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -55,26 +57,27 @@ def create_neighbour_groups(
     return previous, following
 
 
-def pack_layout(
-    tensors: Mapping[str, torch.Tensor], slices: Mapping[str, tuple[int, tuple[int, ...]]]
-) -> tuple[tuple[TensorSpec, ...], int]:
-    """Where each tensor lies in the buffer of a message: specs and total bytes."""
-    specs = []
-    offset = 0
-    for name, tensor in tensors.items():
-        count, shape = slices.get(name, (1, tuple(tensor.shape)))
-        specs.append(TensorSpec(name, dtype_name(tensor.dtype), shape, tensor.device.type, count, offset))
-        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return tuple(specs), offset
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def unpack(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-    """Views into `buffer`, one a spec; a slice comes as a flat tensor of its elements."""
+def pack_layout(specs: Iterable[TensorSpec]) -> tuple[list[TensorSpec], int]:
+    """Where each tensor lies in the buffer of a message: the specs with their offsets, and all bytes."""
+    placed, end = [], 0
+    for spec in specs:
+        placed.append(msgspec.structs.replace(spec, offset=end))
+        end += _aligned(sizes_of(spec.dtype, spec.shape, spec.sliced).nbytes)
+    return placed, end
+
+
+def unpack(buffer: torch.Tensor, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
+    """Views into `buffer` of those tensors that travel on this lane; a slice comes as a flat tensor."""
     tensors = {}
     for spec in specs:
-        shape = spec.shape if spec.sliced == 1 else (spec.elements,)
-        raw = buffer[spec.offset : spec.offset + spec.nbytes]
-        tensors[spec.name] = raw.view(torch_dtype(spec.dtype)).view(shape)
+        if spec.offset >= 0:
+            dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
+            raw = buffer[spec.offset : spec.offset + nbytes]
+            tensors[spec.name] = raw.view(dtype).view(spec.shape if spec.sliced == 1 else (elements,))
     return tensors
 
 
@@ -93,7 +96,7 @@ def slot_bytes_for(tokens: int, hidden_size: int, item_bytes: int, ranks: int = 
     `ranks`: tensor-parallel ranks that send a slice each.
     """
     tensor = -(-tokens * hidden_size * item_bytes // ranks)
-    return PROXY_TENSORS * (-(-tensor // ALIGNMENT) * ALIGNMENT)
+    return PROXY_TENSORS * _aligned(tensor)
 
 
 class Receive:
@@ -117,12 +120,12 @@ class DeviceLane:
 
     def __init__(
         self,
+        context: RankContext,
+        device: torch.device | str,
         *,
         previous: dist.ProcessGroup | None,
         following: dist.ProcessGroup | None,
-        device: torch.device | str,
         slots: int,
-        where: str,
         slot_bytes: int = 0,
     ) -> None:
         """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage).
@@ -134,7 +137,7 @@ class DeviceLane:
         self._streams = DeviceStreams(device)
         self.device_type = self._streams.device.type
         self._sending, self._receiving = self._streams.new_stream(), self._streams.new_stream()
-        self._where = where
+        self._where = context.where
         self._slot_bytes = self._said_bytes = slot_bytes
         self._outgrown: list[tuple[torch.Tensor, Event]] = []  # until the event behind their last use
         self._send_slots = self._reserve(slots if following is not None else 0)
@@ -156,7 +159,8 @@ class DeviceLane:
             # Its memory would go back at once to the stream that it was made on, which may be another one.
             self._outgrown.append((slot.buffer, self._streams.record()))
             slot.buffer = self._new_buffer(nbytes)
-        self._outgrown = [each for each in self._outgrown if not each[1].query()]
+        if self._outgrown:
+            self._outgrown = [each for each in self._outgrown if not each[1].query()]
         return slot.buffer[:nbytes]
 
     def _say_too_large(self, nbytes: int) -> None:
@@ -181,15 +185,9 @@ class DeviceLane:
             dist.send(token, group=self._following, group_dst=1)
         self._streams.record().synchronize()
 
-    def send(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        specs: Sequence[TensorSpec],
-        nbytes: int,
-        counters: ChannelCounters,
-    ) -> None:
+    def send(self, tensors: Mapping[str, torch.Tensor], message: Message, counters: ChannelCounters) -> None:
         """Pack on the current stream, then send on the lane's. The sources may be overwritten by
-        whatever is next on the current stream."""
+        whatever is next on the current stream. `tensors` are those that `message` puts on this lane."""
         if self._following is None:
             raise TransportError(
                 f"{self._where}: the last stage has no next one to send device tensors to; "
@@ -198,11 +196,11 @@ class DeviceLane:
         slot = self._send_slots.popleft()
         self._send_slots.append(slot)
         self._wait_until_sent(slot, counters)
-        buffer = self._room(slot, nbytes)
-        for spec in specs:
-            source = tensors[spec.name].reshape(-1)
-            target = buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype)
-            target.copy_(source)
+        buffer = self._room(slot, message.device_nbytes)
+        for spec in message.specs:
+            if spec.offset >= 0:
+                source = tensors[spec.name].reshape(-1)
+                buffer[spec.offset : spec.offset + source.nbytes].view(source.dtype).copy_(source)
         packed = self._streams.record()
         with self._streams.use(self._sending):
             self._streams.wait_for(packed)

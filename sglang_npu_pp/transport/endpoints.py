@@ -1,4 +1,5 @@
-"""Where a rank listens and how the others find it: nodes, ipc directories, TCP ports, keys."""
+"""Where a rank listens and how the others find it: nodes, ipc directories, TCP ports, keys, and the exchange
+of all that over the process group that the engine has already made."""
 
 from __future__ import annotations
 
@@ -8,17 +9,21 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import torch
+import torch.distributed as dist
 import zmq
 
 from ..errors import TransportError
 
 IPC_PATH_LIMIT = zmq.IPC_PATH_MAX_LEN  # bytes
+RECORD_BYTES = 2048  # more than a record with 16 addresses needs; a fixed size makes one round enough
+_LENGTH_BYTES = 2
 DIRECTORY_PREFIX = "npp-"  # short: what it adds to a long TMPDIR must stay within the limit
 _SOCKET = "lane"
 _TOO_LONG = f"is longer than {IPC_PATH_LIMIT} bytes"
@@ -35,6 +40,42 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     tcp: tuple[str, ...] = ()  # endpoints for ranks of other nodes, in the order in which they are tried
     key: bytes = b""  # CURVE public key, Z85
     failure: str = ""  # why it cannot listen, in the sentence with which it fails itself
+
+
+Exchange = Callable[[bytes], list[bytes]]
+"""Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
+
+
+def process_group_exchange(group: dist.ProcessGroup) -> Exchange:
+    """An `Exchange` over a group of host tensors (gloo) whose rank order is the stage order.
+
+    Fixed-size byte tensors, no pickle: the engine's group has no authentication of its own, so nothing that
+    came over it is executed.
+    """
+
+    def exchange(data: bytes) -> list[bytes]:
+        if len(data) > RECORD_BYTES - _LENGTH_BYTES:
+            raise TransportError(
+                f"This rank's address record has {len(data)} bytes, more than {RECORD_BYTES}; "
+                "set SGLANG_NPU_PP_IPC_DIR or SGLANG_NPU_PP_HOST to something shorter."
+            )
+        framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
+        mine = torch.frombuffer(bytearray(framed.ljust(RECORD_BYTES, b"\0")), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        return [_unframe(tensor.numpy().tobytes()) for tensor in everyone]
+
+    return exchange
+
+
+def _unframe(framed: bytes) -> bytes:
+    length = int.from_bytes(framed[:_LENGTH_BYTES], "little")
+    return framed[_LENGTH_BYTES : _LENGTH_BYTES + length]
+
+
+def exchange_records(exchange: Exchange, mine: EndpointRecord) -> list[EndpointRecord]:
+    decoder = msgspec.msgpack.Decoder(EndpointRecord)
+    return [decoder.decode(record) for record in exchange(msgspec.msgpack.encode(mine))]
 
 
 @dataclass(frozen=True)

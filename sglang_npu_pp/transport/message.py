@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import enum
 import io
+import math
 import pickle
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -54,16 +55,29 @@ class Kind(enum.IntEnum):
     STAGE_TIMES = 9  # what a stage measured of its first busy batches, told to stage 0
     OUTCOME = 10  # what became of a control request on one stage
 
-    @property
-    def label(self) -> str:
-        return _LABELS[self]
+    label: str  # its name in counters, traces and errors
+
+    def __init__(self, value: int) -> None:
+        self.label = self.name.lower()
 
 
-_LABELS = {kind: kind.name.lower() for kind in Kind}
+class Sizes(NamedTuple):
+    """What the type and the shape of a tensor come to."""
+
+    dtype: torch.dtype
+    elements: int  # that travel: of the slice where there is one
+    nbytes: int
+
+
+@lru_cache(maxsize=4096)
+def sizes_of(dtype: str, shape: tuple[int, ...], sliced: int) -> Sizes:
+    """Cached, since every message of a decode has tensors of the same few shapes. Raises MessageError."""
+    torch_type, elements = torch_dtype(dtype), math.prod(shape) // sliced
+    return Sizes(torch_type, elements, elements * torch_type.itemsize)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of a message."""
+    """One tensor of a message, on whichever lane its bytes travel."""
 
     name: str
     dtype: str  # torch name without "torch."
@@ -73,16 +87,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     offset: int = -1  # byte offset in the device-lane buffer; -1: travels as a frame
 
     @property
-    def elements(self) -> int:
-        """Elements that travel in this message."""
-        total = 1
-        for extent in self.shape:
-            total *= extent
-        return total // self.sliced
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * torch_dtype(self.dtype).itemsize
+    def sizes(self) -> Sizes:
+        return sizes_of(self.dtype, self.shape, self.sliced)
 
 
 class Header(msgspec.Struct, array_like=True):
@@ -107,8 +113,9 @@ class Header(msgspec.Struct, array_like=True):
 class Message:
     """A message as the program sees it.
 
-    `tensors` are the entries of a tensor dict that are host tensors (and, once the device lane has
-    delivered, device tensors); `values` is the rest of the dict, or any object when `keys` is empty.
+    `tensors` are the entries of a tensor dict whose bytes travel on the host lane; `values` is the rest of
+    the dict, or any object when `keys` is empty. `specs` describe all tensors, those of the device lane
+    last; where they are left out, `tensors` are whole tensors of the host.
     """
 
     kind: Kind
@@ -118,10 +125,8 @@ class Message:
     keys: tuple[str, ...] = ()
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     values: Any = None
-    device_specs: tuple[TensorSpec, ...] = ()
-    device_nbytes: int = 0
-    slices: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    devices: Mapping[str, str] = field(default_factory=dict)
+    specs: tuple[TensorSpec, ...] = ()
+    device_nbytes: int = 0  # of the message's buffer on the device lane
     source: int = -1
     number: int = -1
     nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
@@ -224,17 +229,19 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
 
     Frames behind the first refer to the memory of the tensors: whoever sends must own it until they are sent.
     """
-    specs: list[TensorSpec] = []
+    specs = message.specs
+    if message.tensors and not specs:
+        specs = describe(message.tensors)
     buffers: list[Buffer] = []
-    for name, tensor in message.tensors.items():
-        count, shape = message.slices.get(name) or (1, tuple(tensor.shape))
-        device = message.devices.get(name, "cpu")
-        specs.append(TensorSpec(name, dtype_name(tensor.dtype), shape, device, count))
+    for tensor in message.tensors.values():
         if tensor.numel():
             buffers.append(_bytes_of(tensor))
     value_buffers = [] if message.values is None else dump_values(message.values)
     buffers += value_buffers
-    frames = [buffer for buffer in buffers if len(buffer) >= INLINE_BYTES]
+    inline: list[Buffer] = []
+    frames: list[Buffer] = []
+    for buffer in buffers:
+        (inline if len(buffer) < INLINE_BYTES else frames).append(buffer)
     header = Header(
         protocol=PROTOCOL,
         kind=message.kind,
@@ -244,16 +251,23 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         iteration=message.iteration,
         batch=message.batch,
         keys=message.keys,
-        tensors=(*specs, *message.device_specs),
-        sizes=tuple(len(buffer) for buffer in buffers),
+        tensors=specs,
+        sizes=tuple(map(len, buffers)),
         values=len(value_buffers),
         device_nbytes=message.device_nbytes,
-        crc=_checksum(frames, check_all),
+        crc=_checksum(frames, check_all) if frames else 0,
     )
-    inline = buffers if not frames else [buffer for buffer in buffers if len(buffer) < INLINE_BYTES]
     head = _seal(_HEADER_ENCODER.encode(header), inline)
-    message.nbytes = len(head) + sum(len(frame) for frame in frames)
+    message.nbytes = len(head) + sum(map(len, frames))
     return [head, *frames]
+
+
+def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
+    """Specs of whole tensors, not placed on the device lane."""
+    return tuple(
+        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.device.type)
+        for name, tensor in tensors.items()
+    )
 
 
 def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
@@ -291,8 +305,9 @@ _HEADER_DECODER = msgspec.msgpack.Decoder(Header)
 
 def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Message:
     """The message of `frames`, of which `read_header` accepted the first. Raises MessageError."""
-    buffers = _find_buffers(header, frames)
-    if _checksum(frames[1:], check_all) != header.crc:
+    large = frames[1:]
+    buffers = _find_buffers(header, frames[0], large)
+    if (_checksum(large, check_all) if large else 0) != header.crc:
         raise MessageError(f"The frames of message {header.number} do not match their checksum.")
     message = Message(
         kind=header.kind,
@@ -300,12 +315,13 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
         iteration=header.iteration,
         batch=header.batch,
         keys=header.keys,
+        specs=header.tensors,
         device_nbytes=header.device_nbytes,
         source=header.source,
         number=header.number,
-        nbytes=sum(len(frame) for frame in frames),
+        nbytes=sum(map(len, frames)),
     )
-    used = _read_tensors(message, header.tensors, buffers) if header.tensors else 0
+    used = _read_tensors(message, buffers) if header.tensors else 0
     if used + header.values != len(buffers):
         raise MessageError(
             f"Message {header.number} has {len(buffers)} buffers, but its header describes "
@@ -316,19 +332,21 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
     return message
 
 
-def _find_buffers(header: Header, frames: Sequence[Buffer]) -> list[Buffer]:
+def _find_buffers(header: Header, head: Buffer, frames: Sequence[Buffer]) -> list[Buffer]:
     """The buffers in their order: copies of those in frame 0, and the other frames as they are."""
-    head, *rest = frames
-    inline = sum(size for size in header.sizes if size < INLINE_BYTES)
-    at = len(head) - inline
-    length = _PREFIX.unpack_from(head)[1]
-    large = [size for size in header.sizes if size >= INLINE_BYTES]
-    if at != _PREFIX.size + length or [len(frame) for frame in rest] != large:
+    at = _PREFIX.size + _PREFIX.unpack_from(head)[1]
+    inline, large = 0, []
+    for size in header.sizes:
+        if size < INLINE_BYTES:
+            inline += size
+        else:
+            large.append(size)
+    if at + inline != len(head) or list(map(len, frames)) != large:
         raise MessageError(
-            f"Message {header.number} is truncated: {len(head) - length - _PREFIX.size} bytes and frames of "
-            f"{[len(frame) for frame in rest]} bytes arrived where its header announces {inline} and {large}."
+            f"Message {header.number} is truncated: {len(head) - at} bytes and frames of "
+            f"{list(map(len, frames))} bytes arrived where its header announces {inline} and {large}."
         )
-    view, following = memoryview(head), iter(rest)
+    view, following = memoryview(head), iter(frames)
     buffers: list[Buffer] = []
     for size in header.sizes:
         if size < INLINE_BYTES:
@@ -348,18 +366,16 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
         ) from error
 
 
-def _read_tensors(message: Message, specs: Sequence[TensorSpec], buffers: Sequence[Buffer]) -> int:
-    """Fill in the tensors and what is said about them; returns how many buffers they took.
+def _read_tensors(message: Message, buffers: Sequence[Buffer]) -> int:
+    """Fill in the tensors that came with the message; returns how many buffers they took.
 
     An empty tensor takes none. Those on the device lane are only described.
     """
     used = 0
-    slices, devices = {}, {}
-    for spec in specs:
+    for spec in message.specs:
         if spec.offset >= 0:
             continue
-        dtype, elements = torch_dtype(spec.dtype), spec.elements
-        nbytes = elements * dtype.itemsize
+        dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
         buffer: Buffer = buffers[used] if nbytes and used < len(buffers) else b""
         if len(buffer) != nbytes:
             raise MessageError(
@@ -367,14 +383,8 @@ def _read_tensors(message: Message, specs: Sequence[TensorSpec], buffers: Sequen
                 f"{spec.dtype} of {elements} elements needs {nbytes}."
             )
         used += bool(nbytes)
-        whole = spec.sliced == 1
-        message.tensors[spec.name] = tensor_over(buffer, dtype, spec.shape if whole else (elements,))
-        if not whole:
-            slices[spec.name] = (spec.sliced, spec.shape)
-        if spec.device != "cpu":
-            devices[spec.name] = spec.device
-    message.slices, message.devices = slices, devices
-    message.device_specs = tuple(spec for spec in specs if spec.offset >= 0)
+        shape = spec.shape if spec.sliced == 1 else (elements,)
+        message.tensors[spec.name] = tensor_over(buffer, dtype, shape)
     return used
 
 

@@ -105,13 +105,17 @@ class CreditMeter:
     taken_bytes: int = 0
     reported_messages: int = 0
     reported_bytes: int = 0
+    _unreported: int = field(init=False)  # messages that are taken without a report, at most
+
+    def __post_init__(self) -> None:
+        self._unreported = unreported_messages(self.bounds.messages)
 
     def take(self, nbytes: int) -> bool:
         """Count one message; True when it is time to report."""
         self.taken_messages += 1
         self.taken_bytes += nbytes
         due = (
-            self.taken_messages - self.reported_messages > unreported_messages(self.bounds.messages)
+            self.taken_messages - self.reported_messages > self._unreported
             or self.taken_bytes - self.reported_bytes >= self.bounds.nbytes // 4
         )
         if due:

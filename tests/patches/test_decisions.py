@@ -17,7 +17,7 @@ from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy, SchedulePol
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
 from sglang_npu_pp.decisions import Decisions, Grammars, Told
-from sglang_npu_pp.patches import decisions, grammars, lora, pipeline, queue_order, time_limits
+from sglang_npu_pp.patches import PATCHES, decisions, grammars, lora, pipeline, queue_order, time_limits
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patching import AppliedPatches
 
@@ -106,7 +106,8 @@ def request(adapter: str, *, given: int = 0) -> Any:
 
 @pytest.fixture
 def lora_patches() -> Iterator[None]:
-    applied = AppliedPatches(lora.PATCHES)
+    targets = {patch.target for patch in lora.PATCHES}
+    applied = AppliedPatches([patch for patch in PATCHES if patch.target in targets])
     yield
     applied.undo()
 

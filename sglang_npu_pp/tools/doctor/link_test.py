@@ -63,21 +63,18 @@ def measure(lane: HostLane, limit_s: float) -> LinkReport:
 
 
 class _Talk:
-    """Messages to and from the other stage; each kind is numbered for itself."""
+    """Messages to and from the other stage."""
 
     def __init__(self, lane: HostLane, limit_s: float) -> None:
         self.peer = 1 - lane.stage
         self._lane, self._limit_s = lane, limit_s
-        self._next: dict[Kind, int] = {}
         self._chunk = (torch.arange(CHUNK_BYTES) % 251).to(torch.uint8)
 
     def _say(self, kind: Kind, value: float | tuple[float, float] | None = None) -> None:
         self._lane.send(self.peer, Message(kind, values=value))
 
     def _receive(self, kind: Kind) -> Message:
-        number = self._next.get(kind, 0)
-        self._next[kind] = number + 1
-        return self._lane.wait(self.peer, kind, number, self._limit_s)
+        return self._lane.receive(self.peer, kind, self._limit_s)
 
     def ping(self) -> tuple[float, float]:
         """The shortest and the median of some round trips, in seconds; the other side learns them."""

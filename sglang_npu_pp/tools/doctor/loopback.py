@@ -12,10 +12,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ...errors import PipelineError
-from ...observe.telemetry import Telemetry
-from ...observe.trace import Trace
 from ...settings import Settings
-from ...transport.host_lane import Exchange, HostLane
+from ...transport.context import RankContext
+from ...transport.endpoints import Exchange
+from ...transport.host_lane import HostLane
 from .findings import Finding, Level
 from .link_test import LinkReport, measure
 
@@ -78,15 +78,7 @@ def run(settings: Settings) -> LinkReport:
 
 
 def _side(stage: int, settings: Settings, meeting: _Rendezvous) -> LinkReport:
-    lane = HostLane(
-        stage=stage,
-        stages=2,
-        rank=0,
-        settings=settings,
-        telemetry=Telemetry(stage, 0),
-        trace=Trace(),
-        host=HOST,
-    )
+    lane = HostLane(RankContext.begin(stage, 2, settings), host=HOST)
     try:
         lane.open(meeting.exchange_of(stage))
         return measure(lane, LIMIT_S)

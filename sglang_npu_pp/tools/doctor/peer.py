@@ -15,10 +15,9 @@ import sglang_npu_pp
 
 from ...agreement import Statement, differences
 from ...errors import ContractError, PipelineError
-from ...observe.telemetry import Telemetry
-from ...observe.trace import Trace
 from ...patches import installed
 from ...settings import Settings, load_settings
+from ...transport.context import RankContext
 from ...transport.host_lane import HostLane
 from ...transport.message import PROTOCOL
 from .findings import Finding, Level
@@ -101,12 +100,7 @@ def _measure(
     """Open a host lane as a server would, and measure it; also where the other side answered. Raises
     PipelineError."""
     lane = HostLane(
-        stage=test.stage,
-        stages=2,
-        rank=0,
-        settings=settings,
-        telemetry=Telemetry(test.stage, 0),
-        trace=Trace(),
+        RankContext.begin(test.stage, 2, settings),
         host=settings.host or (test.host if test.listens else ""),
         master=f"{dialled}:{test.port}",
         port=settings.port + test.stage if settings.port else 0,
