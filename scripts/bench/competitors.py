@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import psutil
 
+from rig.probes import probe_variables
 from rig.server import Server, ServerError
 
 from . import load
@@ -20,7 +21,6 @@ from .link import Link
 from .vllm import VllmDialect, VllmServer, vllm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
-_PLUGIN = Path(__file__).with_name("plugin")
 _NODES = 2
 FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
@@ -111,7 +111,7 @@ class Contestant:
     def _sglang(self, model: Path, link: Link, common: dict[str, Any]) -> Server:
         environment = {
             **VARIABLES[self.competitor.design],
-            "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
+            **probe_variables("scripts.bench.probe", paths=[ROOT]),
             "BENCH_FOLDER": str(self._folder),
         }
         arguments = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))

@@ -24,16 +24,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rig.probes import probe_variables
+from rig.probes.dp_metadata_probe import KINDS, SIGNAL
 from rig.server import Server
 from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
-from scripts.bench.dp_metadata_plugin.dp_metadata_probe import KINDS, SIGNAL
 from scripts.bench.load import DECODE, Load, Request
 from scripts.bench.load import run as run_load
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "rig/assets/random_moe"
-PLUGIN = Path(__file__).parent / "dp_metadata_plugin"
 ON, OFF = {"SGLANG_NPU_PP": "require"}, {"SGLANG_NPU_PP": "0"}
 HOST = {"SGLANG_NPU_PP_DP_METADATA": "host"}
 COMPETITORS = {
@@ -58,7 +58,7 @@ def configure(name: str, variables: Mapping[str, str], folder: Path, device: str
         **variables,
         "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S,
         "DP_METADATA_DIR": str(folder),
-        "PYTHONPATH": str(PLUGIN),
+        **probe_variables("dp_metadata_probe"),
     }
     args = (*ARGUMENTS, "--dtype", DTYPES[device])
     return Server(MODEL, 2, 2, log=folder / "log", device=device, env=environment, args=args)

@@ -23,16 +23,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rig.probes import probe_variables
+from rig.probes.host_time_probe import SIGNAL
 from rig.server import Server
 from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
-from scripts.bench.host_time_plugin.host_time_probe import SIGNAL
 from scripts.bench.load import DECODE
 from scripts.bench.load import run as run_load
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "rig/assets/random_vl"
-PLUGIN = Path(__file__).parent / "host_time_plugin"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 COUNTED = range(10, 23)  # requests in a decode that counts
 CLOCKS = {"cpu": "scheduler thread", "process": "all threads", "wall": "wall, with waiting"}
@@ -47,7 +47,7 @@ def start(name: str, folder: Path, parts: bool) -> Server:
         "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S,
         "HOST_TIME_DIR": str(folder),
         "HOST_TIME_PARTS": "1" if parts else "0",
-        "PYTHONPATH": str(PLUGIN),
+        **probe_variables("host_time_probe"),
     }
     args = ("--max-total-tokens", "16384", "--dtype", "float32", "--skip-server-warmup")
     return Server(MODEL, 1, 2, log=folder / "log", env=environment, args=(*args, "--disable-radix-cache"))

@@ -31,8 +31,9 @@ from rich.table import Table
 
 from rig import battery
 from rig.agreement import MARKER, disagreement, states
-from rig.launcher import ARGUMENTS, PROBE, RANDOM_MODEL
+from rig.launcher import ARGUMENTS, RANDOM_MODEL
 from rig.ports import free_ports
+from rig.probes import probe_variables
 from rig.server import Server, ServerError
 from scripts.bench.link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
@@ -103,7 +104,7 @@ def parse_command_line() -> argparse.Namespace:
 
 def on_two_nodes(pp: int, lane: str, folder: Path, link: Link, port: int) -> Server:
     """Not started. Float32 and small chunks; three times as many microbatches as stages need (depth 2)."""
-    probe = {"PP_PROBE_STATES": "1", "PP_PROBE_DIR": str(folder), "PYTHONPATH": str(PROBE)}
+    probe = {"PP_PROBE_STATES": "1", "PP_PROBE_DIR": str(folder), **probe_variables("sglang_pp_probe")}
     ours = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder)}
     ours |= {"SGLANG_NPU_PP_PROXY_LANE": lane, "SGLANG_NPU_PP_PORT": str(port)}
     if isinstance(

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from rig.disaggregated import noted
-from rig.kv_plugin import kv_probe
+from rig.probes import dp_metadata_probe, kv_probe
 from scripts.bench import dp_metadata
-from scripts.bench.dp_metadata_plugin import dp_metadata_probe
 
 
 class Clock:
