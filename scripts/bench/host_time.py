@@ -30,6 +30,7 @@ from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
 from scripts.bench.load import DECODE
 from scripts.bench.load import run as run_load
+from scripts.output import number_table, plain_console
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "rig/assets/random_vl"
@@ -106,15 +107,17 @@ def median(rows: list[Row], stage: int, value: str) -> float:
 
 
 def print_table(rows: list[Row]) -> None:
+    console = plain_console()
     of = {name: [row for row in rows if row["competitor"] == name] for name in COMPETITORS}
     for stage in range(2):
         parts = {part for row in rows for part in row["stages"][stage]["parts"]}
         names = [*CLOCKS, *sorted(parts, key=lambda part: -max(median(of[n], stage, part) for n in of))]
-        print(f"\nstage {stage}, us an iteration outside run_batch{'upstream':>33}{'ours':>9}{'ratio':>8}")
+        table = number_table(None, f"stage {stage}, us an iteration outside run_batch", *COMPETITORS, "ratio")
         for name in names:
             upstream, ours = median(of["upstream"], stage, name), median(of["ours"], stage, name)
-            ratio = f"{ours / upstream:8.2f}" if upstream else ""
-            print(f"{CLOCKS.get(name, name):72}{upstream:9.0f}{ours:9.0f}{ratio}")
+            ratio = f"{ours / upstream:.2f}" if upstream else ""
+            table.add_row(CLOCKS.get(name, name), f"{upstream:.0f}", f"{ours:.0f}", ratio)
+        console.print(table)
 
 
 def main() -> None:
