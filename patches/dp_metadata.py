@@ -8,8 +8,9 @@ of their own.
 
 What is decided from the rows stays upstream's. A rank without a batch has to know at once whether the others
 run one. A rank with a batch goes on where it has something else to wait for, the proxies of the stage before;
-the rows are read behind them. For that upstream's function is left where it would wait (`_Posted`; it has
-decided nothing until then) and called again in the launch, with the same row.
+the rows are read behind them. Upstream's function then decides twice: at once, as if every rank had the row
+of this one, and in the launch, from the rows. All that it does with them is to set attributes of the batch,
+every one of them again the second time.
 """
 
 from __future__ import annotations
@@ -57,44 +58,46 @@ COLUMNS = (
 )
 
 
-class _Posted(Exception):  # noqa: N818
-    """No error: leaves upstream's function, since the row is on its way and the decisions come later."""
-
-
 class DPMetadata:
     """The rows of one stage's data-parallel ranks, of one microbatch at a time."""
 
     def __init__(self, rows: RowGather, scheduler: Any, loop: LoopPosition) -> None:
         self._rows, self._scheduler, self._loop = rows, scheduler, loop
-        self._may_leave = False  # whether the caller of upstream's function goes on without its decisions
+        self._may_wait_later = False  # whether the batch at hand is content with provisional decisions
         self._unfinished: Callable[[], Any] | None = None
         self._columns = columns_of_this_release()
 
     def prepare(self, original: Callable[..., Any], batch: Any, *arguments: Any, **options: Any) -> Any:
-        """What upstream's function returns. Of a batch whose decisions are not needed yet the row has been
-        posted; `finish` makes it complete."""
+        """What upstream's function returns. Where the rows are not waited for yet, its decisions about the
+        batch are provisional; `finish` puts the final ones in their place."""
 
         def decide() -> Any:
             return original(batch, *arguments, **options)
 
         self.finish()  # of a batch that was not launched
-        self._may_leave = self._can_be_decided_later(batch)
+        carry = options.get("sync_wait_carry")  # 0.5.22 and later: seconds, for the step that reads them
+        carried_s = None if carry is None else carry.seconds
+        self._may_wait_later = self._can_be_decided_later(batch)
         try:
-            return decide()
-        except _Posted:
-            self._unfinished = decide
-            return batch
+            prepared = decide()
         finally:
-            self._may_leave = False
+            self._may_wait_later = False
+        if self._rows.posted is not None:
+            self._unfinished = decide
+            if carry is not None:
+                carry.seconds = carried_s  # for the final decisions
+        return prepared
 
     def gather(self, info: Any) -> None:
-        """Post the row of `info` unless that has been done, and fill in what all rows together say."""
+        """Post the row of `info` unless that has been done; fill in what all rows together say, or for now
+        what this one says."""
         row = [int(getattr(info, column.name)) for column in self._columns]
         if self._rows.posted is None:
             self._rows.post(row)
             self._record("post")
-            if self._may_leave and not _could_be_converted(info):
-                raise _Posted
+            if self._may_wait_later and not _could_be_converted(info):
+                self._fill(info, torch.tensor([row] * self._rows.ranks), wait_s=0.0)
+                return
         elif self._rows.posted != tuple(row):
             raise PipelineError(
                 f"{self._rows.where}: the batch of this microbatch changed from {self._rows.posted} to "
@@ -103,10 +106,10 @@ class DPMetadata:
         self._record("wait")
         rows = self._rows.wait()
         self._record("ready")
-        self._fill(info, rows)
+        self._fill(info, rows, self._rows.last_wait_s)
 
     def finish(self) -> None:
-        """The last thing before a launch: decide what was not decided yet."""
+        """The last thing before a launch: replace provisional decisions by final ones."""
         if self._unfinished is not None:
             decide, self._unfinished = self._unfinished, None
             decide()
@@ -129,7 +132,7 @@ class DPMetadata:
     def _record(self, name: str) -> None:
         self._loop.link.trace.record(name, _KIND, self._loop.slot, self._loop.iteration)
 
-    def _fill(self, info: Any, rows: torch.Tensor) -> None:
+    def _fill(self, info: Any, rows: torch.Tensor, wait_s: float) -> None:
         """As the end of upstream's `all_gather`: the first rank of every replica speaks for it."""
         table = rows.view(-1, info.tp_size * info.cp_size, len(self._columns))[:, 0, :]
         setattr(info, "tp0_info_cpu" if hasattr(info, "tp0_info_cpu") else "tp0_info", table)
@@ -138,7 +141,7 @@ class DPMetadata:
             if column.result is not None:
                 setattr(info, column.result, column.combine(values))
         if hasattr(info, "sync_wait_seconds"):
-            info.sync_wait_seconds = self._rows.last_wait_s
+            info.sync_wait_seconds = wait_s
         from sglang.srt.managers.scheduler_components import dp_attn
 
         if dp_attn._ENABLE_METRICS_DP_ATTENTION:
@@ -230,7 +233,8 @@ PATCHES = (
         target=f"{_MODULE}:prepare_mlp_sync_batch_raw",
         wrapper=prepare_batch,
         why="it reads the rows right behind the gather, also where nothing depends on them before the launch",
-        how="with a batch and proxies to wait for, it is left at the gather and called again in the launch",
+        how="with a batch and proxies to wait for, it decides as if all ranks had the row of this one, and "
+        "in the launch once more, from the rows",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(

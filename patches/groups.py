@@ -1,9 +1,11 @@
-"""Seam: tensor dicts and objects by hand, through `GroupCoordinator`.
+"""Seam: tensor dicts and objects by hand, through `GroupCoordinator`. A patched server sends objects so. The
+five functions for tensor dicts have no caller there, since its loop sends by the seams of proxies and of
+outputs: they are the interface that sglang #19582 proposes, for what is written on top of SGLang. Where a
+server stays on upstream's path, those that upstream has are upstream's.
 
 The pipeline group of a started pipeline uses the two lanes; on any other group, and without a pipeline,
 upstream's functions run as they are. The calls and what they return are upstream's; new are
-`isend_tensor_dict` and `irecv_tensor_dict`, as sglang #19582 proposes them; on a group without lanes they use
-torch.distributed.
+`isend_tensor_dict` and `irecv_tensor_dict`; on a group without lanes they use torch.distributed.
 """
 
 from __future__ import annotations

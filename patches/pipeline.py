@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sglang_npu_pp.decisions import Told
-from sglang_npu_pp.observe.forward_timer import ForwardTimer
 from sglang_npu_pp.observe.reporting import Reporter
-from sglang_npu_pp.observe.stage_times import DepthAdviser
+from sglang_npu_pp.observe.stage_times import DepthAdviser, ForwardTimer
 from sglang_npu_pp.outcomes import Outcome
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import HostCopy, TokenReturn

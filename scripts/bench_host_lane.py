@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -24,11 +25,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport.context import RankContext
-from sglang_npu_pp.transport.endpoints import process_group_exchange
-from sglang_npu_pp.transport.host_lane import HostLane
-from sglang_npu_pp.transport.message import Kind, Message
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
+
+from scripts.output import number_table, plain_console  # noqa: E402
+from sglang_npu_pp.settings import Settings  # noqa: E402
+from sglang_npu_pp.transport.context import RankContext  # noqa: E402
+from sglang_npu_pp.transport.endpoints import process_group_exchange  # noqa: E402
+from sglang_npu_pp.transport.host_lane import HostLane  # noqa: E402
+from sglang_npu_pp.transport.message import Kind, Message  # noqa: E402
 
 SIZES = (256, 64 << 10, 1 << 20)
 WARM_UP = 50
@@ -106,11 +111,11 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = [each for transport in TRANSPORTS for each in measure(transport, arguments.messages)]
     print(f"load of the machine: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores")
+    table = number_table("us one way", "transport", "bytes", "p50", "p90", "p99", "messages")
     for each in rows:
-        print(
-            f"{each['transport']:12} {each['bytes']:>8} B   p50 {each['p50_us']:>8} us   "
-            f"p90 {each['p90_us']:>8} us   p99 {each['p99_us']:>8} us   n {each['messages']}"
-        )
+        times = (each[f"{name}_us"] for name in ("p50", "p90", "p99"))
+        table.add_row(each["transport"], *map(str, (each["bytes"], *times, each["messages"])))
+    plain_console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import psutil
 
+from rig.probes import probe_variables
 from rig.server import Server, ServerError
 
 from . import load
@@ -21,7 +22,6 @@ from .link import Link
 from .vllm import VllmDialect, VllmServer, vllm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
-_PLUGIN = Path(__file__).with_name("plugin")
 _NODES = 2
 FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
@@ -123,7 +123,7 @@ class Contestant:
         environment = {
             **VARIABLES[self.competitor.design],
             **self._variables,
-            "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
+            **probe_variables("scripts.bench.probe", paths=[ROOT]),
             "BENCH_FOLDER": str(self._folder),
         }
         arguments = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))

@@ -1,4 +1,4 @@
-"""SGLang plugin of the benchmark: counts what each stage does, and stands in for an accelerator.
+"""The probe of the benchmark (rig/probes): counts what each stage does, and stands in for an accelerator.
 
 It is loaded into every server that is measured, upstream's as well, and does the same in each: the forward
 (`Scheduler.run_batch`) is padded to a duration that the benchmark sets while the server runs. All designs
@@ -20,7 +20,7 @@ from .counters import Counted, StageFile, stage_path
 
 
 def register() -> None:
-    """Entry point `sglang.srt.plugins`; runs in the engine and in every scheduler."""
+    """Runs in the engine and in every scheduler."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if os.environ.get("BENCH_DESIGN") == "pr19582":

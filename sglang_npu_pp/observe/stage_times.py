@@ -1,15 +1,20 @@
-"""How long a stage works on an iteration: measured on the first busy batches, told to stage 0, said once.
+"""Times of forwards: when they ran, for the trace, and how long a stage works on an iteration, for the depth.
 
-Only launches in a row of one kind (prefill, decode) count, one more than there are slots: then every slot
-was taken, which is when the depth matters, and the launch before tells how long the host worked in between.
-What is measured is the forward: wall time on CPU, two events on a device, which are asked and never waited
-for.
+A launch says when the host handed a forward over. A pair of timing events around it says when the device
+began and ended it, once both have passed: they are looked at once an iteration and never waited for.
+
+Of a stage the first busy batches are measured, told to stage 0, and said once. Only launches in a row of one
+kind (prefill, decode) count, one more than there are slots: then every slot was taken, which is when the
+depth matters, and the launch before tells how long the host worked in between. What is measured is the
+forward: those two events on a device, wall time on CPU.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -18,11 +23,58 @@ from ..transport.message import Kind
 from ..transport.stage_link import StageLink
 from .depth import StageTimes, advise
 from .telemetry import Telemetry
+from .trace import Trace
+
+_NEW_ANCHOR_MS = 60_000.0  # elapsed times are 32-bit floats: a minute is good to 4 us
 
 KINDS = ("prefill", "decode")
 WARM_UP = 4  # busy launches of a kind that are not counted: first use of memory, kernels, caches
 SAMPLES = 16
 LAUNCH_LIMIT = 1000  # busy launches after which a kind that did not come is not waited for
+
+
+class _Forward(NamedTuple):
+    begin: Any
+    end: Any
+    slot: int
+    iteration: int
+
+
+class ForwardTimer:
+    """Records "run" and "ran", in times of the host, while a rank records a trace. Owned by the scheduler
+    thread."""
+
+    def __init__(
+        self, streams: DeviceStreams, trace: Trace, now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        """Waits for the device once, to learn what its time is on the host's clock."""
+        self._streams, self._trace = streams, trace
+        self._pending: deque[_Forward] = deque()
+        self._anchor: Any = streams.record_time()
+        self._anchor.synchronize()
+        self._anchor_ns = now_ns()
+
+    @contextmanager
+    def around(self, stream: AbstractContextManager[Any], slot: int, iteration: int) -> Iterator[None]:
+        """Time what is launched inside the block; `stream` makes the stream that it runs on current."""
+        with stream:
+            begin = self._streams.record_time()
+        yield
+        with stream:
+            self._pending.append(_Forward(begin, self._streams.record_time(), slot, iteration))
+
+    def collect(self) -> None:
+        """Record the forwards that have ended since. Does not wait."""
+        while self._pending and self._pending[0].end.query():
+            forward = self._pending.popleft()
+            for name, event in (("run", forward.begin), ("ran", forward.end)):
+                self._trace.record_at(self._host_ns(event), name, forward.slot, forward.iteration)
+            if self._anchor.elapsed_time(forward.end) > _NEW_ANCHOR_MS:
+                self._anchor_ns = self._host_ns(forward.end)
+                self._anchor = forward.end
+
+    def _host_ns(self, event: Any) -> int:
+        return self._anchor_ns + round(1e6 * self._anchor.elapsed_time(event))
 
 
 class _Launch(NamedTuple):

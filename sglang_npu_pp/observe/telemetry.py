@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..text import number_table
 from .whole_file import write_whole
 
 
@@ -149,6 +150,4 @@ def render_table(snapshots: Sequence[Snapshot]) -> str:
                 f"{sum(channel['bytes'] for channel in channels) / 2**20:.2f}",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return number_table(rows)

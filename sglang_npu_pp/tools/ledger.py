@@ -16,8 +16,8 @@ from itertools import groupby
 from typing import Any
 
 from ..patching import Contracts, Patch
+from ..text import table
 from .imports import without_device_backends
-from .text import table
 
 REPOSITORIES = {
     "sglang": "sgl-project/sglang",

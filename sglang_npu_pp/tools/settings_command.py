@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..settings import Settings
-from .text import table
+from ..text import table
 
 _HEADER = ("variable", "default", "meaning")
 

@@ -10,7 +10,7 @@ import pytest
 from rig.releases import IN_VENV, RELEASES
 from sglang_npu_pp.errors import ContractError
 from sglang_npu_pp.patches import PATCHES, installed, load_contracts, sglang_release
-from sglang_npu_pp.tools.doctor import contracts
+from sglang_npu_pp.tools.doctor import versions
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
 CONTRACTS = load_contracts()
@@ -26,7 +26,7 @@ def levels(findings: list[Finding]) -> set[Level]:
 
 
 def test_the_installed_sglang_fits() -> None:
-    findings = contracts.check()
+    findings = versions.check_patches()
     here = [patch for patch in PATCHES if patch.device is None]
     needed = [patch for patch in here if patch.is_needed(CONTRACTS[IN_VENV])]
     assert findings[0].text == f"{len(needed)} patches would be in force for SGLang {IN_VENV}"
@@ -45,7 +45,7 @@ def test_every_known_release_fits(release: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "path", [str(found.folder), *sys.path])
         monkeypatch.setattr(installed, "folder", lambda: found.folder / "sglang")
     assert installed.release() == release
-    findings = contracts.verdicts(PATCHES, release, CONTRACTS, installed.fingerprint)
+    findings = versions.verdicts(PATCHES, release, CONTRACTS, installed.fingerprint)
     assert Level.WRONG not in levels(findings), [each for each in findings if each.level is Level.WRONG]
 
 
@@ -56,7 +56,7 @@ def test_a_changed_function_is_named_with_every_patch_that_relies_on_it() -> Non
     def read(target: str) -> str | None:
         return "0123456789abcdef" if target == changed else CONTRACTS[release].get(target)
 
-    findings = contracts.verdicts(PATCHES, release, CONTRACTS, read)
+    findings = versions.verdicts(PATCHES, release, CONTRACTS, read)
     wrong = [finding for finding in findings if finding.level is Level.WRONG]
     concerned = [patch for patch in PATCHES if changed in patch.relies_on]
     assert concerned
@@ -72,7 +72,7 @@ def test_a_function_that_upstream_has_by_now_is_not_added() -> None:
     def read(target: str) -> str | None:
         return "0123456789abcdef" if target == added.target else CONTRACTS[release].get(target)
 
-    finding = named(contracts.verdicts(PATCHES, release, CONTRACTS, read), added.target.partition(":")[2])
+    finding = named(versions.verdicts(PATCHES, release, CONTRACTS, read), added.target.partition(":")[2])
     assert finding.level is Level.WRONG
     assert "already has the function" in finding.text
 
@@ -82,13 +82,13 @@ def test_a_release_without_a_function_that_must_be_replaced_is_refused_as_by_the
     (patch, *_) = (each for each in PATCHES if each.is_needed(CONTRACTS[release]) and not each.adds)
     without = {release: {**CONTRACTS[release], patch.target: None}}
     assert patch.is_needed(without[release])
-    findings = contracts.verdicts([patch], release, without, without[release].get)
+    findings = versions.verdicts([patch], release, without, without[release].get)
     assert levels(findings) == {Level.WRONG}
     assert findings[1].text == "this SGLang does not have the function that we would replace"
 
 
 def test_an_unknown_release_is_named_with_the_sentence_of_the_server() -> None:
-    (finding,) = contracts.verdicts(PATCHES, "0.6.0", CONTRACTS, lambda target: None)
+    (finding,) = versions.verdicts(PATCHES, "0.6.0", CONTRACTS, lambda target: None)
     assert finding.level is Level.WRONG
     assert finding.text.startswith("SGLang 0.6.0 is not a release that sglang-npu-pp knows (0.5.15, ")
 
@@ -97,7 +97,7 @@ def test_without_sglang_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ContractError, match=r"^SGLang is not installed for this Python"):
         installed.folder()
-    (finding,) = contracts.check()
+    (finding,) = versions.check_patches()
     assert finding.level is Level.WRONG
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import ascend_variables, contracts, loopback, network, own_settings, peer, versions
+from . import ascend_variables, loopback, network, own_settings, peer, versions
 from .findings import Finding, Level, Section
 from .layout import Layout
 from .peer import PeerTest
@@ -13,7 +13,7 @@ from .peer import PeerTest
 def examine(environ: Mapping[str, str], layout: Layout, peer_test: PeerTest | None) -> Iterator[Section]:
     """One section a subject, each as soon as it is there."""
     yield _section("Versions", lambda: versions.check(environ))
-    yield _section("Patches and contracts", contracts.check)
+    yield _section("Patches and contracts", versions.check_patches)
     settings, findings = own_settings.check(environ)
     yield Section("Settings of sglang-npu-pp", findings)
     yield _section("Variables of HCCL and torch_npu", lambda: ascend_variables.check(environ))

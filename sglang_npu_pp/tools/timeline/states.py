@@ -39,6 +39,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from ...observe.trace import Event, RankTrace
+from ...text import number_table
 
 COMPUTE, EXPOSED, BACK_PRESSURE = "compute", "exposed", "back-pressure"
 BUBBLE, HOST, IDLE = "bubble", "host work", "idle"
@@ -155,19 +156,12 @@ def table(timeline: Timeline) -> str:
     shown.append((BACK_PRESSURE, BACK_PRESSURE, None))
     for label, state, kind in shown:
         rows.append([label, *(_cell(stage, state, kind) for stage in stages)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [_line(row, widths) for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return number_table(rows, left=1)
 
 
 def _cell(stage: StageTimeline, state: str, kind: str | None) -> str:
     each = 1e3 * stage.seconds(state, kind) / max(1, stage.launches)
     return f"{each:8.3f} ms {100 * stage.share(state, kind):5.1f} %"
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *cells])
 
 
 # --- from events to states ---------------------------------------------------------------------
