@@ -1,14 +1,11 @@
-"""Seam: what stage 0 decides for all stages.
+"""Seam: decisions of stage 0 for all stages.
 
-Stages run the same requests only while they decide alike, and a clock, or how far a thread of its own is, no
-stage has in common with another. Upstream sends some of these decisions from stage to stage; others each
-stage makes by itself. Here the leader of stage 0 says with the requests of an iteration by which time it is
-to be decided, and what it found: `Decisions`. They take the broadcast inside stage 0 and the message to the
-next stage that the requests take, so every rank has them before it processes those requests.
+Stages run the same requests only while they decide alike, but clocks and threads differ. Upstream sends some
+of these decisions; each stage makes the others by itself. Here the leader of stage 0 adds its time and its
+findings to the requests of an iteration (`Decisions`), for every rank.
 
-The time is told where requests arrive, and in an iteration in which it makes a difference. Everywhere else it
-stands still, on all ranks alike. With data-parallel attention each group of ranks that share a queue has its
-own leader, and its own time.
+Between arrivals, and iterations that depend on it, the time stands still, on all ranks alike. With
+data-parallel attention each group of ranks with a shared queue has its own leader and time.
 """
 
 from __future__ import annotations
@@ -27,8 +24,8 @@ _REAP_INTERVAL_S = 1.0  # upstream's, of sessions
 
 
 def broadcast_requests(original: Any, receiver: Any, requests: Any, *local: Any) -> list[Any]:
-    """Runs on stage 0. `requests`: what has arrived, None on ranks that are told. `local`: from 0.5.20 on the
-    requests that upstream's own time limits end."""
+    """On stage 0. `requests`: arrivals, None except on the leader. `local`: from 0.5.20 on, requests ended by
+    upstream's own time limits."""
     pipeline = current()
     if pipeline is None:
         return original(receiver, requests, *local)
@@ -38,13 +35,13 @@ def broadcast_requests(original: Any, receiver: Any, requests: Any, *local: Any)
 
 
 def split_requests(original: Any, receiver: Any, requests: list[Any]) -> tuple[list[Any], list[Any]]:
-    """With data-parallel attention, what is no work is broadcast from the first group to all others."""
+    """With data-parallel attention, decisions are broadcast from the first group to all others."""
     work, control = original(receiver, [one for one in requests if not isinstance(one, Decisions)])
     return [*work, *(one for one in requests if isinstance(one, Decisions))], control
 
 
 def _decide(scheduler: Any, arrived: bool) -> Decisions | None:
-    """None if there is nothing to tell in this iteration."""
+    """None if this iteration has no decisions."""
     now = time.monotonic()
     found = Decisions(now, overdue_requests(scheduler), polled_grammars(scheduler))
     if arrived or found != Decisions(now) or _time_matters(scheduler, now):
@@ -67,8 +64,8 @@ def maybe_reap(original: Any, sessions: Any, now: float, *interval: Any) -> None
     original(sessions, now if pipeline is None else pipeline.told.now, *interval)
 
 
-def by_told_clock(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Upstream's function, by the time that stage 0 has told."""
+def by_shared_clock(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Upstream's function, with stage 0's time."""
     pipeline = current()
     function = original if pipeline is None else with_names(original, time=pipeline.told.clock)
     return function(*args, **kwargs)
@@ -84,10 +81,10 @@ _BY_ITS_OWN_CLOCK = "every stage decides by its own clock; stages that differ ru
 _BY_TOLD_CLOCK = "decides by the time that stage 0 has told"
 
 
-def _told_clock(target: str, what: str, relies_on: tuple[str, ...] = ()) -> Patch:
+def _shared_clock(target: str, what: str, relies_on: tuple[str, ...] = ()) -> Patch:
     return Patch(
         target=target,
-        wrapper=by_told_clock,
+        wrapper=by_shared_clock,
         why=f"{what}: {_BY_ITS_OWN_CLOCK}",
         how=_BY_TOLD_CLOCK,
         upstream=_UPSTREAM,
@@ -123,9 +120,9 @@ PATCHES = (
         plan=_PLAN,
         relies_on=(f"{_SESSIONS}.__init__",),
     ),
-    _told_clock(f"{_SESSION}.__init__", "when a session was last active"),
-    _told_clock(f"{_SESSION}.create_req", "when a session was last active"),
-    _told_clock(f"{_SESSION}.is_timed_out", "whether a session is over"),
-    _told_clock(f"{_FLUSHES}.handle", "until when a flush_cache may wait"),
-    _told_clock(f"{_FLUSHES}.check_pending", "whether a flush_cache has waited too long"),
+    _shared_clock(f"{_SESSION}.__init__", "when a session was last active"),
+    _shared_clock(f"{_SESSION}.create_req", "when a session was last active"),
+    _shared_clock(f"{_SESSION}.is_timed_out", "whether a session is over"),
+    _shared_clock(f"{_FLUSHES}.handle", "until when a flush_cache may wait"),
+    _shared_clock(f"{_FLUSHES}.check_pending", "whether a flush_cache has waited too long"),
 )

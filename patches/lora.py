@@ -1,8 +1,7 @@
-"""Seam: which LoRA adapters may run next.
+"""Seam: LoRA adapters that may run next.
 
-A drainer lets no further requests of some adapters in when requests of others have waited for too long, by
-the clock of each rank. And with overlapped loading an adapter may run when its copy to the device has ended,
-which every rank asks its own device.
+A drainer blocks some adapters while requests of others have waited too long, by each rank's clock. With
+overlapped loading an adapter runs after its copy to the device, by each rank's event.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ _NO_TIME_S = 1e-9  # sets apart those that came at the same told time
 def update_adapter_stats(
     original: Any, drainer: Any, waiting_queue: Sequence[Any], running_reqs: Sequence[Any]
 ) -> None:
-    """As upstream, and then the longest waits by told time. Equal ones would be told apart by the order of a
-    set, which every process has its own of."""
+    """As upstream, then the longest waits by stage 0's time; a set's order would break ties differently in
+    every process."""
     original(drainer, waiting_queue, running_reqs)
     pipeline = current()
     if pipeline is None:
@@ -41,7 +40,7 @@ def update_adapter_stats(
 
 
 def update_draining_loras(original: Any, drainer: Any, running_reqs: Sequence[Any]) -> None:
-    """Of adapters that have equally few tokens to go, the same one on all ranks."""
+    """Among adapters with equally few tokens left, the same on all ranks."""
     function = original if current() is None else with_names(original, min=_first_smallest)
     function(drainer, running_reqs)
 
@@ -53,7 +52,7 @@ def _first_smallest(names: Iterable[Any], key: Callable[[Any], Any]) -> Any:
 def try_overlap_load_lora(
     original: Any, loader: Any, lora_id: str | None, running_loras: set[str | None]
 ) -> bool:
-    """Whether there is room decides, not whether this rank still copies."""
+    """Room decides, not this rank's copy."""
     if current() is None:
         return bool(original(loader, lora_id, running_loras))
     if not loader.lora_manager.validate_lora_batch({lora_id} | running_loras):

@@ -1,9 +1,8 @@
-"""Seam: orders of requests that a process makes up by itself.
+"""Seam: request orders that differ between processes.
 
-Requests that give way to one of higher priority upstream puts into a set, and queues them again in its
-order: that of addresses, which every process has its own of. Priority and then the time of queueing say what
-runs next, so ranks that queued two of them in another order run other requests. And `--schedule-policy
-random` shuffles with the generator of the process, from which others may draw.
+Upstream queues preempted requests again in the order of a set, that of addresses; priority and queueing time
+decide what runs next, so ranks would run other requests. `--schedule-policy random` shuffles with the
+process's generator, which others may use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the time of a stage goes: counters per message kind and per phase of the scheduler.
+"""Telemetry: counters per message kind and per phase of the scheduler.
 
-One `Telemetry` belongs to one rank. Counters are plain additions on the thread that does the work; a
-reader may see a count one message ahead of its bytes, never a torn value.
+One `Telemetry` per rank. Counters are plain additions on the working thread; a reader may see a count one
+message ahead of its bytes, never a torn value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ChannelCounters:
 
 @dataclass
 class Telemetry:
-    """Counters of one rank since its start; `snapshot()` is safe to call from any thread."""
+    """Counters of one rank since its start; `snapshot()` is thread-safe."""
 
     stage: int
     rank: int
@@ -53,7 +53,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall time of the block to the phase `name`, in seconds."""
+        """Add the wall time of the block, in seconds, to the phase `name`."""
         begin = time.monotonic()
         try:
             yield
@@ -92,18 +92,18 @@ class Snapshot:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Replica (-1: there are none), stage, rank."""
+        """Replica (-1 without replicas), stage, rank."""
         return -1 if self.replica is None else self.replica, self.stage, self.rank
 
     def write(self, directory: Path) -> Path:
-        """Write `file_name(...).json`, whole or not at all, and return its path."""
+        """Write `file_name(...).json` atomically; return its path."""
         path = directory / f"{file_name(self.stage, self.rank, self.replica)}.json"
         write_whole(path, json.dumps(asdict(self), indent=1).encode())
         return path
 
 
 def file_name(stage: int | str, rank: int, replica: int | None) -> str:
-    """What the files of a rank are called, and those of no other rank of the server: without the suffix."""
+    """File name of a rank, unique in the server, without suffix."""
     name = f"stage{stage}-rank{rank}"
     return name if replica is None else f"replica{replica}-{name}"
 
@@ -112,16 +112,14 @@ _A_SNAPSHOT = re.compile(r"(replica\d+-)?stage\d+-rank\d+\.json")
 
 
 def read_snapshots(directory: Path) -> list[Snapshot]:
-    """What the ranks wrote into `directory`, by replica, stage and rank."""
+    """Snapshots of all ranks in `directory`, by replica, stage and rank."""
     paths = [path for path in directory.iterdir() if _A_SNAPSHOT.fullmatch(path.name)]
     return sorted((Snapshot(**json.loads(path.read_text())) for path in paths), key=lambda one: one.place)
 
 
 def render_table(snapshots: Sequence[Snapshot]) -> str:
-    """Plain-text table: where the scheduler thread of each stage was, in ms, and what it moved.
-
-    Data-parallel replicas are told apart by a column of their own, where there are any.
-    """
+    """Plain-text table: time of each stage's scheduler thread in ms, and its messages; with a column for
+    data-parallel replicas, if any."""
     replicas = any(snapshot.replica is not None for snapshot in snapshots)
     kinds = ("requests", "proxy", "output")
     head = [

@@ -1,7 +1,6 @@
-"""Whether the installed SGLang is one that the patches know: a verdict for each of them.
+"""Compatibility of the installed SGLang with each patch.
 
-Fingerprints are taken from the files, so SGLang is not imported. The server compares the functions of its own
-process, and so also sees what another plugin has replaced there.
+From fingerprints of files, without importing SGLang; the server also detects other plugins in its process.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def check() -> list[Finding]:
 
 
 def verdicts(patches: Sequence[Patch], release: str, contracts: Contracts, read: Read) -> list[Finding]:
-    """A finding for each of `patches`, behind one for all of them."""
+    """A finding for each of `patches`, after one for all."""
     try:
         contract = known_contract(release, contracts)
     except ContractError as error:

@@ -1,4 +1,4 @@
-"""The picture of a timeline: one row per stage, one colour per state."""
+"""Figure of a timeline: one row per stage, one colour per state."""
 
 from __future__ import annotations
 
@@ -29,10 +29,8 @@ _ROOM_FOR_A_NUMBER = 0.014  # of the axis: narrower forwards are not numbered
 
 
 def draw(timeline: Timeline, path: Path, title: str) -> None:
-    """Write the picture to `path`, PNG or SVG by its ending.
-
-    Raises ImportError without matplotlib, ValueError for another ending.
-    """
+    """Write `path`, PNG or SVG by its suffix. Raises ImportError without matplotlib, ValueError for another
+    suffix."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -58,7 +56,7 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
 def _draw_stage(
     axes: Axes, row: int, stage: StageTimeline, begin_ns: int, length_ms: float
 ) -> set[tuple[str, str]]:
-    """Draw one row; returns the colours it used."""
+    """Draw one row; return its colours."""
     bars: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for span in stage.spans:
         begin_ms, width_ms = (span.begin_ns - begin_ns) / 1e6, (span.end_ns - span.begin_ns) / 1e6
