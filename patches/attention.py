@@ -67,8 +67,7 @@ PATCHES = (
         wrapper=init_forward_metadata,
         device="npu",
         why="lengths are read from the device, so the host waits for the proxies and all earlier forwards",
-        how="those reads are answered from the host's copies of the same lengths; a list goes through "
-        "pinned memory",
+        how="those reads return the host's copies of the same lengths; a list goes through pinned memory",
         upstream="0.5.23 takes the width of the block table from the host itself",
         plan="goes with 0.5.21",
     ),

@@ -62,7 +62,7 @@ def resolve_prefill_dp_rank(original: Any, queue: Any, req: Any) -> int | None:
 
 def resolve_pending_reqs(original: Any, queue: Any) -> None:
     """Upstream's step, for requests with all answers."""
-    # Every request that waits for these is told below; a later one may be luckier. They are forgotten without
+    # Every request waiting for these fails below; a later one starts anew. They are forgotten without
     # any, too: another stage may have failed the request before its lookup ended here.
     failed = [] if _lookups is None else _lookups.failed()
     if not queue.pending_reqs:
@@ -88,7 +88,7 @@ def resolve_pending_reqs(original: Any, queue: Any) -> None:
     original(queue)
     for decode_req in ready:
         _forget(decode_req.req)
-    while _used:  # a connection that turns out to be dead is asked for again
+    while _used:  # a dead connection is looked up again
         lookups().forget(_used.pop())
     queue.pending_reqs = [*waiting, *queue.pending_reqs]
 
@@ -206,7 +206,7 @@ def _room_request(req: Any) -> HttpRequest:
 def _rank_requests(manager: Any, address: str, dp_rank: int) -> list[HttpRequest]:
     """Requests of `CommonKVReceiver.init` not yet answered for an earlier request."""
     info = manager.prefill_info_table.get(address)
-    if info is None:  # its heartbeat has just failed: `init` says so
+    if info is None:  # its heartbeat has just failed: `init` reports it
         return []
     return [
         _rank_request(address, dp_rank, cp_rank, tp_rank, pp_rank)
@@ -264,8 +264,8 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}._resolve_prefill_dp_rank",
         wrapper=resolve_prefill_dp_rank,
-        why="with a rank, the handshake begins, and asks for addresses in the event loop",
-        how="starts the lookups; gives the rank when all that the handshake asks is known",
+        why="a known rank starts the handshake, with HTTP requests for addresses in the event loop",
+        how="starts the lookups; returns the rank once the handshake has all its answers",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(f"{_QUEUE}.add", "sglang.srt.disaggregation.decode:_bootstrap_addr"),
@@ -273,8 +273,8 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}._resolve_pending_reqs",
         wrapper=resolve_pending_reqs,
-        why="each of its steps may ask; it retries by counting iterations, and not at all for some errors",
-        how="runs for the requests whose lookups have all answers; those whose lookups failed, fail",
+        why="each of its steps may send HTTP requests; retries count iterations, and some errors have none",
+        how="runs for the requests with all answers; a failed lookup fails its request",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(
@@ -286,7 +286,7 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}.prefetch_prefill_dp_rank_queries",
         wrapper=prefetch_prefill_dp_rank_queries,
-        why="would ask a second time",
+        why="would send a second query",
         how="does nothing",
         upstream=_UPSTREAM,
         plan=_PLAN,
@@ -295,8 +295,8 @@ PATCHES = (
     Patch(
         target=f"{_MANAGER}.try_ensure_parallel_info",
         wrapper=try_ensure_parallel_info,
-        why=f"the layout of the prefill server {_WHY}; a server that does not fit ends this one",
-        how="checks the answer of the lookup; a server that does not fit fails the request",
+        why=f"the layout of the prefill server {_WHY}; an incompatible server ends this one",
+        how="checks the answer of the lookup; an incompatible server fails the request",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),

@@ -333,8 +333,8 @@ PATCHES = (
         target=f"{_SCHEDULER}.init_request_dispatcher",
         wrapper=init_request_dispatcher,
         why="stages handle control requests alone and stage 0 answers with its own result; a failure on a "
-        "later stage is called a success, and caches differ; a handler that raises ends the server",
-        how="all stages say what became of it before caches are flushed and the client is answered",
+        "later stage looks like a success, and caches differ; an exception of a handler ends the server",
+        how="all stages exchange outcomes before caches are flushed and the client is answered",
         upstream="none known",
         plan="goes when upstream gathers the results of all stages",
         relies_on=(

@@ -30,21 +30,21 @@ from .pipeline import current, has_pipeline
 
 logger = logging.getLogger("sglang_npu_pp")
 
-# Upstream dumps unless these say no. With nobody left to be dumped, only who says yes is made to wait.
+# Upstream dumps unless these are false. With no process left to dump, only an explicit true waits.
 _DUMPS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
 _YES = ("1", "true", "yes", "y")
 
 DUMPS = "_SGLANG_NPU_PP_DUMPS_S"
 """Environment variable of schedulers: how long SGLang may take to dump them; absent where it does not."""
 
-_TITLE = "sglang::scheduler"  # what SGLang looks for
+_TITLE = "sglang::scheduler"  # SGLang searches for it
 _CRASHED = "crashed"
-_SETTLE_S = 60.0  # SGLang's own five seconds, a busy machine, and its look at what has ended
+_SETTLE_S = 60.0  # SGLang's own five seconds, a busy machine, and its check for ended processes
 _A_DUMP_S = 30.0  # of one scheduler
 _CUDA = "CUDA_ENABLE_USER_TRIGGERED_COREDUMP"
 _CUDA_WAIT = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"
 
-_node: Node | None = None  # in a launcher: what its end is, too
+_node: Node | None = None  # in a launcher: also the scope of its end
 
 
 def launch_scheduler_processes(
@@ -73,7 +73,7 @@ def launch_scheduler_processes(
                 let_dumps_be_made(schedulers)
                 end_node(node)
             with suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).kill()  # what follows is what SGLang does when a scheduler dies
+                psutil.Process(pid).kill()  # the rest is SGLang's reaction to a dead scheduler
 
         limit_s = load_settings().peer_timeout_s
         watch = Watch(processes, result.all_child_pids, limit_s=limit_s, name=name_of)
@@ -198,7 +198,7 @@ def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
 
 def _schedulers_beside() -> list[psutil.Process]:
     """All others started so far (a pipeline's start together); empty without dumps to wait for."""
-    with suppress(Exception):  # what it is for comes after the end of this scheduler
+    with suppress(Exception):  # the end of this scheduler must not depend on it
         node = Node.of_this_process() if DUMPS in os.environ else None
         if node is not None:
             children = node.launcher.children(recursive=True)
@@ -229,11 +229,11 @@ PATCHES = (
     Patch(
         target="sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes",
         wrapper=launch_scheduler_processes,
-        why="the launcher of a scheduler that was stopped serves for ever, silent; one of a later node waits "
-        "for its schedulers one after another, whichever was killed",
-        how="look after them; when one was killed, or stopped for the peer time-out, this node ends",
-        upstream="sglang #18421: node 0 notices schedulers that have ended",
-        plan="goes when upstream notices a scheduler that was stopped, on every node",
+        why="the launcher of a stopped scheduler serves for ever, silent; one of a later node waits "
+        "for its schedulers one after another, in a fixed order",
+        how="check them; a kill, or a stop for the peer time-out, ends this node",
+        upstream="sglang #18421: node 0 detects ended schedulers",
+        plan="goes when upstream detects stopped schedulers on every node",
         relies_on=(
             "sglang.srt.managers.load_snapshot:create_load_snapshot_writer",
             "sglang.srt.managers.load_snapshot:shm_path_for",
@@ -244,8 +244,7 @@ PATCHES = (
     Patch(
         target="sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler",
         wrapper=running_phase_sigquit_handler,
-        why="its end leaves shared memory; a minute is waited for CUDA's cores where CUDA was not told to "
-        "write any",
+        why="its end leaves shared memory, and waits a minute for CUDA's cores where CUDA does not write any",
         how="end the node when the dumps are made; no wait unless CUDA writes cores on request",
         upstream="none",
         plan="goes when upstream removes its shared memory",
@@ -257,7 +256,7 @@ PATCHES = (
     Patch(
         target="sglang.srt.managers.scheduler:dispatch_event_loop",
         wrapper=dispatch_event_loop,
-        why="upstream sleeps five seconds before it ends, with nobody left to be dumped, and leaves the "
+        why="upstream sleeps five seconds before it ends, with no process left to dump, and leaves the "
         "shared memory of its processes",
         how="when a peer is lost, report, then kill this node's processes but the resource tracker",
         upstream="none",

@@ -49,7 +49,7 @@ def get_ready_grammar_requests(original: Any, manager: Any) -> list[Any]:
     leader = pipeline.link.stage == 0 and is_leader()
     if decided == NO_GRAMMARS and not leader:
         return []
-    ranks, manager.grammar_sync_size = manager.grammar_sync_size, 2  # so that it asks what others found
+    ranks, manager.grammar_sync_size = manager.grammar_sync_size, 2  # so that it gathers from others
     try:
         found = _gathers(_indices(manager.grammar_queue, decided))
         return list(with_names(original, torch=found, time=time if leader else _no_time())(manager))
@@ -82,9 +82,9 @@ PATCHES = (
     Patch(
         target=f"{_MANAGER}.get_ready_grammar_requests",
         wrapper=get_ready_grammar_requests,
-        why="every stage finds by itself which grammars are ready; stages that differ run other requests",
-        how="stage 0 tells; a rank that is not ready waits for its compiler",
-        upstream="sglang #30747 (0.5.18: stage 0 sends what it has found)",
+        why="every stage polls its own compiler; diverging stages run other requests",
+        how="stage 0 decides; a rank that is not ready waits for its compiler",
+        upstream="sglang #30747 (0.5.18: stage 0 sends its result)",
         plan="goes with 0.5.15",
         relies_on=(f"{_MANAGER}.abort_requests",),
         unless=f"{_MANAGER}._pp_sync_ready_failed",

@@ -257,7 +257,7 @@ def _added(name: str, function: Any, how: str) -> Patch:
     return Patch(
         target=f"{_GROUP}.{name}",
         wrapper=function,
-        why="there is no way to post a tensor dict and wait for it later",
+        why="no way to post a tensor dict and wait for it later",
         how=how,
         upstream="sglang #19582",
         plan=_PLAN,

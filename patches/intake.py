@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 # Control requests of which every stage makes the same because all get them in the same iteration, or which
-# only read what stage 0 has. All others may end differently on one stage: files, memory, a device, an
+# only read the state of stage 0. All others may end differently on one stage: files, memory, a device, an
 # exception. Names, because not every release has all of them.
 _DECIDED_BY_THE_LIST = frozenset(
     (

@@ -17,7 +17,7 @@ from .pipeline import current
 _DRAINER = "sglang.srt.lora.lora_drainer:LoRADrainer"
 _LOADER = "sglang.srt.lora.lora_overlap_loader:LoRAOverlapLoader"
 _SINCE = "sglang_npu_pp_waits_since"  # attribute of a request: when stage 0 had it waiting first
-_NO_TIME_S = 1e-9  # sets apart those that came at the same told time
+_NO_TIME_S = 1e-9  # separates those with the same time of stage 0
 
 
 def update_adapter_stats(
@@ -69,7 +69,7 @@ def _wait_for_copies(loader: Any) -> None:
         event.synchronize()
 
 
-_WHY = "stages that differ run other requests"
+_WHY = "diverging stages run other requests"
 _UPSTREAM = "none: with tensor parallelism alone its ranks may differ in this as well"
 _PLAN = "goes when upstream decides on one rank"
 
@@ -77,24 +77,24 @@ PATCHES = (
     Patch(
         target=f"{_DRAINER}._update_adapter_stats",
         wrapper=update_adapter_stats,
-        why=f"every rank takes the time that a request has waited from its own clock; {_WHY}",
-        how="takes it from the times that stage 0 has told",
+        why=f"every rank measures a request's wait by its own clock; {_WHY}",
+        how="measures it by the times of stage 0",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),
     Patch(
         target=f"{_DRAINER}._update_draining_loras",
         wrapper=update_draining_loras,
-        why=f"which of two adapters with equally much to do is drained, the order of a set says; {_WHY}",
-        how="goes by their names",
+        why=f"between two adapters with equally much to do the order of a set decides; {_WHY}",
+        how="by name",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),
     Patch(
         target=f"{_LOADER}.try_overlap_load_lora",
         wrapper=try_overlap_load_lora,
-        why=f"an adapter may run as soon as the device of a rank has copied it; {_WHY}",
-        how="waits for the copy of an adapter that there is room for",
+        why=f"an adapter may run after its copy to the rank's device; {_WHY}",
+        how="room decides, then waits for the copy",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(

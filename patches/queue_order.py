@@ -42,15 +42,15 @@ PATCHES = (
     Patch(
         target="sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule",
         wrapper=preempt_to_schedule,
-        why="requests that give way are queued again in the order of a set; every process has its own",
-        how="in the order of the batch that they ran in",
+        why="preempted requests are queued again in the order of a set, different in every process",
+        how="in the order of their batch",
         upstream=_UPSTREAM,
         plan="goes when upstream queues them in one order",
     ),
     Patch(
         target=f"{_POLICY}.calc_priority",
         wrapper=calc_priority,
-        why="the random policy shuffles with a generator that others may draw from, on one stage only",
+        why="the random policy shuffles with a shared generator, which other code of one stage may use",
         how="starts the generator anew in each iteration",
         upstream=_UPSTREAM,
         plan="goes when upstream's policy has a generator of its own",

@@ -125,8 +125,7 @@ PATCHES = (
         target=f"{_RECEIVER}.recv_requests",
         wrapper=recv_requests,
         why="later stages wait for the leader's gloo message and then for a broadcast",
-        how="number the iteration; later stages take the message that is already in their inbox, every rank "
-        "its own",
+        how="number the iteration; later stages take the message already in their inbox, every rank its own",
         upstream="sglang #19582",
         plan=_PLAN,
         relies_on=(
@@ -147,14 +146,14 @@ PATCHES = (
         wrapper=process_input_requests,
         why="the disaggregated loops send requests at the end of an iteration, and every stage "
         "waits for a gloo rendezvous of size and pickle",
-        how="push the list to the next stage as soon as it is there",
+        how="push the list to the next stage at once",
         upstream="sglang #19582 (split phases); field notes, section 1",
         plan=_PLAN,
     ),
     Patch(
         target=f"{_MIXIN}._pp_send_pyobj_to_next_stage",
         wrapper=send_to_next_stage,
-        why="two gloo sends that complete only when the next stage asks for them",
+        why="two gloo sends that complete only when the next stage receives",
         how="one push on the host lane",
         upstream="sglang #19582",
         plan=_PLAN,

@@ -77,8 +77,8 @@ def _patch(name: str, wrapper: Any, what: str) -> Patch:
     return Patch(
         target=f"{_SCHEDULER}.{name}",
         wrapper=wrapper,
-        why=f"every rank decides by its own clock {what}; stages that differ run other requests",
-        how="ends the requests that stage 0 has named",
+        why=f"every rank decides by its own clock {what}; diverging stages run other requests",
+        how="ends the requests named by stage 0",
         upstream="0.5.20 (aborts of the leader in the list of requests)",
         plan="goes with 0.5.18",
         relies_on=(f"{_SCHEDULER}.get_next_batch_to_run",),

@@ -27,9 +27,9 @@ class Decisions:
     now: float
     """Seconds, `time.monotonic()` of the rank that decides."""
     overdue: frozenset[str] = frozenset()
-    """Ids of requests that have waited or run for too long; from SGLang 0.5.20 on aborts say so."""
+    """Ids of requests past a time limit; from SGLang 0.5.20 on upstream sends aborts."""
     grammars: Grammars = NO_GRAMMARS
-    """From SGLang 0.5.18 on stage 0 sends them itself."""
+    """From SGLang 0.5.18 on upstream sends them."""
 
 
 class SharedClock:
@@ -48,7 +48,7 @@ class Told:
     """Decisions in force on this rank."""
 
     def __init__(self) -> None:
-        self.now = 0.0  # when it was last told: stands still in between
+        self.now = 0.0  # of the last decision: stands still in between
         self.this_iteration: Decisions | None = None
 
     @property

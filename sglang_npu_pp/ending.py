@@ -28,7 +28,7 @@ LAUNCHER = "_SGLANG_NPU_PP_LAUNCHER"
 """Environment variable: the process that may be ended so, and files that it leaves, for its schedulers."""
 
 LAST_WORDS_S = 3.0
-CORE_LIMIT_S = 300.0  # a core is as large as what the process had in memory
+CORE_LIMIT_S = 300.0  # a core is as large as the memory of its process
 _CORE_POLL_S = 0.1
 POLL_S = 0.2  # of a launcher's watch
 
@@ -126,7 +126,7 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
-# --- what a launcher looks at -----------------------------------------------------------------------
+# --- check of its processes by a launcher -------------------------------------------------------------
 
 
 class Watch:
@@ -146,7 +146,7 @@ class Watch:
         name: Callable[[psutil.Process], str],
     ) -> None:
         self._started, self._pids, self._limit_s, self._name = started, pids, limit_s, name
-        self._names: dict[int, str] = {}  # of what has been seen running
+        self._names: dict[int, str] = {}  # of processes seen running
         self._looks = math.ceil(limit_s / POLL_S) + 1
         self._stopped: Counter[int] = Counter()  # looks, not seconds: those pass while we are stopped too
         self._killed: set[BaseProcess] = set()

@@ -24,7 +24,7 @@ import msgspec
 CONNECTIONS_PER_HOST = 8
 LONGEST_ANSWER = 4 << 20  # bytes; of thousands of rooms some 100 KiB
 LONGEST_REASON = 200  # characters of an answer that are worth repeating
-TOO_EARLY = (408, 425, 429)  # of the 4xx only these say that the same request may be answered later
+TOO_EARLY = (408, 425, 429)  # the only 4xx worth a retry
 CLOSE_LIMIT_S = 5.0
 
 
@@ -87,7 +87,9 @@ class Lookups:
     def __init__(self, policy: RetryPolicy | None = None) -> None:
         self._policy = policy or RetryPolicy()
         self._states: dict[HttpRequest, _State] = {}
-        self._lock = threading.Lock()  # of what several threads change; an outcome is assigned at once
+        self._lock = (
+            threading.Lock()
+        )  # for the state that several threads change; an outcome is assigned at once
         self.counters: Counter[str] = Counter()
         self._client: aiohttp.ClientSession | None = None
         self._loop = asyncio.new_event_loop()

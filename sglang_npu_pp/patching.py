@@ -97,7 +97,7 @@ def fingerprint(target: str) -> str:
     if function is None:
         raise ContractError(f"{target} does not exist in this SGLang.")
     try:
-        source = inspect.getsource(function)  # of what its decorators wrap
+        source = inspect.getsource(function)  # of the function inside its decorators
     except (OSError, TypeError) as error:
         raise ContractError(f"The source of {target} cannot be read: {error}.") from None
     if _layers(function) > _decorators(source):
@@ -246,7 +246,7 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
 def _import_what_is_replaced(patches: Iterable[Patch]) -> None:
     """Needed soon anyway; a loaded function is read faster than a file."""
     for patch in patches:
-        with suppress(ImportError):  # what is missing the check says
+        with suppress(ImportError):  # the check reports a missing one
             importlib.import_module(patch.target.partition(":")[0])
 
 

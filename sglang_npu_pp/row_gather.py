@@ -21,7 +21,7 @@ from .errors import PeerLostError, PipelineError
 from .observe.telemetry import ChannelCounters
 from .streams import DeviceStreams
 
-# HCCL takes twice so much memory of the device for a communicator, 200 MB unless it is told otherwise, and
+# HCCL takes twice so much memory of the device for a communicator, 200 MB by default, and
 # these rows have a few bytes. vllm-ascend gives 50 to the group of its own metadata.
 _HCCL_BUFFER_MB = 50
 

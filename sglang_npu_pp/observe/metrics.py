@@ -19,7 +19,7 @@ from .telemetry import ChannelCounters, Telemetry
 logger = logging.getLogger("sglang_npu_pp")
 
 PREFIX = "sglang_npu_pp_"
-COPY_EVERY_S = 1.0  # a fraction of what Prometheus' shortest usual scrape interval, 5 s, could show
+COPY_EVERY_S = 1.0  # a fraction of Prometheus' shortest usual scrape interval, 5 s
 RANK_LABELS = ("stage", "rank")
 
 
@@ -161,5 +161,5 @@ class Exporter:
         try:
             while not self._end.wait(COPY_EVERY_S):
                 self.copy()
-        except Exception:  # a full disk, say; the server goes on without these metrics
+        except Exception:  # for example a full disk; the server goes on without these metrics
             logger.exception("sglang-npu-pp: metrics of this rank are not updated any more")

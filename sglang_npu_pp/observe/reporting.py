@@ -29,7 +29,7 @@ class Reporter:
 
     def report(self) -> None:
         """Never raises: called by signal handlers and at the end."""
-        with suppress(Exception):  # a log that is closed, say
+        with suppress(Exception):  # for example a closed log
             self._report()
 
     def _report(self) -> None:
@@ -41,7 +41,7 @@ class Reporter:
                 self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns, snapshot.replica
             )
             self._write(trace, self._settings.trace_dir, "SGLANG_NPU_PP_TRACE")
-        # Last: with it the report of this rank is there.
+        # Last: it marks the report of this rank as complete.
         self._write(snapshot, self._settings.telemetry_dir, "SGLANG_NPU_PP_TELEMETRY_DIR")
 
     def _write(self, what: Snapshot | RankTrace, directory: Path | None, variable: str) -> None:

@@ -24,11 +24,11 @@ class ChannelCounters:
     """Messages of one kind in one direction."""
 
     messages: int = 0
-    bytes: int = 0  # header and frames, and what went over the device lane
-    waits: int = 0  # how often the scheduler thread asked for a message
-    wait_s: float = 0.0  # how long it was blocked until the message was there
-    backpressure: int = 0  # how often a send found its window or its slots full
-    backpressure_s: float = 0.0  # how long it was blocked for that
+    bytes: int = 0  # header, frames, and tensors of the device lane
+    waits: int = 0  # receives by the scheduler thread
+    wait_s: float = 0.0  # time blocked until the message was there
+    backpressure: int = 0  # sends that found their window or slots full
+    backpressure_s: float = 0.0  # time blocked for that
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Telemetry:
     received: dict[str, ChannelCounters] = field(default_factory=dict)
     phases_s: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # frames from unauthenticated clients and messages that could not be read
-    refused_connections: int = 0  # from the network, of which nobody showed a key of this server
+    refused_connections: int = 0  # from the network, without a key of this server
     started: float = field(default_factory=time.monotonic)
     replica: int | None = None  # where data-parallel replicas each have a stage 0 and a rank 0
 

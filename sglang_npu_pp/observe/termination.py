@@ -25,7 +25,7 @@ from typing import Any
 
 TURN_S = 0.2  # until the thread takes the place of a handler that does not run
 BEGIN_S = 1.0  # until the report has begun: Python does not run at all
-REPORT_S = 8.0  # for the report; who stops containers sends SIGKILL after ten seconds
+REPORT_S = 8.0  # for the report; container runtimes send SIGKILL after ten seconds
 _BEGUN = b"\0"  # no signal has this number
 
 _BESIDE = """
@@ -69,7 +69,7 @@ class Termination:
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or reset_by_kernel is None:
             return False
         taken = signal.set_wakeup_fd(-1)
-        if taken != -1:  # an event loop, which has to hear of its own signals
+        if taken != -1:  # an event loop, which needs its own signals
             signal.set_wakeup_fd(taken)
             return False
         reader, writer = os.pipe()

@@ -37,7 +37,7 @@ class Entry:
     target: str  # "module:Class.method" of SGLang
     adds: bool  # the function is new; otherwise it is replaced
     code: str  # "patches/module.py:function"
-    seam: str  # what that module is about, its first paragraph
+    seam: str  # subject of that module: its first paragraph
     why: str
     how: str
     upstream: str
@@ -117,7 +117,7 @@ def _references(upstream: str) -> list[tuple[str, str]]:
     return found
 
 
-# --- what is printed -----------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------
 
 
 def text(found: list[Entry], releases: tuple[str, ...]) -> str:

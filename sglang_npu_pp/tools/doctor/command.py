@@ -134,7 +134,7 @@ def _to_dial(host: str) -> str:
     try:
         found = listening_addresses(host, master=None, one_node=False, where="doctor")
     except PipelineError:
-        return host  # which the link test says better
+        return host  # the link test reports it better
     return found[0]
 
 

@@ -69,7 +69,7 @@ def run(settings: Settings) -> LinkReport:
     with ThreadPoolExecutor(2) as threads:
         sides = [threads.submit(_side, stage, settings, rendezvous) for stage in (0, 1)]
     errors = [error for side in sides if (error := side.exception()) is not None]
-    # One that only noticed that the other side had failed says less.
+    # The error of the side that failed first says more.
     errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
     if errors:
         raise errors[0]

@@ -24,7 +24,7 @@ ANSWER_LIMIT_S = 30.0
 """Longest wait for anything once the two sides have met."""
 
 KEY_CHARACTERS = 64  # 32 bytes, in a form that needs no quotes in a shell
-_MESSAGE_LIMIT = 64 << 10  # bytes; what is exchanged here is far smaller
+_MESSAGE_LIMIT = 64 << 10  # bytes; far more than is exchanged here
 _REACH_S = 5.0  # to open a TCP connection
 
 

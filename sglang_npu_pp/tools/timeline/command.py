@@ -10,7 +10,7 @@ from typing import Any
 from ...observe.trace import read_traces
 from .states import COMPUTE, IDLE, Timeline, analyse, table
 
-FORWARDS_IN_A_PICTURE = 24  # of a stage, when nothing says which to draw
+FORWARDS_IN_A_PICTURE = 24  # of a stage, by default
 _NO_MATPLOTLIB = "The picture needs matplotlib; install it with: pip install 'sglang-npu-pp[tools]'"
 
 

@@ -10,7 +10,7 @@ from .states import BACK_PRESSURE, BUBBLE, COMPUTE, EXPOSED, HOST, IDLE, StageTi
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart by people who do not see all colours, and in grey. Forwards of neighbouring slots get two shades.
+# Distinct for colour-blind readers, and in grey. Forwards of neighbouring slots get two shades.
 _COLOURS: dict[tuple[str, str], str] = {
     (COMPUTE, "even"): "#2f6ea5",
     (COMPUTE, "odd"): "#6ca6d6",
