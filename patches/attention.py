@@ -1,9 +1,9 @@
 """Seam: host-device synchronisation of the Ascend attention backend before a forward.
 
 0.5.21 reads sequence lengths from the device (`seq_lens.max()` as the end of a slice,
-`extend_seq_lens.cpu()`) and makes a device tensor of a list. Each waits for the forward stream, so for this
-microbatch's proxies and all earlier forwards. The host already knows the lengths, and a copy from pinned
-memory does not wait.
+`extend_seq_lens.cpu()`) and makes a device tensor of a list. Each waits for the forward stream, so for
+proxies and all earlier forwards. The host already knows the lengths, and a copy from pinned memory does not
+wait.
 """
 
 from __future__ import annotations

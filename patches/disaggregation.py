@@ -1,11 +1,11 @@
 """Seam: KV chunks of a prefill server, from launch to transfer engine.
 
-Upstream queues a chunk in the next iteration, after all waits of this one, and the rest of a prompt when its
-first token is back; the scheduler has by then waited for the forward. Here a chunk is queued right after its
-launch, with its event and an asynchronous copy of its page numbers, and the engine's thread waits for both.
+Upstream queues a chunk in the next iteration, and the rest of a prompt when its first token is back; the
+scheduler has by then waited for the forward. Here a chunk is queued right after its launch, with its event
+and an asynchronous copy of its page numbers, and the engine's thread waits for both.
 
 Not layer by layer: SGLang's engines (Mooncake, and Ascend's, derived from it) transfer all layers of the
-stage at once, and a forward has one event.
+stage at once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def is_disaggregated(scheduler: Any) -> bool:
 def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, launched: Any) -> None:
     """Queue the sendable part of the forward just launched.
 
-    `launched`: the event after that forward. Equal on all stages, whatever their transfers do, so that their
-    prefix caches stay equal.
+    `launched`: the event after it. Equal on all stages, whatever their transfers do, for equal prefix caches.
     """
     from sglang.srt.disaggregation.utils import DisaggregationMode
 

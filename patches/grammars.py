@@ -1,8 +1,7 @@
 """Seam: readiness of compiled grammars, in 0.5.15.
 
-Threads compile them on every rank separately. From 0.5.18 on stage 0 sends the ready requests and those past
-the wait limit; before, only the ranks of a stage agree. Here the leader of stage 0 decides for all ranks; a
-rank that is not ready waits for its thread.
+Every rank compiles them in threads of its own. From 0.5.18 on stage 0 sends the ready requests and those past
+the wait limit; before, only the ranks of a stage agree. Here the leader of stage 0 decides for all ranks.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def _indices(queue: Iterable[Any], decided: Grammars) -> tuple[set[int], set[int
 
 
 def _gathers(found: tuple[set[int], set[int]]) -> SimpleNamespace:
-    """Replaces the module `torch`: a gather with this result from every rank."""
+    """Replaces the module `torch`: a gather with this result."""
 
     def all_gather_object(gathered: list[Any], _own: Any, group: Any) -> None:
         gathered[:] = [found] * len(gathered)

@@ -1,7 +1,8 @@
-"""Seam: explicit tensor dicts and objects, through `GroupCoordinator`.
+"""Seam: explicit tensor dicts and objects, through `GroupCoordinator`; the five tensor-dict verbs have no
+caller in a running patched server: they are the interface proposed by sglang #19582.
 
-A started pipeline's group uses the two lanes, other groups upstream's functions. New are `isend_tensor_dict`
-and `irecv_tensor_dict`, as proposed by sglang #19582; without lanes they use torch.distributed.
+A started pipeline's group uses the two lanes, other groups upstream's functions; the new `isend_tensor_dict`
+and `irecv_tensor_dict` use torch.distributed there.
 """
 
 from __future__ import annotations

@@ -2,20 +2,6 @@
 
 As upstream's --sleep-on-idle, off by default there because its stages spin on gloo. The sleeper wakes on a
 client's write to a socket of the first stage, or after a second; all other ranks wait for that rank.
-
-Polls in the loops of 0.5.15 to 0.5.23, and sleep in spite of them:
-
-- Never (`_ALWAYS_POLLED`): transfers, handshakes and prefetched KV of disaggregated servers; data-parallel
-  attention, whose ranks all listen, and joining elastic ranks; a cache's second tier, on every stage
-  (hierarchical cache, LMCache, FlexKV, external linker, HiSparse); the input blocker's barrier; the scripted
-  test runtime.
-- Not while pending (`_PENDING`): requests kept for the next iteration (`intake`) or waiting for an encoder's
-  embeddings, deferred flushes, sessions with a time-out, health checks (an idle iteration answers one).
-- Always, since upstream stays awake itself (`Scheduler.is_fully_idle`): waiting and chunked requests with
-  their adapters (LoRA) and time limits, grammars, batches.
-- Always, since a second is not late: metrics, load and KV events (also published before each sleep); weights
-  (loaded inside their request); watchdogs (batches only); n-gram corpora (speculation, upstream's path); the
-  Rust server (its own sleeper).
 """
 
 from __future__ import annotations
@@ -125,6 +111,10 @@ def _has_health_checks(scheduler: Any) -> bool:
     return bool(scheduler.return_health_check_ipcs)
 
 
+# Polls in the loops of 0.5.15 to 0.5.23. These rule out sleep: transfers, handshakes and prefetched KV of
+# disaggregated servers; data-parallel attention, whose ranks all listen, and joining elastic ranks; a cache's
+# second tier, on every stage (write-back, load-back, prefetch, storage); the input blocker's barrier; the
+# scripted test runtime.
 _ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
     is_disaggregated,
     _has_data_parallel_attention,
@@ -132,6 +122,7 @@ _ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
     _has_input_blocker,
     _is_scripted,
 )
+# These rule it out while pending. An idle iteration answers one health check.
 _PENDING: tuple[Callable[[Any], bool], ...] = (
     _keeps_requests,
     _waits_for_embeddings,
@@ -139,3 +130,7 @@ _PENDING: tuple[Callable[[Any], bool], ...] = (
     _has_sessions_that_end,
     _has_health_checks,
 )
+# Not listed, because upstream stays awake for them itself (`Scheduler.is_fully_idle`): waiting and chunked
+# requests with their adapters (LoRA) and time limits, grammars, batches. Nor because a second is not late:
+# metrics, load and KV events (also published before each sleep); weights (loaded inside their request);
+# watchdogs (batches only); n-gram corpora (speculation, upstream's path); the Rust server (its own sleeper).

@@ -1,7 +1,7 @@
 """The end of a node after the loss of a process: detection by the launcher, then SIGKILL for all.
 
-SGLang's own end waits five seconds for stack dumps and kills multiprocessing's resource tracker, which leaves
-shared memory behind.
+SGLang's own end waits five seconds for stack dumps, and leaves shared memory: it kills multiprocessing's
+resource tracker.
 """
 
 from __future__ import annotations

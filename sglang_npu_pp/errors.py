@@ -14,7 +14,7 @@ class ContractError(PipelineError):
 
 
 class AgreementError(PipelineError):
-    """The ranks do not all run the same plugin alike."""
+    """The ranks run different plugins or settings."""
 
 
 class DifferenceError(AgreementError):
@@ -22,19 +22,19 @@ class DifferenceError(AgreementError):
 
 
 class TransportError(PipelineError):
-    """A lane did not open: directory, port, key or connection."""
+    """A lane did not open."""
 
 
 class PeerLostError(PipelineError):
-    """Another stage ended or froze, or the network was cut."""
+    """Another stage or the network to it is gone."""
 
 
 class MessageError(PipelineError):
-    """A truncated, corrupted or unknown message."""
+    """A damaged or unknown message."""
 
 
 class SequenceError(PipelineError):
-    """A sound message with the wrong number, microbatch or iteration."""
+    """Wrong number, microbatch or iteration."""
 
 
 class WaitLimitError(PipelineError):

@@ -1,4 +1,4 @@
-"""HTTP requests from a thread of their own, for a decode or prefill server's questions to a bootstrap server.
+"""HTTP requests from a thread of their own, for questions to a bootstrap server.
 
 `Lookups.ask` sends the HTTP request and returns its state: pending, the answer, or a failure. Attempts have a
 time limit and a check of the status; retries back off with jitter, under one total limit.

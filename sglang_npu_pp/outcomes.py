@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """On one rank. `failure`: reason in words, None for success. `raised`: an exception, so earlier effects
-    are unknown. `value`: an answer beyond success or failure."""
+    """On one rank. `failure`: reason, None for success. `raised`: an exception, so earlier effects are
+    unknown. `value`: an answer beyond success or failure."""
 
     stage: int
     rank: int

@@ -1,8 +1,8 @@
 """Asynchronous gather of one row of integers from every rank of a group.
 
-Before a forward, data-parallel ranks need each other's token counts and kind of batch. Each posts its row and
-waits at the first read. One collective a step, on preallocated (pinned) buffers; on an accelerator with a
-stream and a communicator of its own, so not after the collectives of launched forwards.
+For data-parallel attention: token counts and kind of batch before a forward. One collective a step, on
+preallocated (pinned) buffers; on an accelerator with a stream and a communicator of its own, so not after the
+collectives of launched forwards.
 
 Ideas from vllm-ascend #2582 (one packed collective on the device, preallocated; there on the model's group)
 and vllm #39115 (a reused event races, so each copy to the host has a fresh one).
@@ -52,8 +52,8 @@ def _hccl_options() -> Any:
 class RowGather:
     """Gathers rows of `width` int64 from all ranks of `group`; one gather at a time.
 
-    All ranks post equally often, in program order. `device`: an accelerator, or CPU (gloo's threads move the
-    rows). `where`: stage and rank, for errors. Owned by the scheduler thread.
+    All ranks post equally often, in program order. `device`: an accelerator, or CPU (gloo). `where`: stage
+    and rank, for errors. Owned by the scheduler thread.
     """
 
     def __init__(

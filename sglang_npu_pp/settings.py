@@ -173,13 +173,13 @@ class Settings:
         "_TRACE",
         "",
         _optional_path,
-        "write each rank's timeline (posts, waits, launches) into this directory at exit and on SIGUSR2",
+        "write each rank's trace (posts, waits, launches) into this directory at exit and on SIGUSR2",
     )
     telemetry_dir: Path | None = _setting(
         "_TELEMETRY_DIR",
         "",
         _optional_path,
-        "write each rank's counters here at exit and on SIGUSR2",
+        "write each rank's telemetry into this directory at exit and on SIGUSR2",
     )
 
     @property

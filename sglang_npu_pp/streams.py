@@ -38,8 +38,7 @@ class DeviceStreams:
         return self._module.Stream() if self.asynchronous else None
 
     def adopt_thread(self) -> None:
-        """Set this device for the calling thread, for waits on events: new threads have none (NPU) or the
-        first (CUDA)."""
+        """Set this device for the calling thread: new threads have none (NPU) or the first (CUDA)."""
         if self.asynchronous:
             self._module.set_device(self.device)
 

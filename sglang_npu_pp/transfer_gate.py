@@ -1,7 +1,7 @@
 """KV chunks queued before they are computed: the transfer thread waits, the scheduler does not.
 
-A chunk is queued right after the launch of its forward, with an event of that forward (`TransferGate`) and an
-asynchronous copy of its page numbers, which are on the device too (`LateIndices`).
+With each chunk go an event of its forward (`TransferGate`) and an asynchronous copy of its page numbers
+(`LateIndices`).
 
 Ideas from SGLang 0.5.22 (an event for prefixes under overlap scheduling) and 0.5.23 (one for page numbers on
 CUDA); fresh events, since a reused one races (vllm #39115).
@@ -60,7 +60,7 @@ class TransferGate:
 
     @contextmanager
     def behind(self, written: Event) -> Iterator[None]:
-        """Chunks queued by this thread in the block are not read before `written` has passed."""
+        """Chunks queued by this thread inside are not read before `written` has passed."""
         before = getattr(self._queuing, "event", None)
         self._queuing.event = written
         try:

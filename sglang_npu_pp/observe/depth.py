@@ -1,13 +1,11 @@
 """Advice on `--pp-async-batch-depth`: the depth that hides the link between stages, and its cost.
 
-Derivation in docs/measuring.md. With S = pp_size + depth slots,
+Derivation and limits in docs/measuring.md. With S = pp_size + depth slots,
 
     round  = forwards of all stages + hops, back to stage 0 included + host work of stage 0
     period = max(work of the slowest stage, round / S)
 
-and the link is hidden when round / S is not the larger. Measured: hops (half the shortest round trip of a
-small host-lane message at start), forwards and host work (`stage_times.py`). Not measured: transfer time of a
-proxy's bytes, latency of the device lane, forwards with fewer requests.
+and the link is hidden when round / S is not the larger.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ for the main thread to leave C code, and for the GIL. So three parts may end the
 
 1. the handler, where the main thread runs Python;
 2. a thread, where the main thread is in C code without the GIL;
-3. a helper process, where the report has not begun within BEGIN_S or ended within REPORT_S: it sends SIGTERM
-   again, to the default action, which the kernel has restored at the first one.
+3. a helper process, if the report has not begun within BEGIN_S or ended within REPORT_S: it repeats SIGTERM,
+   whose default action the kernel has restored at the first one.
 
 CPython's C handler wakes all of them by a byte on the wakeup fd.
 """

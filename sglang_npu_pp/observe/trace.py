@@ -1,7 +1,7 @@
 """Trace: recorded order of posts, waits and launches, for tests and timelines; never payload.
 
-Off by default; `Trace.record` then costs one attribute test. One file per rank, for Perfetto,
-chrome://tracing and `read_trace`.
+Off by default; `Trace.record` then costs one attribute test. One file per rank, for Perfetto and
+`read_trace`.
 
 | event | when |
 |---|---|
@@ -9,10 +9,10 @@ chrome://tracing and `read_trace`.
 | post, wait, ready | a receive is posted; its wait begins; message and tensors are there |
 | arrive | a message has arrived, independent of any wait |
 | push, full | a message was pushed on the host lane; window or slots are full |
-| post_send, post_receive | tensors were handed to the device lane; their receive was posted |
-| launch, launched | before and after the launch of a forward; on CPU it has then been computed |
+| post_send, post_receive | device lane: tensors handed over; receive posted |
+| launch, launched | before and after the launch of a forward (on CPU: its computation) |
 | chunk_queued, chunk_taken | a KV chunk was handed to the transfer engine; it may be read |
-| run, ran | begin and end of the forward on the device; recorded later, with device times |
+| run, ran | begin and end of the forward on the device, recorded later |
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ _ENDS = {
 
 
 def chrome_events(trace: RankTrace) -> list[dict[str, Any]]:
-    """Metadata ("M") with row names, slices ("X") and instants ("i"); `ts` and `dur` in microseconds."""
+    """Metadata ("M"), slices ("X") and instants ("i"); `ts` and `dur` in microseconds."""
     slices = [*_slices(trace), *_slots(trace), *_instants(trace)]
     used = {event["tid"] for event in slices}
     return [*_names(trace, used), *slices]
@@ -189,7 +189,7 @@ def _instants(trace: RankTrace) -> Iterator[dict[str, Any]]:
 
 
 def _slices(trace: RankTrace) -> Iterator[dict[str, Any]]:
-    """From begin to end; open ones last until the trace was written, so a hanging stage shows where."""
+    """From begin to end; open ones (a hanging stage) until the trace was written."""
     begun: dict[tuple[str, str], Event] = {}
     for event in trace.events:
         ends = _ENDS.get(event.name, "")
@@ -204,8 +204,8 @@ def _slices(trace: RankTrace) -> Iterator[dict[str, Any]]:
 
 
 def _slots(trace: RankTrace) -> Iterator[dict[str, Any]]:
-    """Time of a microbatch in flight, from launch until its outputs are here (on the last stage: sent), or
-    without outputs (a prompt chunk) until the next launch in its slot."""
+    """Microbatches in flight, from launch until outputs (on the last stage: sent); a prompt chunk without
+    outputs until the next launch in its slot."""
     launched: dict[int, Event] = {}
     for event in trace.events:
         began = launched.get(event.slot)

@@ -1,8 +1,7 @@
 """Rendezvous of two nodes before they open a host lane.
 
-A server exchanges addresses and keys over SGLang's process group; here they go over one encrypted connection
-(CURVE) with a shared secret, carried from the listener to the other node by the operator. An unauthenticated
-client gets no answer. The host lane has keys of its own.
+A server exchanges addresses and keys over SGLang's process group; here one encrypted connection (CURVE) does,
+with a shared secret from listener to other node by the operator. An unauthenticated client gets no answer.
 """
 
 from __future__ import annotations

@@ -1,23 +1,8 @@
 """State of every pipeline stage at every moment, from the traces of its ranks (`SGLANG_NPU_PP_TRACE`).
 
-All times are on stage 0's clock, exact to half a round trip of the host lane at start.
-
-compute
-    A forward runs: on CPU the whole launch, on a device the time between its two events.
-exposed communication, by kind (requests, proxy, output)
-    No forward runs, and the scheduler thread waits for a message that was pushed already. Also the wait of a
-    launched forward of a later stage on the device. Requests count only in an iteration with a launch.
-back-pressure, by kind
-    No forward runs, and a send of the scheduler thread waits for room in flight.
-bubble
-    No batch to run: a wait for a message not pushed yet, or an iteration without launch and outputs.
-host work
-    The rest: scheduling, processing results, packing, sending, with an idle device.
-idle
-    A bubble of all stages at once. Left out of the ratios, which are shares of the remaining time.
-
-So the push of a message cuts the wait for it in two: bubble before (unequal stages, too few microbatches),
-exposed communication after.
+docs/measuring.md defines the states: compute, exposed communication, back-pressure, bubble, host work, idle.
+All times are on stage 0's clock, exact to half a round trip of the host lane at start. The push of a message
+cuts the wait for it in two: bubble before, exposed communication after.
 """
 
 from __future__ import annotations
@@ -65,7 +50,7 @@ class StageTimeline:
         return len({span.iteration for span in self.spans if span.state == COMPUTE})
 
     def seconds(self, state: str, kind: str | None = None) -> float:
-        """Time in a state, of one message kind or all."""
+        """Time in a state, of one kind or all."""
         chosen = (s for s in self.spans if s.state == state and kind in (None, s.kind))
         return sum(span.end_ns - span.begin_ns for span in chosen) / 1e9
 
@@ -90,8 +75,8 @@ class Timeline:
         return Timeline(begin_ns, end_ns, stages)
 
     def iterations(self, first: int, last: int) -> Timeline:
-        """From the first forward of iteration `first` to the end of `last`'s last. Raises ValueError if there
-        is none."""
+        """From the first forward of iteration `first` to the end of `last`. Raises ValueError if there is
+        none."""
         forwards = [span for stage in self.stages for span in stage.spans if span.state == COMPUTE]
         chosen = [span for span in forwards if first <= span.iteration <= last]
         if not chosen:
@@ -174,7 +159,7 @@ def _window(recorded: Sequence[list[Event]]) -> Interval:
 
 
 def _pushes(events: Iterable[Event]) -> Mapping[tuple[str, int], list[int]]:
-    """Push times of a stage by kind and iteration: one for each receiver, in stage order."""
+    """Push times of a stage by kind and iteration, one per receiver in stage order."""
     times = defaultdict(list)
     for event in events:
         if event.name == "push":
@@ -188,7 +173,7 @@ def _states(
     pushes: Sequence[Mapping[tuple[str, int], list[int]]],
     written_ns: int,
 ) -> Iterator[Span]:
-    """Known states of one stage, overlapping; gaps are host work."""
+    """Known states of a stage, overlapping; gaps are host work."""
     launches = {event.iteration: event for event in events if event.name == "launch"}
     on_device = any(event.name == "run" for event in events)
     for began, end_ns in _pairs(events, written_ns):
