@@ -240,7 +240,7 @@ class _CannedResponse:
 
 
 class _DeferredPost:
-    """Stands for `requests`, and the response: what is posted is sent by the lookups."""
+    """Replaces `requests`, and the response: the lookups send the POST."""
 
     status_code = 200
 

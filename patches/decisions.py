@@ -35,7 +35,8 @@ def broadcast_requests(original: Any, receiver: Any, requests: Any, *local: Any)
 
 
 def split_requests(original: Any, receiver: Any, requests: list[Any]) -> tuple[list[Any], list[Any]]:
-    """With data-parallel attention, decisions are broadcast from the first group to all others."""
+    """With data-parallel attention upstream broadcasts control requests of the first group to all; decisions
+    stay in their group."""
     work, control = original(receiver, [one for one in requests if not isinstance(one, Decisions)])
     return [*work, *(one for one in requests if isinstance(one, Decisions))], control
 

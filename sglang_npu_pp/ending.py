@@ -27,7 +27,7 @@ from .errors import PeerLostError
 LAUNCHER = "_SGLANG_NPU_PP_LAUNCHER"
 """Environment variable: the process that may be ended so, and files that it leaves, for its schedulers."""
 
-LAST_WORDS_S = 3.0
+BEST_EFFORT_S = 3.0
 CORE_LIMIT_S = 300.0  # a core is as large as the memory of its process
 _CORE_POLL_S = 0.1
 POLL_S = 0.2  # of a launcher's watch
@@ -53,26 +53,25 @@ class Node:
         return None if launcher is None else Node(launcher, tuple(map(Path, files)))
 
 
-def best_effort(*words: Callable[[], None]) -> None:
-    """Call each of `words` (logging, writing files). Neither an error nor a delay (closed log, stopped
+def best_effort(*steps: Callable[[], None]) -> None:
+    """Call each of `steps` (logging, writing files). Neither an error nor a delay (closed log, stopped
     reader, hanging file system) keeps the end from coming."""
 
     def call() -> None:
-        for word in words:
+        for step in steps:
             with suppress(Exception):
-                word()
+                step()
 
-    speaker = threading.Thread(target=call, name="last-words", daemon=True)
+    thread = threading.Thread(target=call, name="best-effort", daemon=True)
     with suppress(RuntimeError):  # no more threads
-        speaker.start()
-        speaker.join(LAST_WORDS_S)
+        thread.start()
+        thread.join(BEST_EFFORT_S)
 
 
 def end_node(node: Node) -> NoReturn:
-    """Kill the launcher and all its descendants, this process last.
+    """Kill the launcher and all its descendants, this process last; first wait for a core dump in progress.
 
-    Spared: the resource tracker, which frees shared memory and then ends; for a core dump in progress it
-    waits.
+    Spared: the resource tracker, which frees shared memory and then ends.
     """
     processes = _others(node)
     _let_cores_be_written(node, processes)
@@ -133,8 +132,8 @@ class Watch:
     """A launcher's check of its processes, for a stop of `limit_s` seconds or a kill; peers on other nodes
     cannot end this one.
 
-    `started`: children of this process. `pids`: all processes to check for a stop. `name`: a process in
-    words.
+    `started`: children of this process. `pids`: all processes to check for a stop. `name`: words for a
+    process.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ class ContractError(PipelineError):
 
 
 class AgreementError(PipelineError):
-    """The ranks run different plugins or settings."""
+    """The ranks do not all run the same plugin with the same settings."""
 
 
 class DifferenceError(AgreementError):
@@ -22,11 +22,11 @@ class DifferenceError(AgreementError):
 
 
 class TransportError(PipelineError):
-    """A lane did not open."""
+    """A lane did not open: directory, port, key or connection."""
 
 
 class PeerLostError(PipelineError):
-    """Another stage or the network to it is gone."""
+    """Another stage ended or froze, or the network to it was cut."""
 
 
 class MessageError(PipelineError):

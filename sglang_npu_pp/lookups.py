@@ -99,8 +99,8 @@ class Lookups:
     def ask(self, request: HttpRequest) -> Any | None:
         """The answer (decoded JSON), or None while pending; the first call sends the HTTP request.
 
-        An answer expires after the longest time of any other and is asked for again, so several asked for
-        together are all fresh at the end. Raises LookupFailedError until `forget`.
+        An answer older than the limit of a whole request is asked for again, so answers asked for together
+        are all fresh when the last arrives. Raises LookupFailedError until `forget`.
         """
         state = self._states.get(request)
         if state is None or self._is_old(state):

@@ -1,7 +1,8 @@
 """Rendezvous of two nodes before they open a host lane.
 
 A server exchanges addresses and keys over SGLang's process group; here one encrypted connection (CURVE) does,
-with a shared secret from listener to other node by the operator. An unauthenticated client gets no answer.
+with a shared secret that the operator copies from the listener. An unauthenticated client gets no answer. The
+host lane has keys of its own.
 """
 
 from __future__ import annotations
