@@ -1,5 +1,7 @@
-"""Seam: explicit tensor dicts and objects, through `GroupCoordinator`; the five tensor-dict verbs have no
-caller in a running patched server: they are the interface proposed by sglang #19582.
+"""Seam: explicit tensor dicts and objects, through `GroupCoordinator`. A patched server sends objects this
+way. The five tensor-dict functions have no caller there, since its loop uses the seams of proxies and
+outputs: they are the interface proposed by sglang #19582, for code on top of SGLang. On upstream's path
+upstream's functions run.
 
 A started pipeline's group uses the two lanes, other groups upstream's functions; the new `isend_tensor_dict`
 and `irecv_tensor_dict` use torch.distributed there.
