@@ -1,9 +1,8 @@
-"""Seam: how long a request may wait and run, up to 0.5.18.
+"""Seam: limits of waiting and running time of requests, up to 0.5.18.
 
-`SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT` are two limits in seconds. From 0.5.20 on the
-leader of stage 0 ends what has exceeded one, with an abort in the list of requests. Before, every rank looks
-at its own clock when it makes a batch, and the same request ends on one and runs on another. Here the leader
-looks, and all ranks end the requests that it has named.
+`SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT`, in seconds. From 0.5.20 on the leader of stage
+0 sends aborts with the requests. Before, each rank uses its own clock, so a request may end on one and run on
+another; here all ranks end the leader's choice.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ import time
 from http import HTTPStatus
 from typing import Any
 
-from sglang_npu_pp.decisions import ToldClock
+from sglang_npu_pp.decisions import SharedClock
 from sglang_npu_pp.patching import Patch, with_names
 
 from .pipeline import current
 
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
-_LATER_THAN_ALL = ToldClock(math.inf)
+_LATER_THAN_ALL = SharedClock(math.inf)
 
 
 def overdue_requests(scheduler: Any) -> frozenset[str]:
-    """Ids of those that all ranks have to end now. Of the running ones, those whose microbatch is next."""
+    """Ids of requests to end now on all ranks. Running ones: only of the next microbatch."""
     from sglang.srt.environ import envs
 
     if not hasattr(scheduler, "_abort_on_waiting_timeout"):
@@ -45,7 +44,7 @@ def overdue_requests(scheduler: Any) -> frozenset[str]:
 
 
 def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
-    """Upstream's function, which ends all that it sees, sees those that were named."""
+    """Upstream's function, which ends all requests that it sees, limited to the overdue ones."""
     pipeline = current()
     if not (named := pipeline.told.overdue):
         return
@@ -72,8 +71,8 @@ def _patch(name: str, wrapper: Any, what: str) -> Patch:
     return Patch(
         target=f"{_SCHEDULER}.{name}",
         wrapper=wrapper,
-        why=f"every rank decides by its own clock {what}; stages that differ run other requests",
-        how="ends the requests that stage 0 has named",
+        why=f"every rank decides by its own clock {what}; diverging stages run other requests",
+        how="ends the requests named by stage 0",
         upstream="0.5.20 (aborts of the leader in the list of requests)",
         plan="goes with 0.5.18",
         relies_on=(f"{_SCHEDULER}.get_next_batch_to_run",),

@@ -1,12 +1,8 @@
-"""What a patch is: a replacement with a reason, checked against the release, applied all or nothing.
+"""A patch: a replaced function with a reason, checked against the release, applied all or nothing.
 
-A patch names the upstream function it replaces and says why, how, from which upstream work the idea comes and
-when it can go. A contract is what is known of one release: the fingerprint of every upstream function that is
-replaced, or whose behaviour a replacement relies on, and which of them the release does not have. Nothing is
-applied to an SGLang without a contract, or that differs from it.
-
-Releases differ. A patch that not every release needs says so by naming functions (`optional`, `unless`); the
-contract says which of these a release has, so no version numbers are compared.
+A contract holds the fingerprints of one release: of every function replaced or relied on, or its absence.
+Without a matching contract nothing is applied. Existing functions (`optional`, `unless`), not version
+numbers, decide whether a release needs a patch.
 """
 
 from __future__ import annotations
@@ -40,10 +36,9 @@ Contracts = Mapping[str, Contract]
 class Patch:
     """One replaced (or added) function.
 
-    `wrapper(original, *args, **kwargs)` runs in the place of the function at `target`
-    ("module:Class.method"); `original` is what was there, None for an added method. `relies_on` lists
-    further targets whose behaviour the wrapper depends on. `when` gets the arguments of a call and says
-    whether the wrapper runs; where it says no, the original runs with these very arguments.
+    `wrapper(original, *args, **kwargs)` replaces the function at `target` ("module:Class.method"); `original`
+    is None for an added method. `relies_on`: further targets whose behaviour matters. `when` gets the
+    arguments of a call; if false, the original runs.
     """
 
     target: str
@@ -66,11 +61,11 @@ class Patch:
 
     @property
     def _decisive_targets(self) -> tuple[str, ...]:
-        """Whether these exist decides whether a release needs the patch."""
+        """Their existence decides whether a release needs the patch."""
         return (*((self.target,) if self.optional else ()), *((self.unless,) if self.unless else ()))
 
     def checked_targets(self, contract: Contract) -> tuple[str, ...]:
-        """What must be as the contract says before an SGLang of that release is touched."""
+        """Targets to compare with the contract."""
         return self.contract_targets if self.is_needed(contract) else self._decisive_targets
 
     def is_needed(self, contract: Contract) -> bool:
@@ -81,17 +76,16 @@ class Patch:
 
 
 def fingerprint_source(source: str) -> str:
-    """Fingerprint of a function's source text, decorators included, indentation removed."""
+    """Fingerprint of a function's source text, with decorators, without indentation."""
     text = textwrap.dedent(source).strip()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(target: str) -> str:
-    """Fingerprint of the function that is at `target` in this process.
+    """Fingerprint of the function at `target` in this process.
 
-    A module that nobody has imported yet is read, and stays so: some of SGLang's import what must not be
-    imported before it has set it up (prometheus_client before its directory, for one). Raises
-    ContractError when there is no such function or its source cannot be read.
+    A module not imported yet is read from its file: some imports must wait for SGLang's set-up
+    (prometheus_client's directory). Raises ContractError without such a function or readable source.
     """
     unloaded = _fingerprint_of_unloaded(target)
     if unloaded is not None:
@@ -103,7 +97,7 @@ def fingerprint(target: str) -> str:
     if function is None:
         raise ContractError(f"{target} does not exist in this SGLang.")
     try:
-        source = inspect.getsource(function)  # of what its decorators wrap
+        source = inspect.getsource(function)  # of the function inside its decorators
     except (OSError, TypeError) as error:
         raise ContractError(f"The source of {target} cannot be read: {error}.") from None
     if _layers(function) > _decorators(source):
@@ -116,7 +110,7 @@ def fingerprint(target: str) -> str:
 
 
 def _fingerprint_of_unloaded(target: str) -> str | None:
-    """None if the module is imported already, or does not come from a file of its package."""
+    """None for an imported module, or one outside a file of its package."""
     module, _, _ = target.partition(":")
     package = None if module in sys.modules else importlib.util.find_spec(module.partition(".")[0])
     if package is None or not package.submodule_search_locations:
@@ -125,17 +119,14 @@ def _fingerprint_of_unloaded(target: str) -> str | None:
 
 
 def fingerprint_on_disk(target: str, package: Path) -> str | None:
-    """Fingerprint of the function at `target` in the folder of its top package, None if it is not there.
-
-    Nothing is imported.
-    """
+    """Fingerprint of `target` below the top package's folder, None if absent. Imports nothing."""
     module, _, qualname = target.partition(":")
     path = package.parent / (module.replace(".", "/") + ".py")
     return fingerprint_in_file(path.read_text(), qualname) if path.is_file() else None
 
 
 def _layers(function: Any) -> int:
-    """How many functions are wrapped around the one whose source `inspect` finds."""
+    """Number of wrappers around the source that `inspect` finds."""
     layers = 0
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
@@ -149,16 +140,13 @@ def _decorators(source: str) -> int:
 
 
 def fingerprint_in_file(source: str, qualname: str) -> str | None:
-    """Fingerprint of `Class.method` or `function` in the text of a module, None if it is not there.
-
-    Gives the same value as `fingerprint` without importing the module.
-    """
+    """`fingerprint` from the text of a module, without importing it; None if absent."""
     found = source_in_file(source, qualname)
     return None if found is None else fingerprint_source(found)
 
 
 def source_in_file(source: str, qualname: str) -> str | None:
-    """The text of `Class.method` or `function` in that of a module, None if it is not there."""
+    """Text of `Class.method` or `function`, None if absent."""
     node: ast.AST = _parsed(source)
     for part in qualname.split("."):
         found = None
@@ -176,17 +164,17 @@ def source_in_file(source: str, qualname: str) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _parsed(source: str) -> ast.Module:
-    """Many targets are in few modules, and parsing one takes a tenth of a second."""
+    """Cached: parsing a module takes 0.1 s."""
     return ast.parse(source)
 
 
 def contract_targets(patches: Iterable[Patch]) -> list[str]:
-    """Every target that a contract must know, sorted."""
+    """All targets of a contract, sorted."""
     return sorted({target for patch in patches for target in patch.contract_targets})
 
 
 def known_contract(release: str, contracts: Contracts) -> Contract:
-    """What is known of a release. Raises ContractError if it is none of `contracts`."""
+    """The contract of a release. Raises ContractError without one."""
     contract = contracts.get(release)
     if contract is None:
         raise ContractError(
@@ -196,7 +184,7 @@ def known_contract(release: str, contracts: Contracts) -> Contract:
 
 
 class Why(enum.Enum):
-    """What keeps a patch off an SGLang."""
+    """Reasons against a patch."""
 
     DIFFERS = enum.auto()  # functions are not as its release has them
     PRESENT = enum.auto()  # it has the function that would be added
@@ -216,10 +204,8 @@ IsAsKnown = Callable[[str, str | None], bool]
 
 
 def misfit(patch: Patch, contract: Contract, is_as_known: IsAsKnown) -> Misfit | None:
-    """The one rule of what fits an SGLang of that contract; None where the patch does, or is not needed.
-
-    The server asks it of its own process (`check_contracts`), the doctor of the files.
-    """
+    """The one rule of whether a patch fits, for server (`check_contracts`) and doctor; None if it does, or is
+    not needed."""
     different = tuple(
         target
         for target in patch.checked_targets(contract)
@@ -235,10 +221,7 @@ def misfit(patch: Patch, contract: Contract, is_as_known: IsAsKnown) -> Misfit |
 
 
 def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts) -> tuple[Patch, ...]:
-    """Return those of `patches` that this release needs.
-
-    Raises ContractError unless every function that matters is the one that we know in this release.
-    """
+    """Return those of `patches` that this release needs. Raises ContractError unless all targets match."""
     contract = known_contract(release, contracts)
     _import_what_is_replaced(patch for patch in patches if patch.is_needed(contract))
     is_as_known = functools.cache(_is_as_known)  # many patches rely on the same functions
@@ -261,14 +244,14 @@ def check_contracts(patches: Sequence[Patch], release: str, contracts: Contracts
 
 
 def _import_what_is_replaced(patches: Iterable[Patch]) -> None:
-    """It is about to be imported anyway, and a function that is loaded is looked at faster than a file."""
+    """Needed soon anyway; a loaded function is read faster than a file."""
     for patch in patches:
-        with suppress(ImportError):  # what is missing the check says
+        with suppress(ImportError):  # the check reports a missing one
             importlib.import_module(patch.target.partition(":")[0])
 
 
 def _is_as_known(target: str, known: str | None) -> bool:
-    """Of the SGLang of this process. Raises ContractError where a function that is known cannot be read."""
+    """For this process. Raises ContractError if a known function cannot be read."""
     return not _exists(target) if known is None else fingerprint(target) == known
 
 
@@ -281,10 +264,10 @@ def _exists(target: str) -> bool:
 
 
 class AppliedPatches:
-    """Patches that are in force; `undo()` puts everything back."""
+    """Patches in force; `undo()` restores everything."""
 
     def __init__(self, patches: Sequence[Patch]) -> None:
-        """Apply all of `patches`. If one fails, none is in force. Raises ContractError."""
+        """Apply all of `patches`, or none if one fails (ContractError)."""
         self._restore: list[Callable[[], None]] = []
         for patch in patches:
             try:
@@ -312,7 +295,7 @@ class AppliedPatches:
 
 
 def with_names(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """A copy of an upstream function in which these global names mean something else."""
+    """A copy of an upstream function with these global names replaced."""
     assert isinstance(function, FunctionType)
     copy = FunctionType(
         function.__code__,
@@ -326,7 +309,7 @@ def with_names(function: Callable[..., Any], **names: Any) -> Callable[..., Any]
 
 
 def bind(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of `original` while `patch` is applied."""
+    """The replacement of `original` while `patch` is applied."""
     wrapper, when = patch.wrapper, patch.when
 
     @functools.wraps(original)
@@ -339,7 +322,7 @@ def bind(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _resolve(target: str) -> tuple[Any, str]:
-    """The object that holds the target, and the target's name in it."""
+    """The object with the target, and the target's name in it."""
     module_name, _, qualname = target.partition(":")
     *path, name = qualname.split(".")
     try:

@@ -171,7 +171,7 @@ class Soak:
                 self.samples += [
                     Sample.of(pid, stage, at_s) for stage, pid in enumerate(self.server.scheduler_pids())
                 ]
-                self._say(at_s)
+                self._print_status(at_s)
                 time.sleep(generator.uniform(*_GAP_S))
 
     def _rest(self) -> None:
@@ -224,7 +224,7 @@ class Soak:
 
     # --- what is shown -------------------------------------------------------------------------
 
-    def _say(self, at_s: float) -> None:
+    def _print_status(self, at_s: float) -> None:
         memory = ", ".join(f"{sample.rss_mib:.0f}" for sample in self.samples[-self.server.pp :])
         self.console.print(
             f"{at_s / 60:5.1f} min  {self.tally.asked.total():6} requests, {len(self.tally.wrong)} wrong; "

@@ -333,7 +333,7 @@ def test_no_report_keeps_a_lost_peer_from_ending_the_node(
 ) -> None:
     """The log may be closed too."""
     ended: list[object] = []
-    monkeypatch.setattr(ending_of_nodes, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(ending_of_nodes, "BEST_EFFORT_S", 0.1)
     monkeypatch.setattr(Node, "of_this_process", staticmethod(lambda: "node"))
     monkeypatch.setattr(
         ending, "current_or_none", lambda: SimpleNamespace(reporter=SimpleNamespace(finish=finish))

@@ -1,4 +1,4 @@
-"""All examinations, one after another."""
+"""All examinations, in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .peer import PeerTest
 
 
 def examine(environ: Mapping[str, str], layout: Layout, peer_test: PeerTest | None) -> Iterator[Section]:
-    """One section a subject, each as soon as it is there."""
+    """One section a subject, each as soon as it is complete."""
     yield _section("Versions", lambda: versions.check(environ))
     yield _section("Patches and contracts", versions.check_patches)
     settings, findings = own_settings.check(environ)
@@ -24,7 +24,7 @@ def examine(environ: Mapping[str, str], layout: Layout, peer_test: PeerTest | No
 
 
 def _section(title: str, check: Callable[[], object]) -> Section:
-    """A check that fails itself must not hide what the others find."""
+    """A failing check must not hide the results of others."""
     try:
         found = check()
     except Exception as error:

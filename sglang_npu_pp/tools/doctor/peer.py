@@ -1,7 +1,7 @@
 """The link to another node: `doctor --listen` there, `doctor --peer` here.
 
-The two are stages 0 and 1 of a pipeline without a model. They compare what they run, open a host lane as a
-server would (TCP, CURVE, on the address and port of the settings), and measure it.
+Stages 0 and 1 of a pipeline without a model compare versions and settings, open a host lane as a server would
+(TCP, CURVE, address and port of the settings), and measure it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DIALLED = "dialled"  # of a statement: the address at which the other side was 
 
 @dataclass(frozen=True)
 class PeerTest:
-    """What the user asked for."""
+    """The user's options."""
 
     host: str  # where this side listens ("" for everywhere), or where the other one does
     port: int
@@ -47,7 +47,7 @@ class PeerTest:
 
 
 def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings and the measurement, which is the same on both sides."""
+    """Findings and measurements, equal on both sides."""
     findings: list[Finding] = []
     limit_s = test.limit_s if test.listens else ANSWER_LIMIT_S
     host = test.host or "*"
@@ -84,8 +84,7 @@ def _suggestion(depths: dict[float, int], stages: int) -> str:
 
 
 def _agreed(settings: Settings, listener: Statement) -> Settings:
-    """Our settings, with the listener's in the place of those that must be equal: the link is measured even
-    if they are not."""
+    """Our settings, with the listener's shared ones: the link is measured even if they differ."""
     theirs = load_settings(
         {name: listener.get(name, value) for name, value in settings.shared_values().items()}
     )
@@ -97,7 +96,7 @@ def _agreed(settings: Settings, listener: Statement) -> Settings:
 def _measure(
     rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str
 ) -> tuple[LinkReport, str]:
-    """Open a host lane as a server would, and measure it; also where the other side answered. Raises
+    """Open a host lane as a server would, and measure it; returns the other side's address too. Raises
     PipelineError."""
     lane = HostLane(
         RankContext.begin(test.stage, 2, settings),

@@ -1,5 +1,4 @@
-"""What is installed: SGLang, this plugin, torch, torch_npu, CANN; would SGLang load the plugin, and do the
-patches fit?"""
+"""Installed versions (SGLang, this plugin, torch, torch_npu, CANN); would SGLang load the plugin?"""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ def _sglang() -> Finding:
 
 
 def _plugins(environ: Mapping[str, str]) -> list[Finding]:
-    """Whether SGLang would load this package, and which others it would load."""
+    """Whether SGLang would load this package, and which others."""
     names = {point.name for point in metadata.entry_points(group=installed.PLUGIN_GROUP)}
     only = {name.strip() for name in environ.get(installed.ONLY_PLUGINS, "").split(",") if name.strip()}
     mine = sglang_npu_pp.__name__
@@ -89,7 +88,7 @@ def _plugins(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def _torch_npu() -> Finding:
-    """Loads it in a process of its own, since that fails, or hangs, where CANN or the driver is not sound."""
+    """Loaded in a process of its own: that fails or hangs with a broken CANN or driver."""
     version = version_of("torch_npu")
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     try:

@@ -1,7 +1,4 @@
-"""`python -m sglang_npu_pp timeline DIR`: the pipeline as a picture, and where its time went as a table.
-
-With `--against DIR` both pipelines in one picture, over the same length of time.
-"""
+"""`python -m sglang_npu_pp timeline DIR`: the pipeline as a figure, its times as a table."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the tables and draw the picture. Exit code 1, with one sentence, where that cannot be done."""
+    """Print the table and draw the figure. Exit code 1, with one sentence, on failure."""
     output = options.output or options.directory / "timeline.png"
     try:
         if output.suffix not in (".png", ".svg"):
@@ -112,7 +109,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _chosen(options: argparse.Namespace, whole: Timeline) -> Timeline:
-    """The part that the options name, or `whole`. Raises ValueError where it is none."""
+    """The part named by the options, or `whole`. Raises ValueError for an empty one."""
     if options.iterations is not None:
         return whole.iterations(*options.iterations)
     if options.begin is None and options.end is None:

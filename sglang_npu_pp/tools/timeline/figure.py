@@ -1,4 +1,4 @@
-"""The picture of timelines: one row per stage, one colour per state."""
+"""Figure of a timeline: one row per stage, one colour per state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .states import BACK_PRESSURE, BUBBLE, COMPUTE, EXPOSED, HOST, IDLE, StageTi
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart by people who do not see all colours, and in grey. Forwards of neighbouring slots get two shades.
+# Distinct for colour-blind readers, and in grey. Forwards of neighbouring slots get two shades.
 _COLOURS: dict[tuple[str, str], str] = {
     (COMPUTE, "even"): "#2f6ea5",
     (COMPUTE, "odd"): "#6ca6d6",
@@ -32,10 +32,8 @@ _ROOM_FOR_A_NUMBER = 0.014  # of the axis: narrower forwards are not numbered
 
 
 def draw(timelines: Sequence[tuple[str, Timeline]], path: Path, heading: str = "") -> None:
-    """Write the picture to `path`, PNG or SVG by its ending: each timeline below its title, all to one scale.
-
-    Raises ImportError without matplotlib, ValueError for another ending.
-    """
+    """Write `path`, PNG or SVG by its suffix. Raises ImportError without matplotlib, ValueError for another
+    suffix."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -73,7 +71,7 @@ def _draw_timeline(axes: Axes, timeline: Timeline, length_ms: float) -> set[tupl
 def _draw_stage(
     axes: Axes, row: int, stage: StageTimeline, begin_ns: int, length_ms: float
 ) -> set[tuple[str, str]]:
-    """Draw one row; returns the colours it used."""
+    """Draw one row; return its colours."""
     bars: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for span in stage.spans:
         begin_ms, width_ms = (span.begin_ns - begin_ns) / 1e6, (span.end_ns - span.begin_ns) / 1e6
