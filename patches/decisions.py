@@ -29,7 +29,7 @@ def broadcast_requests(original: Any, receiver: Any, requests: Any, *local: Any)
     pipeline = current()
     if requests is not None and (found := _decide(pipeline.scheduler, bool(requests or any(local)))):
         requests = [*requests, found]
-    return pipeline.told.take(original(receiver, requests, *local))
+    return pipeline.decisions.take(original(receiver, requests, *local))
 
 
 def split_requests(original: Any, receiver: Any, requests: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -59,12 +59,12 @@ def _time_matters(scheduler: Any, now: float) -> bool:
 
 
 def maybe_reap(original: Any, sessions: Any, now: float, *interval: Any) -> None:
-    original(sessions, current().told.now, *interval)
+    original(sessions, current().decisions.now, *interval)
 
 
 def by_shared_clock(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Upstream's function, with stage 0's time."""
-    return with_names(original, time=current().told.clock)(*args, **kwargs)
+    return with_names(original, time=current().decisions.clock)(*args, **kwargs)
 
 
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"

@@ -1,11 +1,11 @@
 """Seam: KV chunks of a prefill server, from launch to transfer engine.
 
-Upstream queues a chunk in the next iteration, and the rest of a prompt when its first token is back; the
-scheduler has by then waited for the forward. Here a chunk is queued right after its launch, with its event
-and an asynchronous copy of its page numbers, and the engine's thread waits for both.
+Upstream queues a chunk in the next iteration, and a prompt's rest with its first token: the scheduler has
+then waited for the forward. Here a chunk is queued right after its launch, with its event and an asynchronous
+copy of its page numbers; the engine's thread waits for both.
 
-Not layer by layer: SGLang's engines (Mooncake, and Ascend's, derived from it) transfer all layers of the
-stage at once.
+Not layer by layer: SGLang's engines (Mooncake, Ascend's derived one) transfer all layers of the stage at
+once.
 """
 
 from __future__ import annotations

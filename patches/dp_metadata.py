@@ -1,16 +1,12 @@
-"""Seam: what data-parallel attention ranks tell each other before every microbatch.
+"""Seam: metadata of data-parallel attention ranks, before every microbatch.
 
-With `--enable-dp-attention` each rank has requests of its own and all meet in the MLP, so every microbatch
-begins with one row a rank: tokens, kind of batch, votes for graphs. Upstream makes tensors of lists, gathers
-on the tensor-parallel device group, behind the collectives of the forwards that are still running, and copies
-the result with a blocking `.cpu()`. Here the rows go through a `RowGather`: buffers made once, a communicator
-of their own.
+With `--enable-dp-attention` ranks share the MLP, not batches: one row a rank (tokens, kind of batch, graph
+votes). Upstream builds tensors from lists, gathers on the tensor-parallel device group, behind running
+forwards, and copies with a blocking `.cpu()`; here a `RowGather` does.
 
-What is decided from the rows stays upstream's. A rank without a batch has to know at once whether the others
-run one. A rank with a batch goes on where it has something else to wait for, the proxies of the stage before;
-the rows are read behind them. Upstream's function then decides twice: at once, as if every rank had the row
-of this one, and in the launch, from the rows. All that it does with them is to set attributes of the batch,
-every one of them again the second time.
+Upstream decides from the rows. A rank without a batch waits for them at once, others after their proxies:
+upstream's function runs provisionally, with this rank's row for all, and again in the launch, setting the
+same batch attributes.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ _MODE = 5  # column of the forward mode
 
 
 class Column(NamedTuple):
-    """A number of the row: upstream's attribute it is read from, and what is made of the ranks' values."""
+    """A number of the row: upstream's attribute; attribute and function of the result."""
 
     name: str
     result: str | None = None
@@ -59,7 +55,7 @@ COLUMNS = (
 
 
 class DPMetadata:
-    """The rows of one stage's data-parallel ranks, of one microbatch at a time."""
+    """Rows of one stage's data-parallel ranks, one microbatch at a time."""
 
     def __init__(self, rows: RowGather, scheduler: Any, loop: LoopPosition) -> None:
         self._rows, self._scheduler, self._loop = rows, scheduler, loop
@@ -68,8 +64,7 @@ class DPMetadata:
         self._columns = columns_of_this_release()
 
     def prepare(self, original: Callable[..., Any], batch: Any, *arguments: Any, **options: Any) -> Any:
-        """What upstream's function returns. Where the rows are not waited for yet, its decisions about the
-        batch are provisional; `finish` puts the final ones in their place."""
+        """Upstream's result; without the rows, provisional until `finish`."""
 
         def decide() -> Any:
             return original(batch, *arguments, **options)
@@ -89,8 +84,10 @@ class DPMetadata:
         return prepared
 
     def gather(self, info: Any) -> None:
-        """Post the row of `info` unless that has been done; fill in what all rows together say, or for now
-        what this one says."""
+        """Post the row of `info`, once; fill in all rows, or provisionally this one for all.
+
+        Raises PipelineError for a changed row.
+        """
         row = [int(getattr(info, column.name)) for column in self._columns]
         if self._rows.posted is None:
             self._rows.post(row)
@@ -109,21 +106,20 @@ class DPMetadata:
         self._fill(info, rows, self._rows.last_wait_s)
 
     def finish(self) -> None:
-        """The last thing before a launch: replace provisional decisions by final ones."""
+        """Just before a launch: make provisional decisions final."""
         if self._unfinished is not None:
             decide, self._unfinished = self._unfinished, None
             decide()
 
     def carries(self, info: Any, device: Any) -> bool:
-        """Whether these rows are among our ranks. Not while weights are offloaded: upstream then keeps off
-        the device, on all ranks alike."""
+        """Whether these are our ranks. Not with offloaded weights: all then avoid the device."""
         replicas = info.num_dp_ranks if hasattr(info, "num_dp_ranks") else info.dp_size
         ranks = replicas * info.tp_size * info.cp_size
         return ranks == self._rows.ranks and not (self._rows.on_device and device == "cpu")
 
     def _can_be_decided_later(self, batch: Any) -> bool:
-        """Before the launch only `_arm_prefill_decode_interval` looks at them, where there is an interval,
-        and the conversion of a decode (`_could_be_converted`). The first stage has no work until then."""
+        """Not if `_arm_prefill_decode_interval` reads rows before the launch (decodes:
+        `_could_be_converted`), nor on the first stage, which awaits no proxies."""
         if batch is None or batch.forward_mode.is_idle() or batch.forward_mode.is_prebuilt():
             return False
         interval = getattr(self._scheduler, "prefill_decode_interval", 0)
@@ -133,7 +129,7 @@ class DPMetadata:
         self._loop.link.trace.record(name, _KIND, self._loop.slot, self._loop.iteration)
 
     def _fill(self, info: Any, rows: torch.Tensor, wait_s: float) -> None:
-        """As the end of upstream's `all_gather`: the first rank of every replica speaks for it."""
+        """As upstream's `all_gather`: a replica's first rank speaks for it."""
         table = rows.view(-1, info.tp_size * info.cp_size, len(self._columns))[:, 0, :]
         setattr(info, "tp0_info_cpu" if hasattr(info, "tp0_info_cpu") else "tp0_info", table)
         by_column = list(zip(*table.tolist(), strict=True))
@@ -156,9 +152,9 @@ def columns_of_this_release() -> tuple[Column, ...]:
 
 
 def open_metadata(scheduler: Any, parallel: Any, loop: LoopPosition) -> DPMetadata | None:
-    """None without data-parallel attention, and where ranks come and go (elastic expert parallelism).
+    """None without data-parallel attention, and with elastic expert parallelism.
 
-    Makes and warms up a communicator: the same on every rank of the stage, before memory is measured.
+    Makes and warms up a communicator, on all the stage's ranks, before memory is measured.
     """
     arguments = scheduler.server_args
     enabled = arguments.enable_dp_attention or getattr(parallel, "enable_dp_attention", False)
@@ -179,8 +175,8 @@ def open_metadata(scheduler: Any, parallel: Any, loop: LoopPosition) -> DPMetada
 
 
 def _could_be_converted(info: Any) -> bool:
-    """A decode becomes a prefill when another rank has one and all vote for the graph of a prefill (0.5.20
-    and later), which is looked at before the launch. Without this rank's vote it stays a decode."""
+    """From 0.5.20 on a decode becomes a prefill before the launch, beside another rank's prefill and with all
+    votes."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     decodes = ForwardMode(info.local_forward_mode).is_decode()
@@ -195,7 +191,7 @@ def _metadata() -> DPMetadata | None:
 
 
 def all_gather(original: Any, info: Any, device: Any, group: Any, use_all_reduce: bool = False) -> None:
-    """`use_all_reduce`: of elastic expert parallelism, from 0.5.18 on."""
+    """`use_all_reduce`: elastic expert parallelism, from 0.5.18 on."""
     metadata = _metadata()
     if metadata is None or use_all_reduce or not metadata.carries(info, device):
         more = {"use_all_reduce": True} if use_all_reduce else {}

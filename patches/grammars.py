@@ -1,7 +1,7 @@
 """Seam: readiness of compiled grammars, in 0.5.15.
 
-Every rank compiles them in threads of its own. From 0.5.18 on stage 0 sends the ready requests and those past
-the wait limit; before, only the ranks of a stage agree. Here the leader of stage 0 decides for all ranks.
+Every rank compiles in threads. From 0.5.18 on stage 0 sends ready requests and those past the wait limit;
+before, only the ranks of a stage agree. Here the leader of stage 0 decides for all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def get_ready_grammar_requests(original: Any, manager: Any) -> list[Any]:
     Only the leader polls: that counts a request's wait, and must not spin.
     """
     pipeline = current()
-    decided = pipeline.told.grammars
+    decided = pipeline.decisions.grammars
     leader = pipeline.link.stage == 0 and is_leader()
     if decided == NO_GRAMMARS and not leader:
         return []

@@ -1,6 +1,6 @@
 """`return_hidden_states`: hidden states of the last stage for stage 0, which answers the client.
 
-Upstream does not send them, and the other stages end (AttributeError: 'NoneType' object has no attribute
+Not sent upstream, where other stages end (AttributeError: 'NoneType' object has no attribute
 'hidden_states'). Here they travel with the tokens, to stage 0 only.
 """
 

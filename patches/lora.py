@@ -31,8 +31,8 @@ def update_adapter_stats(
         stats.max_wait_time_secs = 0.0
     for place, request in enumerate(waiting_queue):
         if not hasattr(request, _SINCE):
-            setattr(request, _SINCE, pipeline.told.now)
-        waited = pipeline.told.now - getattr(request, _SINCE) - place * _NO_TIME_S
+            setattr(request, _SINCE, pipeline.decisions.now)
+        waited = pipeline.decisions.now - getattr(request, _SINCE) - place * _NO_TIME_S
         stats = drainer.adapter_to_stats[request.lora_id]
         stats.max_wait_time_secs = max(stats.max_wait_time_secs, waited)
 

@@ -1,7 +1,7 @@
-"""The asynchronous pipeline of one scheduler process: what the seams share.
+"""Asynchronous pipeline of a scheduler process: state shared by the seams.
 
-There is one scheduler a process, so there is one pipeline, `current()`. Without one this server stays on
-upstream's path (one stage, or a feature that is not supported yet): `has_pipeline` keeps the seams out of it.
+One a process, `current()`. Without it (one stage, an unsupported feature) upstream's path runs:
+`has_pipeline`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sglang_npu_pp.decisions import Told
+from sglang_npu_pp.decisions import SharedDecisions
 from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.observe.stage_times import DepthAdviser, ForwardTimer
 from sglang_npu_pp.outcomes import Outcome
@@ -28,13 +28,13 @@ _left_to_upstream = False
 
 
 def current() -> AsyncPipeline:
-    """The pipeline of this process, in functions that `has_pipeline` guards."""
+    """The pipeline of this process, in functions guarded by `has_pipeline`."""
     assert _current is not None
     return _current
 
 
 def current_or_none() -> AsyncPipeline | None:
-    """None where upstream's path is used, and in processes without a scheduler."""
+    """None on upstream's path, and without a scheduler."""
     return _current
 
 
@@ -44,25 +44,24 @@ def set_current(pipeline: AsyncPipeline | None) -> None:
 
 
 def has_pipeline(*_: Any, **__: Any) -> bool:
-    """`Patch.when` of all that belongs to a pipeline: without one upstream's functions run as they are."""
+    """`Patch.when` of seams that need a pipeline."""
     return _current is not None
 
 
 def leave_to_upstream() -> None:
-    """The stages of this server have no asynchronous path: what is patched without a pipeline, too, is
-    upstream's from now on."""
+    """No asynchronous path on this server: `is_ours` seams are off, too."""
     global _left_to_upstream
     _left_to_upstream = True
 
 
 def is_ours(*_: Any, **__: Any) -> bool:
-    """`Patch.when` of what is patched on a server with one stage as well."""
+    """`Patch.when` of seams that run with one stage, too."""
     return not _left_to_upstream
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What was launched in a microbatch slot, as far as its outputs are concerned."""
+    """Launch of a microbatch slot, for its outputs."""
 
     iteration: int
     skipped: bool  # a pure middle chunk: its outputs are placeholders and do not travel
@@ -70,17 +69,16 @@ class Launch:
 
 
 class Undecided(Protocol):
-    """What a batch may still lack when it is about to be launched (see dp_metadata.py)."""
+    """Provisional decisions about a batch (see dp_metadata.py)."""
 
     def finish(self) -> None:
-        """The last thing before a launch: decide what was not decided yet."""
+        """Make them final, just before a launch."""
 
 
 class LoopPosition:
-    """Numbers the iterations of a scheduler.
+    """Iteration number of a scheduler, equal on all stages for the same microbatch.
 
-    All stages run the same loop, one request list an iteration, so `iteration` is equal on all of them
-    for the same microbatch, and slot = iteration % slots as upstream's loops count.
+    All run one loop, with one request list an iteration. Slot = iteration % slots, as upstream's.
     """
 
     def __init__(self, link: StageLink, slots: int) -> None:
@@ -94,7 +92,7 @@ class LoopPosition:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a pipeline is made of; `startup` makes them."""
+    """Parts of a pipeline, made by `startup`."""
 
     scheduler: Any  # SGLang's, of this process
     link: StageLink
@@ -107,7 +105,7 @@ class Parts:
 
 
 class AsyncPipeline:
-    """Ties messages to the microbatch slots of a scheduler."""
+    """Messages for the microbatch slots of a scheduler."""
 
     def __init__(self, parts: Parts) -> None:
         self.scheduler, self.link, self.streams = parts.scheduler, parts.link, parts.streams
@@ -123,7 +121,7 @@ class AsyncPipeline:
         self.intake = Intake()  # of stage 0
         self.requests: list[Any] = []  # of this iteration
         self.sent_requests: list[Any] | None = None
-        self.told = Told()
+        self.decisions = SharedDecisions()
         self.first_free_pages: list[Any] = []  # tensors of another stream, kept for ever
 
     @property
@@ -140,31 +138,31 @@ class AsyncPipeline:
 
     def begin_iteration(self) -> None:
         self.loop.iteration += 1
-        self.told.this_iteration = None
+        self.decisions.this_iteration = None
         if self.timer is not None:
             self.timer.collect()
         self.link.trace.record("iteration", "", self.slot, self.iteration)
 
     def timing(self, stream: AbstractContextManager[Any], slot: int) -> AbstractContextManager[Any]:
-        """Around the launch of a forward on `stream`: times its run on a device while a trace is recorded."""
+        """Around a launch on `stream`: device times of the forward, while tracing."""
         return nullcontext() if self.timer is None else self.timer.around(stream, slot, self.iteration)
 
     def send_requests(self) -> None:
-        """Push the requests of this iteration, and what was told with them, to the next stage; once."""
+        """Push this iteration's requests and decisions to the next stage, once."""
         if self.is_last or self.sent_requests is self.requests:
             return
         self.sent_requests = self.requests
-        told = self.told.pass_on(self.requests)
-        self.link.push(Kind.REQUESTS, self.link.stage + 1, told or None, iteration=self.iteration)
+        requests = self.decisions.pass_on(self.requests)
+        self.link.push(Kind.REQUESTS, self.link.stage + 1, requests or None, iteration=self.iteration)
 
     def receive_requests(self) -> list[Any]:
         pending = self.link.post(Kind.REQUESTS, self.link.stage - 1, iteration=self.iteration)
         requests = pending.wait_values() or []
         self.link.refuse_leftovers(Kind.PROXY, self.link.stage - 1, self.iteration)
-        return self.told.take(requests)
+        return self.decisions.take(requests)
 
     def exchange_outcomes(self, outcome: Outcome) -> list[Outcome]:
-        """What became of the control request of this iteration on this rank of every stage, by stage."""
+        """This rank's outcomes of this iteration's control request, by stage."""
         others = [stage for stage in range(self.link.stages) if stage != self.link.stage]
         for stage in others:
             self.link.push(Kind.OUTCOME, stage, outcome, iteration=self.iteration)

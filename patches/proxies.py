@@ -1,9 +1,8 @@
-"""Seam: the proxy tensors of a microbatch, from stage to stage.
+"""Seam: proxy tensors of a microbatch, from stage to stage.
 
-Upstream receives them tensor by tensor before the launch and sends them at the end of the iteration, after
-another microbatch's results were waited for and processed. Here the receive is posted where upstream
-receives, waited for as the last thing before the forward, and the send is posted as the first thing
-behind it. The outputs of the last stage leave at the same place, and the KV chunks of a prefill server.
+Upstream receives them one by one before the launch and sends them at the end of the iteration, behind another
+microbatch's results. Here the receive is posted there, waited for just before the forward, and the send right
+behind it, as of outputs (last stage) and KV chunks (prefill server).
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 
 
 def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
-    """A pending value in the place of the tensors; only `launch_batch` reads it."""
+    """A pending value, read by `launch_batch` only."""
     pipeline = current()
     return None if pipeline.link.stage == 0 else pipeline.post_proxies()
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
-    """The last arguments are equal in all releases; before them 0.5.18 and later pass the batch as well."""
+    """`arguments` end alike in all releases; from 0.5.18 on the batch comes first."""
     pipeline = current()
     *given, proxies, mb_metadata, last_rank_comm_queue = arguments
     microbatch = _Microbatch.of(scheduler.mbs[mb_id])
@@ -60,7 +59,7 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
 
 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
-    """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
+    """Nothing: `launch_batch` has sent the proxies."""
     return []
 
 
@@ -69,7 +68,7 @@ def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **op
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """What a launch has to know of its batch beside its tensors."""
+    """A batch at its launch."""
 
     batch: Any  # SGLang's
     prebuilt: bool  # a decode server's, whose prefill another server has run: nothing is computed
@@ -85,12 +84,11 @@ class _Microbatch:
 
 
 def describe(batch: Any) -> str:
-    """Which requests a microbatch has, in words that two stages can compare: for example "decode of 3
-    requests, 3 tokens (5f3a9c01)"; the number checks the ids in order.
+    """The requests of a microbatch, comparable between stages: "decode of 3 requests, 3 tokens (5f3a9c01)",
+    with a CRC-32 of the ids in order.
 
-    Every stage decides for itself which requests it runs next. Upstream relies on all of them deciding
-    alike; when one did not (an abort, a time limit, a grammar that was ready on one stage only), it computed
-    on the rows of other requests, or hung. So proxies say which requests they belong to.
+    Sent with proxies: after unequal decisions (abort, time limit, grammar) upstream computed on other
+    requests' rows, or hung.
     """
     names = [request.rid for request in batch.reqs]
     mode = batch.forward_mode
@@ -111,23 +109,21 @@ def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:
 
 
 def _gather_group(scheduler: Any) -> Any:
-    """Ranks that hold equal proxies. Up to 0.5.18 those of a context-parallel prefill do not, and upstream
-    says so here; later its attention groups have one rank then."""
+    """Ranks with equal proxies; None for context-parallel prefill up to 0.5.18 (later groups of one)."""
     return scheduler.attn_tp_group if getattr(scheduler, "require_attn_tp_allgather", True) else None
 
 
 def _decide_what_was_put_off(pipeline: AsyncPipeline) -> None:
-    """With data-parallel attention: what the rows of the other ranks say of this batch."""
+    """With data-parallel attention: decide by the other ranks' rows."""
     if pipeline.metadata is not None:
         pipeline.metadata.finish()
 
 
 @contextmanager
 def _timed(scheduler: Any, pipeline: AsyncPipeline, slot: int, counted: bool) -> Iterator[None]:
-    """Around the launch of a forward: for the telemetry, for the trace while one is recorded, and at first
-    for the advice on the depth.
+    """Around a launch: telemetry, trace, and at first depth advice.
 
-    `counted` is False for a batch whose outputs are not waited for: the link does not hold it up.
+    `counted`: the batch has outputs to wait for.
     """
     trace, stream = pipeline.link.trace, scheduler.forward_stream_ctx
     trace.record("launch", "", slot, pipeline.iteration)
@@ -150,7 +146,7 @@ def _kind(scheduler: Any, slot: int) -> str:
 
 
 def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) -> None:
-    """Once, when nothing more is to be measured: stage 0 says which depth would hide the link."""
+    """Once, when all is measured; on stage 0."""
     if not adviser.finished:
         return
     pipeline.adviser = None
@@ -160,7 +156,7 @@ def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) 
 
 
 def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbatch, result: Any) -> None:
-    """On the forward stream: the next forward may overwrite the tensors once they are packed."""
+    """On the forward stream: the next forward may overwrite packed tensors."""
     if microbatch.prebuilt:
         return
     with scheduler.forward_stream_ctx:
@@ -171,7 +167,7 @@ def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbat
 def _return_outputs(
     scheduler: Any, pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch, result: Any, outputs: Any
 ) -> HostCopy | None:
-    """Of the last stage: the copy of its outputs to the host, from where they leave for the other stages."""
+    """Last stage: copy outputs to the host, send them. None if skipped."""
     if microbatch.skipped:
         return None
     add_hidden_states(scheduler, microbatch.batch, result, outputs.tensors)

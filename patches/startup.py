@@ -1,8 +1,7 @@
-"""Seam: the start of a scheduler process. Agree, open the lanes, warm up; and how an idle server waits.
+"""Seam: start of a scheduler process (agreement, lanes, warm-up), and idle waiting.
 
-Runs where upstream has just made its process groups and before it loads the model, so that the ranks are
-close together in time and communicators count in the memory that is measured later. That place has moved:
-up to 0.5.20 the groups are made by the model runner, later by the scheduler.
+Runs behind upstream's process groups (up to 0.5.20 of the model runner, later of the scheduler), before the
+model is loaded: ranks are close in time, and communicators count in measured memory.
 """
 
 from __future__ import annotations
@@ -61,13 +60,13 @@ _decision: str | None = None
 
 
 def set_decision(sentence: str) -> None:
-    """What the plugin decided in this process: the log of a scheduler says it again, with stage and rank."""
+    """The plugin's decision in this process, for the scheduler's log."""
     global _decision
     _decision = sentence
 
 
 def init_idle_sleeper(original: Any, scheduler: Any) -> None:
-    """Upstream calls this once, right behind its sockets."""
+    """Called once by upstream, right behind its sockets."""
     from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 
     original(scheduler)
@@ -78,7 +77,7 @@ def init_idle_sleeper(original: Any, scheduler: Any) -> None:
 
 
 def init_torch_distributed(original: Any, runner: Any) -> Any:
-    """Up to 0.5.20 this makes the process groups: called once for the model and once for a draft model."""
+    """Up to 0.5.20 makes the process groups; for the model and a draft model."""
     result = original(runner)
     while _without_groups:
         _start(_without_groups.pop())
@@ -129,7 +128,7 @@ def _start(scheduler: Any) -> None:
 
 
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:
-    """Every event loop begins with this, on the schedule stream."""
+    """Begins every event loop, on the schedule stream."""
     original(scheduler)
     allocator = scheduler.token_to_kv_pool_allocator
     names = ("free_pages", "release_pages")
@@ -137,7 +136,7 @@ def init_pp_loop_state(original: Any, scheduler: Any) -> None:
 
 
 def _unsupported(scheduler: Any) -> str | None:
-    """What in this configuration has no asynchronous path yet; equal on all ranks."""
+    """Configuration without an asynchronous path; equal on all ranks."""
     if not scheduler.spec_algorithm.is_none():
         return "speculative decoding with pipeline parallelism is not supported yet"
     return None
@@ -163,9 +162,9 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
 
 
 def _open_host_lane(scheduler: Any, parallel: Any, context: RankContext) -> HostLane | None:
-    """None: it cannot be opened everywhere, and `auto` then serves on upstream's path.
+    """None, for upstream's path with `auto`, if a rank cannot open it.
 
-    Upstream's groups may use other addresses, ports and files than we do: where it starts, so must we.
+    Upstream's groups may use other addresses, ports and files: this must start wherever they do.
     """
     settings = context.settings
     host_lane = HostLane(
@@ -193,7 +192,7 @@ def _open_host_lane(scheduler: Any, parallel: Any, context: RankContext) -> Host
 def failure_of_any_rank(
     failure: PipelineError | None, where: str, start_limit_s: float
 ) -> PipelineError | None:
-    """Our own, another rank's, or None on all ranks. Raises AgreementError when a rank does not say."""
+    """Our own, another rank's, or None on all ranks. Raises AgreementError for a silent rank."""
     try:
         agree(
             dist.PrefixStore("sglang_npu_pp/host_lane", dist.distributed_c10d._get_default_store()),
@@ -208,7 +207,7 @@ def failure_of_any_rank(
 
 
 def _own_port(scheduler: Any, parallel: Any, first: int) -> int:
-    """The port of this rank, 0 for any. Data-parallel replicas have worlds, and ranks, of their own."""
+    """Port of this rank, 0 for any. Data-parallel replicas have worlds of their own."""
     if not first:
         return 0
     ranks, replicas = _ranks(scheduler, parallel), scheduler.server_args.dp_size
@@ -223,12 +222,12 @@ def _own_port(scheduler: Any, parallel: Any, first: int) -> int:
 
 
 def _slots(scheduler: Any, parallel: Any) -> int:
-    """Microbatches that may be in flight."""
+    """Microbatches in flight, at most."""
     return parallel.pp_size + scheduler.server_args.pp_async_batch_depth
 
 
 def _make_parts(scheduler: Any, parallel: Any, host_lane: HostLane) -> Parts:
-    """In an order that is equal on all ranks: most of them talk to the other stages."""
+    """In one order on all ranks: most parts talk to other stages."""
     context, streams = host_lane.context, DeviceStreams(parallel.pp_group.device)
     slots = _slots(scheduler, parallel)
     clock = measure_clock(host_lane, context.settings.start_limit_s)
@@ -248,7 +247,7 @@ def _make_parts(scheduler: Any, parallel: Any, host_lane: HostLane) -> Parts:
 
 
 def _export(link: StageLink, slots: int, labels: Mapping[str, str]) -> None:
-    """Metrics that cannot be shown (a full disk, say) are no reason not to serve."""
+    """A failure (a full disk, say) does not prevent serving."""
     bounds, settings = link.host_lane.bounds, link.context.settings
     limits: dict[Metric, float] = {
         SLOTS: slots,
@@ -263,26 +262,26 @@ def _export(link: StageLink, slots: int, labels: Mapping[str, str]) -> None:
 
 
 def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
-    """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
+    """Label of a data-parallel replica; rank numbers repeat."""
     dp_rank = _dp_rank(scheduler, parallel)
     return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
 
 
 def _dp_rank(scheduler: Any, parallel: Any) -> int | None:
-    """None where there is one replica. With data-parallel attention all of them are ranks of one group."""
+    """None with one replica. With data-parallel attention all are ranks of one group."""
     found: int | None = _ranks(scheduler, parallel).dp_rank
     return found
 
 
 def _ranks(scheduler: Any, parallel: Any) -> Any:
-    """What knows the data-parallel ranks: up to 0.5.20 the scheduler's own."""
+    """Owner of the data-parallel ranks: up to 0.5.20 the scheduler."""
     return getattr(scheduler, "ps", parallel)
 
 
 def _open_device_lane(
     scheduler: Any, parallel: Any, streams: DeviceStreams, context: RankContext
 ) -> DeviceLane | None:
-    """Device tensors need it; on CPU it is used only when asked for, over gloo."""
+    """For device tensors; on CPU only on request, over gloo."""
     group, wanted = parallel.pp_group, context.settings.proxy_lane
     if wanted == "host" or (wanted == "auto" and not streams.asynchronous):
         return None
@@ -306,7 +305,7 @@ def _open_device_lane(
 
 
 def _slot_bytes(scheduler: Any, parallel: Any) -> int:
-    """Of the proxies of the largest prefill, which SGLang's KV pool is then measured beside."""
+    """Of the largest prefill's proxies; SGLang measures its KV pool beside them."""
     arguments, model = scheduler.server_args, scheduler.model_config
     tokens = arguments.chunked_prefill_size
     if tokens is None or tokens <= 0:  # no chunks
@@ -315,7 +314,7 @@ def _slot_bytes(scheduler: Any, parallel: Any) -> int:
 
 
 def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn | None:
-    """The last stage sends; on a device from a thread with connections of its own."""
+    """The last stage sends; on a device from a thread with its own connections."""
     last = link.stages - 1
     outboxes = link.host_lane.open_port(PORT, senders=[last]) if streams.asynchronous else None
     return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None

@@ -46,7 +46,7 @@ def overdue_requests(scheduler: Any) -> frozenset[str]:
 def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
     """Upstream's function, which ends all requests that it sees, limited to the overdue ones."""
     pipeline = current()
-    if not (named := pipeline.told.overdue):
+    if not (named := pipeline.decisions.overdue):
         return
     queue = scheduler.waiting_queue
     scheduler.waiting_queue = [request for request in queue if request.rid in named]
@@ -61,7 +61,7 @@ def abort_on_running_timeout(original: Any, scheduler: Any, *batch: Any) -> None
 
     (running,) = batch or (scheduler.running_batch,)
     for request in running.reqs:
-        if request.rid in pipeline.told.overdue and not request.finished():
+        if request.rid in pipeline.decisions.overdue and not request.finished():
             request.to_finish = FINISH_ABORT(
                 "Request running timeout reached.", HTTPStatus.SERVICE_UNAVAILABLE
             )

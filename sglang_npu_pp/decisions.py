@@ -1,6 +1,6 @@
 """Decisions of stage 0 for all stages, sent with the requests of an iteration.
 
-Ranks in the same iteration hold the same `Told`, so results of it alone are equal.
+Ranks in the same iteration hold the same `SharedDecisions`, so results of it alone are equal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SharedClock:
     perf_counter = monotonic
 
 
-class Told:
+class SharedDecisions:
     """Decisions in force on this rank."""
 
     def __init__(self) -> None:

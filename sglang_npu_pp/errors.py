@@ -14,7 +14,7 @@ class ContractError(PipelineError):
 
 
 class AgreementError(PipelineError):
-    """The ranks do not all run the same plugin with the same settings."""
+    """Ranks with different plugins or settings."""
 
 
 class DifferenceError(AgreementError):
@@ -26,7 +26,7 @@ class TransportError(PipelineError):
 
 
 class PeerLostError(PipelineError):
-    """Another stage ended or froze, or the network to it was cut."""
+    """Another stage ended, froze or lost its network."""
 
 
 class MessageError(PipelineError):

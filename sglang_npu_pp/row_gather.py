@@ -1,11 +1,11 @@
 """Asynchronous gather of one row of integers from every rank of a group.
 
 For data-parallel attention: token counts and kind of batch before a forward. One collective a step, on
-preallocated (pinned) buffers; on an accelerator with a stream and a communicator of its own, so not after the
-collectives of launched forwards.
+preallocated (pinned) buffers; on an accelerator with its own stream and communicator, so not after launched
+forwards.
 
-Ideas from vllm-ascend #2582 (one packed collective on the device, preallocated; there on the model's group)
-and vllm #39115 (a reused event races, so each copy to the host has a fresh one).
+Ideas: vllm-ascend #2582 (one packed collective on the device, preallocated; there on the model's group), vllm
+#39115 (a reused event races, so a fresh one a copy).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _hccl_options() -> Any:
 class RowGather:
     """Gathers rows of `width` int64 from all ranks of `group`; one gather at a time.
 
-    All ranks post equally often, in program order. `device`: an accelerator, or CPU (gloo). `where`: stage
-    and rank, for errors. Owned by the scheduler thread.
+    All ranks post equally often. `device`: an accelerator, or CPU (gloo). `where`: stage and rank, for
+    errors. Owned by the scheduler thread.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""KV chunks queued before they are computed: the transfer thread waits, the scheduler does not.
+"""KV chunks queued before they are computed: the transfer thread waits, not the scheduler.
 
-With each chunk go an event of its forward (`TransferGate`) and an asynchronous copy of its page numbers
+Each chunk has an event of its forward (`TransferGate`) and an asynchronous copy of its page numbers
 (`LateIndices`).
 
-Ideas from SGLang 0.5.22 (an event for prefixes under overlap scheduling) and 0.5.23 (one for page numbers on
-CUDA); fresh events, since a reused one races (vllm #39115).
+Ideas: SGLang 0.5.22 (event for prefixes under overlap scheduling), 0.5.23 (event for page numbers on CUDA);
+fresh events, since a reused one races (vllm #39115).
 """
 
 from __future__ import annotations

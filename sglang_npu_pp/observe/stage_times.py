@@ -1,12 +1,10 @@
-"""Times of forwards: when they ran, for the trace, and how long a stage works on an iteration, for the depth.
+"""Times of forwards: when they ran, for the trace; work per iteration, for the depth advice.
 
-A launch says when the host handed a forward over. A pair of timing events around it says when the device
-began and ended it, once both have passed: they are looked at once an iteration and never waited for.
+Timing events around a launch, polled once an iteration, give begin and end on the device.
 
-Of a stage the first busy batches are measured, told to stage 0, and said once. Only launches in a row of one
-kind (prefill, decode) count, one more than there are slots: then every slot was taken, which is when the
-depth matters, and the launch before tells how long the host worked in between. What is measured is the
-forward: those two events on a device, wall time on CPU.
+The advice is from the first busy batches, sent to stage 0, logged once. A launch counts behind as many of its
+kind (prefill, decode) in a row as there are slots: all taken, and host time since the last launch known.
+Measured: device time; wall time on CPU.
 """
 
 from __future__ import annotations
@@ -41,13 +39,12 @@ class _Forward(NamedTuple):
 
 
 class ForwardTimer:
-    """Records "run" and "ran", in times of the host, while a rank records a trace. Owned by the scheduler
-    thread."""
+    """Records "run" and "ran", in host time, while tracing. Owned by the scheduler thread."""
 
     def __init__(
         self, streams: DeviceStreams, trace: Trace, now_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
-        """Waits for the device once, to learn what its time is on the host's clock."""
+        """Waits for the device once, to anchor its clock."""
         self._streams, self._trace = streams, trace
         self._pending: deque[_Forward] = deque()
         self._anchor: Any = streams.record_time()
@@ -56,7 +53,7 @@ class ForwardTimer:
 
     @contextmanager
     def around(self, stream: AbstractContextManager[Any], slot: int, iteration: int) -> Iterator[None]:
-        """Time what is launched inside the block; `stream` makes the stream that it runs on current."""
+        """Time launches in the block, on the stream of `stream`."""
         with stream:
             begin = self._streams.record_time()
         yield
@@ -64,7 +61,7 @@ class ForwardTimer:
             self._pending.append(_Forward(begin, self._streams.record_time(), slot, iteration))
 
     def collect(self) -> None:
-        """Record the forwards that have ended since. Does not wait."""
+        """Record ended forwards, without waiting."""
         while self._pending and self._pending[0].end.query():
             forward = self._pending.popleft()
             for name, event in (("run", forward.begin), ("ran", forward.end)):
@@ -85,7 +82,7 @@ class _Launch(NamedTuple):
 
 
 class StageTimer:
-    """Times the launches of one rank. Costs a few microseconds for each; drop it when it has been read."""
+    """Times the launches of one rank (microseconds each); drop it after reading."""
 
     def __init__(self, streams: DeviceStreams, telemetry: Telemetry, slots: int) -> None:
         self._streams, self._telemetry, self._slots = streams, telemetry, slots
@@ -97,8 +94,7 @@ class StageTimer:
         self.busy_launches = 0
 
     def begin(self, kind: str, iteration: int) -> None:
-        """Just before a launch, behind all waits. `kind`: one of `KINDS`, or another word for a batch that
-        does not count."""
+        """Just before a launch, behind all waits. `kind`: of `KINDS`, else not counted."""
         follows = iteration == self._iteration + 1 and kind == self._kind
         self._in_a_row = self._in_a_row + 1 if follows else 1
         self._kind, self._iteration = kind, iteration
@@ -118,7 +114,7 @@ class StageTimer:
             self._samples[launch.kind].append((seconds, launch.host_s))
 
     def read(self, kind: str, hop_s: float) -> StageTimes | None:
-        """Medians of the first `SAMPLES` behind the warm-up; None while there are fewer."""
+        """Medians of `SAMPLES` launches after the warm-up, or None."""
         samples = self._samples[kind][WARM_UP : WARM_UP + SAMPLES]
         if len(samples) < SAMPLES:
             return None
@@ -129,7 +125,7 @@ class StageTimer:
         return self._streams.record_time() if self._streams.asynchronous else time.monotonic()
 
     def _seconds(self, launch: _Launch) -> float | None:
-        """None while the device has not come to the end."""
+        """None while the device is busy."""
         if not self._streams.asynchronous:
             return float(launch.ended - launch.began)
         return launch.began.elapsed_time(launch.ended) / 1e3 if launch.ended.query() else None
@@ -139,7 +135,7 @@ class StageTimer:
 
 
 class DepthAdviser:
-    """One rank of each stage measures; that of stage 0 hears the others and then knows what to say."""
+    """Times of one rank a stage, and stage 0's advice."""
 
     def __init__(self, link: StageLink, streams: DeviceStreams, depth: int) -> None:
         self._link, self._depth = link, depth
@@ -155,7 +151,7 @@ class DepthAdviser:
         self._timer.begin(kind, iteration)
 
     def end(self) -> None:
-        """See `StageTimer.end`; passes on what is new."""
+        """See `StageTimer.end`; sends new times."""
         self._timer.end()
         for kind in KINDS:
             if self._link.stage not in self._known[kind]:
@@ -166,16 +162,16 @@ class DepthAdviser:
                         self._link.push(Kind.STAGE_TIMES, 0, (kind, vars(times)))
         if self._link.stage == 0:
             self._note_proxy()
-            self._hear()
+            self._receive_times()
 
     @property
     def finished(self) -> bool:
-        """Whether there is no more to measure: `advice` can be read (stage 0), or everything was told."""
+        """Nothing left to measure: `advice` is ready (stage 0), all is sent (others)."""
         known = [kind for kind in KINDS if self._is_known(kind)]
         return len(known) == len(KINDS) or (bool(known) and self._timer.busy_launches >= LAUNCH_LIMIT)
 
     def advice(self, max_requests: int, limit: int | None) -> str:
-        """See `advise`; on stage 0, once it has `finished`."""
+        """See `advise`; on stage 0, once `finished`."""
         measured = {
             kind: [times for _, times in sorted(self._known[kind].items())]
             for kind in KINDS
@@ -193,7 +189,7 @@ class DepthAdviser:
         stages = self._link.stages if self._link.stage == 0 else 1
         return len(self._known[kind]) == stages
 
-    def _hear(self) -> None:
+    def _receive_times(self) -> None:
         for source in range(1, self._link.stages):
             while self._link.has_arrived(Kind.STAGE_TIMES, source):
                 kind, times = self._link.post(Kind.STAGE_TIMES, source).wait_values()

@@ -1,14 +1,14 @@
 """SIGTERM of a process with a report to write.
 
-Without a handler SIGTERM ends a process at once; so it stays with nothing to write. A Python handler waits
-for the main thread to leave C code, and for the GIL. So three parts may end the process:
+With nothing to write, SIGTERM keeps its default action. A Python handler waits for the main thread to leave C
+code, and for the GIL. So three parts may end the process:
 
 1. the handler, where the main thread runs Python;
 2. a thread, where the main thread is in C code without the GIL;
 3. a helper process, if the report has not begun within BEGIN_S or ended within REPORT_S: it repeats SIGTERM,
-   whose default action the kernel has restored at the first one.
+   whose default action the kernel has restored.
 
-CPython's C handler wakes all of them by a byte on the wakeup fd.
+CPython's C handler wakes all by a byte on the wakeup fd.
 """
 
 from __future__ import annotations

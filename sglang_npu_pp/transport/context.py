@@ -1,4 +1,4 @@
-"""What all parts of one rank share."""
+"""Shared by all parts of one rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..settings import Settings
 
 @dataclass(frozen=True)
 class RankContext:
-    """Where a rank stands in its pipeline, what is set, and what counts and records there."""
+    """A rank's position in its pipeline, settings, counters and trace."""
 
     stage: int
     stages: int
@@ -24,7 +24,7 @@ class RankContext:
     def begin(
         cls, stage: int, stages: int, settings: Settings, *, rank: int = 0, replica: int | None = None
     ) -> RankContext:
-        """With counters and, where the settings ask for one, a trace that begin now."""
+        """With new counters and, if set, a trace."""
         trace = Trace(enabled=settings.trace_dir is not None)
         return cls(stage, stages, rank, settings, Telemetry(stage, rank, replica=replica), trace)
 
@@ -35,5 +35,5 @@ class RankContext:
 
     @property
     def check_all(self) -> bool:
-        """Whether frames of any size are under the checksum."""
+        """Whether the checksum covers frames of any size."""
         return self.settings.checksum == "full"

@@ -1,12 +1,10 @@
 """The device lane: packed device tensors from one stage to the next, over torch.distributed P2P.
 
-It flows in one direction only, on process groups of its own (one for each pair of neighbours), so a ring of
-rendezvous sends that wait for each other cannot form. One message is one contiguous buffer. Sends are
-packed into a ring of slots and therefore own their bytes; receives land in a ring of slots and are posted as
-soon as the header on the host lane announces them. Sends and receives are issued on a stream each, so
-that a receive never waits for the forward that a send is waiting for. `Work.wait()` is only ever called
-where it makes a stream wait (HCCL, NCCL), and on gloo, which has no streams, at the one place where the
-program needs the data.
+One direction only, a process group for each pair of neighbours: no ring of rendezvous sends can form. One
+message is one contiguous buffer. Sends are packed into a ring of slots and own their bytes; receives, into a
+ring of slots, are posted at the header's arrival on the host lane. Each has its own stream, so that no
+receive waits for the forward before a send. `Work.wait()` is called only where a stream waits (HCCL, NCCL)
+or, on gloo (no streams), where the data is needed.
 """
 
 from __future__ import annotations
@@ -40,11 +38,11 @@ def create_neighbour_groups(
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """Process groups (from the previous stage, to the next stage) of one pipeline.
 
-    `ranks` are the global ranks of the pipeline by stage. Each group has two members and only they
-    take part in making it: first stages 0-1, 2-3, ..., then 1-2, 3-4, ... torch names such a group
-    after the number of groups that a member has made so far, so both members must have made equally
-    many; a stage without a partner makes one with itself.
+    `ranks`: global ranks by stage. Only its two members make a group: first stages 0-1, 2-3, ..., then 1-2,
+    3-4, ...
     """
+    # torch names a group after the number of groups that a member has made so far, so both members must have
+    # made equally many; a stage without a partner makes one with itself.
     neighbours: dict[int, dist.ProcessGroup] = {}
     for parity in (0, 1):
         partner = stage + 1 if stage % 2 == parity else stage - 1
@@ -62,7 +60,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def pack_layout(specs: Iterable[TensorSpec]) -> tuple[list[TensorSpec], int]:
-    """Where each tensor lies in the buffer of a message: the specs with their offsets, and all bytes."""
+    """The specs with offsets in the message's buffer, and its bytes."""
     placed, end = [], 0
     for spec in specs:
         placed.append(msgspec.structs.replace(spec, offset=end))
@@ -71,7 +69,7 @@ def pack_layout(specs: Iterable[TensorSpec]) -> tuple[list[TensorSpec], int]:
 
 
 def unpack(buffer: torch.Tensor, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
-    """Views into `buffer` of those tensors that travel on this lane; a slice comes as a flat tensor."""
+    """Views into `buffer` of this lane's tensors; a slice is a flat tensor."""
     tensors = {}
     for spec in specs:
         if spec.offset >= 0:
@@ -83,7 +81,7 @@ def unpack(buffer: torch.Tensor, specs: Iterable[TensorSpec]) -> dict[str, torch
 
 @dataclass
 class _Slot:
-    """A buffer that is reused."""
+    """A reused buffer."""
 
     buffer: torch.Tensor
     work: Any = None  # the transfer that last used it
@@ -91,16 +89,13 @@ class _Slot:
 
 
 def slot_bytes_for(tokens: int, hidden_size: int, item_bytes: int, ranks: int = 1) -> int:
-    """Bytes of a message with the hidden states and the residual of `tokens` tokens.
-
-    `ranks`: tensor-parallel ranks that send a slice each.
-    """
+    """Bytes of hidden states and residual of `tokens` tokens, sliced over `ranks` tensor-parallel ranks."""
     tensor = -(-tokens * hidden_size * item_bytes // ranks)
     return PROXY_TENSORS * _aligned(tensor)
 
 
 class Receive:
-    """A posted receive. `wait()` orders the current stream behind it and gives the buffer."""
+    """A posted receive. `wait()` orders the current stream after it and returns the buffer."""
 
     def __init__(self, lane: DeviceLane, slot: _Slot, buffer: torch.Tensor, work: Any) -> None:
         self._lane, self._slot, self._buffer, self._work = lane, slot, buffer, work
@@ -110,7 +105,7 @@ class Receive:
         return self._buffer
 
     def release(self, reader: Any) -> None:
-        """The message is used up once the event `reader` has passed; its slot may then be reused."""
+        """Free the slot for reuse after the event `reader`."""
         self._slot.freed = reader
         self._lane.free_receive_slots.append(self._slot)
 
@@ -128,10 +123,10 @@ class DeviceLane:
         slots: int,
         slot_bytes: int = 0,
     ) -> None:
-        """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage).
+        """`previous`, `following`: groups of (previous stage, us) and (us, next stage).
 
-        `slot_bytes` are reserved for each slot, so that they are counted where the device's memory is
-        measured later. A slot grows to a message that is larger, and says so.
+        `slot_bytes`: reserved for each slot before device memory is measured. Larger messages grow it, with a
+        warning.
         """
         self._previous, self._following = previous, following
         self._streams = DeviceStreams(device)
@@ -152,7 +147,7 @@ class DeviceLane:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._streams.device)
 
     def _room(self, slot: _Slot, nbytes: int) -> torch.Tensor:
-        """The first bytes of a slot, for use on the current stream."""
+        """The first bytes of a slot, for the current stream."""
         if slot.buffer.numel() < nbytes:
             if nbytes > self._said_bytes:
                 self._say_too_large(nbytes)
@@ -176,8 +171,10 @@ class DeviceLane:
         )
 
     def warm_up(self) -> None:
-        """One small message each way of the chain, so that the communicators exist before the first
-        request. Blocks until the neighbours do the same; receives first, so the chain unwinds."""
+        """Make the communicators before the first request, by one small message each way.
+
+        Blocks for the neighbours; receives first, so the chain unwinds.
+        """
         token = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._streams.device)
         if self._previous is not None:
             dist.recv(token, group=self._previous, group_src=0)
@@ -186,8 +183,9 @@ class DeviceLane:
         self._streams.record().synchronize()
 
     def send(self, tensors: Mapping[str, torch.Tensor], message: Message, counters: ChannelCounters) -> None:
-        """Pack on the current stream, then send on the lane's. The sources may be overwritten by
-        whatever is next on the current stream. `tensors` are those that `message` puts on this lane."""
+        """Pack this lane's `tensors` of `message` on the current stream, which may then overwrite them, and
+        send.
+        """
         if self._following is None:
             raise TransportError(
                 f"{self._where}: the last stage has no next one to send device tensors to; "
@@ -215,7 +213,7 @@ class DeviceLane:
         return bool(self.free_receive_slots)
 
     def post_receive(self, nbytes: int) -> Receive:
-        """Post the receive of the next message; call in the order of the headers."""
+        """Post the next message's receive; call in header order."""
         slot = self.free_receive_slots.popleft()
         with self._streams.use(self._receiving):
             if slot.freed is not None:
@@ -227,11 +225,8 @@ class DeviceLane:
         return Receive(self, slot, buffer, work)
 
     def _wait_until_sent(self, slot: _Slot, counters: ChannelCounters) -> None:
-        """Back-pressure: the slot's last message must be out before it is packed again.
-
-        On an accelerator the current stream waits, not the host. Work that has completed is waited for
-        too: that costs nothing and makes a failed transfer raise here.
-        """
+        """Back-pressure: wait for the slot's last message; on accelerators only the current stream waits."""
+        # Completed work too: that costs nothing and makes a failed transfer raise here.
         if slot.work is None:
             return
         began = time.monotonic()

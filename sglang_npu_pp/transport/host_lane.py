@@ -1,9 +1,8 @@
 """The host lane: eager messages between the stages of one pipeline, over ZeroMQ.
 
-Every rank binds one ROUTER socket for its node (ipc) and, when the pipeline spans nodes, one for the others
-(TCP with CURVE). It connects one DEALER to every other stage of its pipeline. A message is pushed when
-it exists and waits at the receiver; nothing is asked for. Rank r of a stage only ever talks to rank r of
-other stages: tensor-parallel ranks are not this lane's business.
+Every rank binds one ROUTER socket for its node (ipc) and, if needed, one for others (TCP with CURVE), and
+connects one DEALER to every other stage. Messages are pushed without a request and wait at the receiver. Rank
+r talks only to rank r of other stages, never to tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -63,10 +62,9 @@ class HostLane:
         port: int = 0,
         slots: int = 1,
     ) -> None:
-        """`host`, `master` and `port` (0: any free one) say where TCP listens if a peer is on another node:
-        see `addresses.listening_addresses`.
+        """`host`, `master`, `port` (0: any free one): the TCP endpoint, see `addresses.listening_addresses`.
 
-        `slots`: microbatches of the loops that use the lane; equal on all stages.
+        `slots`: microbatches of the loops on this lane; equal on all stages.
         """
         self.context = context
         self.stage, self.stages = context.stage, context.stages
@@ -92,9 +90,9 @@ class HostLane:
     # --- start ---------------------------------------------------------------------------------
 
     def open(self, exchange: Exchange) -> None:
-        """Bind, tell the other stages where, connect to all of them and wait until all are here.
+        """Bind, exchange endpoint records, and connect to all stages; every stage calls it.
 
-        Every stage of the pipeline calls it. Raises TransportError, naming who is missing.
+        Raises TransportError, naming the missing stages.
         """
         try:
             self._bind(exchange)
@@ -112,7 +110,7 @@ class HostLane:
             raise
 
     def _check_descriptors(self) -> None:
-        """ZeroMQ aborts the process where some of its calls find none left."""
+        # ZeroMQ aborts the process where some of its calls find no descriptor left.
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         with suppress(FileNotFoundError):  # where there is no /proc
             left = limit - len(os.listdir("/proc/self/fd"))
@@ -124,10 +122,9 @@ class HostLane:
                 )
 
     def open_port(self, port: str, senders: Collection[int]) -> dict[int, Outbox]:
-        """Connections to all peers from each of the stages `senders`, for a thread of their own.
+        """Connections to all peers from each stage of `senders`, for a thread of their own.
 
-        Every stage calls it, at the same point of the program; a stage that is no sender gets none.
-        Connections may be handed to another thread afterwards.
+        Every stage calls it at the same point; other stages get none. They may then move to another thread.
         """
         outboxes: dict[int, Outbox] = {}
         expected = {f"{stage}/{port}".encode() for stage in senders if stage != self.stage}
@@ -136,7 +133,7 @@ class HostLane:
                 for record in self._records:
                     if record.stage != self.stage:
                         outboxes[record.stage] = self._connect(record, port)
-            self._greet(outboxes.values(), expected)
+            self._handshake(outboxes.values(), expected)
         except BaseException:
             for outbox in outboxes.values():
                 outbox.close()
@@ -144,16 +141,13 @@ class HostLane:
         return outboxes
 
     def seal(self) -> None:
-        """All ports are open: remove the files of the ipc socket, which nobody will need again.
-
-        Whoever connects to this rank has done so when `open` and `open_port` return. From here on not even
-        a killed process leaves files behind.
-        """
+        """Remove the ipc socket's files once all ports are open; a killed process then leaves none."""
+        # Peers are connected when `open` and `open_port` return.
         if self._directory is not None:
             self._directory.clear()
 
     def _bind(self, exchange: Exchange) -> None:
-        """Listen, and tell the other stages where, or why not: they wait for this record."""
+        """Listen, and send the other stages, which wait for it, the endpoints or the failure."""
         identity = node_identity()
         apart = self._settings.host_transport == "tcp"  # as if every stage were on another node
         node = f"{identity}|{self.stage}" if apart else identity
@@ -180,7 +174,7 @@ class HostLane:
             raise TransportError(f"{self._where}: another stage cannot listen. {' '.join(failures)}")
 
     def _listen(self, node: str, nodes: list[str], one_node: bool) -> tuple[str, tuple[str, ...]]:
-        """The endpoints for ranks of this node and of others, as far as there are any."""
+        """The endpoints for ranks of this node and of others, if any."""
         ipc: str = ""
         tcp: tuple[str, ...] = ()
         if self._settings.host_transport == "ipc" and len(set(nodes)) > 1:
@@ -213,7 +207,7 @@ class HostLane:
         return router
 
     def _find_endpoints(self) -> dict[int, str]:
-        """Stage -> endpoint of every peer; of those that told several addresses, the first that answers."""
+        """Stage -> endpoint of every peer: the first address that answers."""
         found, several = {}, []
         for record in self._records:
             if record.stage == self.stage:
@@ -243,15 +237,15 @@ class HostLane:
         peer = Peer(record.stage, port, self._endpoints[record.stage], record.key, keys)
         return Outbox(self.context, peer, sockets=self._zmq, bounds=self.bounds, pulse=self._pulse)
 
-    def _greet(self, outboxes: Iterable[Outbox], expected: set[bytes]) -> None:
-        """Introduce ourselves over `outboxes`; wait to be welcomed and for the `expected` to come."""
+    def _handshake(self, outboxes: Iterable[Outbox], expected: set[bytes]) -> None:
+        """Send hello over `outboxes`; wait for all welcomes and the `expected` connections."""
         outboxes = list(outboxes)
         for outbox in outboxes:
             outbox.send_control(Kind.HELLO)
         deadline = time.monotonic() + self._settings.start_limit_s
         while True:
             missing = [outbox for outbox in outboxes if not outbox.welcomed]
-            absent = expected - self._inbox.greeted
+            absent = expected - self._inbox.admitted
             if not missing and not absent:
                 return
             if time.monotonic() >= deadline:
@@ -274,11 +268,9 @@ class HostLane:
         )
 
     def _authenticate(self, identity: bytes, frame: zmq.Frame) -> int | None:
-        """The stage behind a connection that has not been seen before, None for an unauthenticated client.
-
-        ipc: who could reach the socket is this user. TCP: ZAP has admitted the key; it must be the key of
-        the stage that the connection claims to be.
-        """
+        """A new connection's stage; None for an unauthenticated client."""
+        # ipc: only this user reaches the socket. TCP: ZAP has admitted the key; it must be the claimed
+        # stage's.
         stage_text, _, _ = identity.partition(b"/")
         if not stage_text.isdigit() or int(stage_text) >= self.stages:
             return None
@@ -294,23 +286,23 @@ class HostLane:
     # --- use -----------------------------------------------------------------------------------
 
     def is_local(self, stage: int) -> bool:
-        """Whether that stage is on this node, where copying bytes is cheaper than a collective."""
+        """Whether `stage` is on this node."""
+        # There, copying bytes is cheaper than a collective.
         return self._records[stage].node == self._records[self.stage].node
 
     def endpoint_of(self, stage: int) -> str:
-        """Where that stage is reached."""
         return self._endpoints[stage]
 
     def send(self, peer: int, message: Message) -> None:
-        """Push `message` to stage `peer`. See Outbox.send."""
+        """See Outbox.send."""
         self._outboxes[peer].send(message)
 
     def channel(self, source: int, kind: Kind) -> ReceiveChannel:
-        """What arrives of one kind from one stage; the same object for as long as the lane lives."""
+        """One stage's messages of one kind; always the same object."""
         return self._inbox.channel(source, kind)
 
     def receive(self, source: int, kind: Kind, limit_s: float | None = None) -> Message:
-        """Wait for the next message of a channel, at most `limit_s` seconds (None: the setting).
+        """Wait for the next message, at most `limit_s` seconds (None: the setting).
 
         Raises PeerLostError, WaitLimitError, SequenceError.
         """
@@ -323,10 +315,9 @@ class HostLane:
     def wait_steps(
         self, channel: ReceiveChannel, number: int, limit_s: float | None = None
     ) -> Iterator[None]:
-        """Sort in what arrives until that message is here; a step whenever it still is not, 0.1 s at most.
+        """Process arrivals until the message is here; yields every 0.1 s at most, where the caller may raise.
 
-        At a step the caller may raise what it knows to make waiting useless. Here that is PeerLostError if a
-        stage is gone, and WaitLimitError when the limit is over.
+        Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
         """
         counters = channel.counters
         counters.waits += 1
@@ -348,27 +339,23 @@ class HostLane:
         counters.wait_s += time.monotonic() - began
 
     def poll(self, timeout_ms: int = 0) -> None:
-        """Sort in what has arrived; waits up to `timeout_ms` for a first message."""
+        """Process arrivals; waits up to `timeout_ms` for the first."""
         self._inbox.pump(timeout_ms)
 
     def on_announcement(self, function: Callable[[Message], None]) -> None:
-        """Call `function` with every message that has tensors on the device lane, when it arrives."""
+        """Call `function` with every arriving message that has device-lane tensors."""
         self._inbox.on_announcement = function
 
     def watch(self, check: Callable[[], None], outboxes: Iterable[Outbox] = ()) -> None:
-        """Call `check` wherever the lane looks after its own connections; it raises what failed elsewhere.
+        """Run `check`, which raises failures from elsewhere, with the lane's own checks.
 
-        `outboxes`: connections of another thread, which looks after them, and is told here which stages have
-        left on purpose.
+        `outboxes`: another thread's connections, in which the lane marks departed stages.
         """
         self._watched.append(check)
         self._watched_outboxes += outboxes
 
     def check(self) -> None:
-        """Raise PeerLostError if any stage is gone: the others cannot go on without it.
-
-        Or what has ended one of our threads.
-        """
+        """Raise PeerLostError if any stage is gone (all are needed), or a thread's error."""
         for outbox in (*self._outboxes.values(), *self._watched_outboxes):
             outbox.departed = outbox.peer in self._inbox.departed
         for outbox in self._outboxes.values():
@@ -396,7 +383,7 @@ class HostLane:
             self._directory.clear()
 
     def _terminate(self) -> None:
-        """ZeroMQ waits until all sockets are closed, and one may belong to a thread that cannot be ended."""
+        # ZeroMQ waits until all sockets are closed, and one may belong to a thread that cannot be ended.
         ending = threading.Thread(target=self._zmq.term, name="host-lane-end", daemon=True)
         ending.start()
         ending.join(TERMINATION_LIMIT_S)

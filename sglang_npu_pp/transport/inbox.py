@@ -1,4 +1,4 @@
-"""Everything that arrives at one rank: authenticated, numbered, and sorted by sender and kind."""
+"""All arrivals of one rank: authenticated, numbered, sorted by sender and kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BUFFER = attrgetter("buffer")
 
 @dataclass(slots=True)
 class ReceiveChannel:
-    """Messages of one kind from one stage, and all their numbers: both sides count from 0."""
+    """Messages of one kind from one stage, numbered from 0 on both sides."""
 
     source: int
     kind: Kind
@@ -33,17 +33,17 @@ class ReceiveChannel:
     reply_to: tuple[zmq.Socket, bytes] | None = None
 
     def post(self) -> int:
-        """The number of the message that the program now expects."""
+        """The number of the next expected message."""
         number = self.posted
         self.posted = number + 1
         return number
 
     def oldest(self) -> Message | None:
-        """The first message that has arrived and was not taken."""
+        """The first untaken message."""
         return next(iter(self.waiting.values()), None)
 
     def take(self, number: int) -> Message:
-        """Remove a message that has arrived, and give its sender credit."""
+        """Remove an arrived message and give its sender credit."""
         message = self.waiting.pop(number)
         meter = self.meter
         if meter.take(message.nbytes) and self.reply_to is not None:
@@ -56,10 +56,9 @@ class ReceiveChannel:
 class Inbox:
     """Receives from all peers. Owned by one thread.
 
-    `authenticate(identity, frame)` decides whether the sender of a frame is the stage it claims to be. A
-    connection opens with a hello; before that nothing but a header is read from it. Over the sockets
-    `in_parts` long frames come in parts (`parts`). `on_announcement` is called with every message that has
-    tensors on the device lane, in the order of arrival.
+    `authenticate(identity, frame)`: the sender's stage, or None. Before a connection's hello only headers are
+    read. `in_parts`: sockets with frames in parts (`parts`). `on_announcement` gets messages with device-lane
+    tensors, in arrival order.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Inbox:
         authenticate: Callable[[bytes, zmq.Frame], int | None],
     ) -> None:
         self.on_announcement: Callable[[Message], None] = lambda message: None
-        self.greeted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
+        self.admitted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
         self._blocks = Blocks()
@@ -93,7 +92,7 @@ class Inbox:
         return channel
 
     def pump(self, timeout_ms: int) -> None:
-        """Sort in everything that has arrived; waits up to `timeout_ms` for a first message."""
+        """Process all arrivals; waits up to `timeout_ms` for the first."""
         for socket, _ in self._poller.poll(timeout_ms):
             more = True
             while more:
@@ -143,13 +142,13 @@ class Inbox:
             self.on_announcement(message)
 
     def _handshake(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
-        """The first message of a connection: the hello of a stage, else it is dropped."""
+        """A connection's first message: a stage's hello, otherwise dropped."""
         stage = self._authenticate(identity, frames[-1])
         if stage is None or not _is_hello(frames, stage):
             self._context.telemetry.refused += 1
             return
         self._stages[identity] = stage
-        self.greeted.add(port_of(identity))
+        self.admitted.add(port_of(identity))
         socket.send_multipart([identity, CREDIT.pack(Kind.HELLO, 0, 0)])
 
     def _out_of_order(self, channel: ReceiveChannel, header: Header) -> SequenceError:

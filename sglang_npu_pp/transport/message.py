@@ -1,13 +1,11 @@
-"""What travels on the host lane: a typed, numbered header and the frames it describes.
+"""The wire format of the host lane: a typed, numbered msgpack header and the buffers it describes.
 
-A message is a msgpack header and the buffers it describes: the bytes of host tensors, and one pickle of
-other Python values with the buffers that it refers to (tensors and arrays nested in it: pickle protocol 5,
-out of band). Device tensors are only described; their bytes take the device lane.
+Buffers are the bytes of host tensors, and one pickle of other values with its out-of-band buffers (pickle
+protocol 5). Device tensors are only described; their bytes take the device lane.
 
-On the wire it is a list of frames. Frame 0 is a CRC-32 of all that follows in it, the length of the header,
-the header, and the small buffers; a large buffer is a frame of its own and is not copied on the way in or
-out. The header measures every buffer, so a truncated message is recognised before anything is read from
-it. Pickles are read only after the lane has authenticated the sender.
+Frame 0 holds a CRC-32 of its remainder, the header's length, the header, and small buffers; a large buffer is
+a frame of its own, without a copy. The header has all sizes: truncation is detected before anything is read.
+Pickles are read only after authentication of the sender.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Kind(enum.IntEnum):
-    """What a message is for. Each kind between two ranks is a channel with its own numbering."""
+    """Purpose of a message. Between two ranks each kind is a channel with its own numbering."""
 
     HELLO = 0  # first message of a connection
     GOODBYE = 1  # the sender closes on purpose
@@ -62,7 +60,7 @@ class Kind(enum.IntEnum):
 
 
 class Sizes(NamedTuple):
-    """What the type and the shape of a tensor come to."""
+    """Sizes of a tensor, from type and shape."""
 
     dtype: torch.dtype
     elements: int  # that travel: of the slice where there is one
@@ -71,13 +69,14 @@ class Sizes(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def sizes_of(dtype: str, shape: tuple[int, ...], sliced: int) -> Sizes:
-    """Cached, since every message of a decode has tensors of the same few shapes. Raises MessageError."""
+    """Raises MessageError."""
+    # Cached: the messages of a decode have tensors of the same few shapes.
     torch_type, elements = torch_dtype(dtype), math.prod(shape) // sliced
     return Sizes(torch_type, elements, elements * torch_type.itemsize)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of a message, on whichever lane its bytes travel."""
+    """One tensor of a message, on either lane."""
 
     name: str
     dtype: str  # torch name without "torch."
@@ -92,7 +91,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Header(msgspec.Struct, array_like=True):
-    """What a message is and what it holds."""
+    """Identity and contents of a message."""
 
     protocol: int
     kind: Kind
@@ -111,11 +110,10 @@ class Header(msgspec.Struct, array_like=True):
 
 @dataclass
 class Message:
-    """A message as the program sees it.
+    """A message in the program.
 
-    `tensors` are the entries of a tensor dict whose bytes travel on the host lane; `values` is the rest of
-    the dict, or any object when `keys` is empty. `specs` describe all tensors, those of the device lane
-    last; where they are left out, `tensors` are whole tensors of the host.
+    `tensors`: host-lane entries of a tensor dict; `values`: the rest, or any object if `keys` is empty.
+    `specs` describe all tensors, device lane last; without them, `tensors` are whole host tensors.
     """
 
     kind: Kind
@@ -147,7 +145,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a host tensor, any dtype, without a copy when it is contiguous."""
+    """The bytes of a host tensor, any dtype; a copy only if not contiguous."""
     dense = tensor.detach() if tensor.requires_grad else tensor
     if dense.dtype.is_complex:
         dense = dense.resolve_conj().resolve_neg()
@@ -158,7 +156,7 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """A writable tensor over received bytes; copied only when the bytes are not aligned."""
+    """A writable tensor over received bytes; a copy only if not aligned."""
     if len(buffer) == 0:
         return torch.empty(tuple(shape), dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=dtype)
@@ -180,7 +178,8 @@ _DTYPES_OF_NUMPY = {
 
 
 def _bytes_of(tensor: torch.Tensor) -> Buffer:
-    """The bytes of a host tensor. A few are copied, in one call; making a view takes six."""
+    """The bytes of a host tensor."""
+    # A few are copied, in one call; a view takes six.
     if tensor.nbytes < INLINE_BYTES and tensor.dtype in _DTYPES_OF_NUMPY and not tensor.requires_grad:
         return tensor.numpy().tobytes()
     return byte_view(tensor)
@@ -190,7 +189,7 @@ def _bytes_of(tensor: torch.Tensor) -> Buffer:
 
 
 class _ValuePickler(pickle.Pickler):
-    """Pickles tensors as out-of-band buffers instead of torch's own nested archive."""
+    """Pickles tensors as out-of-band buffers instead of torch's nested archive."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not torch.Tensor or value.layout is not torch.strided:
@@ -210,7 +209,7 @@ def _rebuild_tensor(buffer: Any, dtype: str, shape: tuple[int, ...], device: str
 
 
 def dump_values(values: Any) -> list[Buffer]:
-    """The pickle of `values` and behind it the buffers it refers to."""
+    """The pickle of `values`, then its out-of-band buffers."""
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     _ValuePickler(stream, protocol=5, buffer_callback=buffers.append).dump(values)
@@ -225,9 +224,9 @@ def load_values(frames: Sequence[Buffer]) -> Any:
 
 
 def encode(message: Message, *, source: int, number: int, check_all: bool) -> list[Buffer]:
-    """The frames of `message`; `message.nbytes` becomes their size.
+    """The frames of `message`; sets `message.nbytes` to their size.
 
-    Frames behind the first refer to the memory of the tensors: whoever sends must own it until they are sent.
+    Later frames refer to tensor memory, which the sender must own until they are sent.
     """
     specs = message.specs
     if message.tensors and not specs:
@@ -271,7 +270,7 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
 
 
 def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
-    """Frame 0: an encoded header and the small buffers."""
+    """Frame 0: encoded header and small buffers."""
     parts = (_LENGTH.pack(len(body)), body, *inline)
     crc = 0
     for part in parts:
@@ -280,7 +279,7 @@ def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
 
 
 def read_header(head: Buffer) -> Header:
-    """The header in frame 0, which is checked as a whole. Raises MessageError."""
+    """The header in frame 0, after its checksum. Raises MessageError."""
     if len(head) <= _PREFIX.size:
         raise MessageError(f"A message of {len(head)} bytes is too short to hold a header.")
     crc, length = _PREFIX.unpack_from(head)
@@ -304,7 +303,7 @@ _HEADER_DECODER = msgspec.msgpack.Decoder(Header)
 
 
 def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Message:
-    """The message of `frames`, of which `read_header` accepted the first. Raises MessageError."""
+    """The message of `frames` with this `header`. Raises MessageError."""
     large = frames[1:]
     buffers = _find_buffers(header, frames[0], large)
     if (_checksum(large, check_all) if large else 0) != header.crc:
@@ -333,7 +332,7 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
 
 
 def _find_buffers(header: Header, head: Buffer, frames: Sequence[Buffer]) -> list[Buffer]:
-    """The buffers in their order: copies of those in frame 0, and the other frames as they are."""
+    """The buffers in order: copies from frame 0, other frames themselves."""
     at = _PREFIX.size + _PREFIX.unpack_from(head)[1]
     inline, large = 0, []
     for size in header.sizes:
@@ -367,10 +366,7 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
 
 
 def _read_tensors(message: Message, buffers: Sequence[Buffer]) -> int:
-    """Fill in the tensors that came with the message; returns how many buffers they took.
-
-    An empty tensor takes none. Those on the device lane are only described.
-    """
+    """Fill in host-lane tensors; returns the number of buffers used (an empty tensor: none)."""
     used = 0
     for spec in message.specs:
         if spec.offset >= 0:

@@ -1,7 +1,6 @@
-"""One connection from this rank to one peer: numbered messages out, credit back.
+"""One connection to one peer: numbered messages out, credit back.
 
-ZeroMQ gives the connection and its encryption. What is added here is numbering, the window, and noticing
-that the peer is gone.
+Adds numbering, the window and detection of a lost peer to ZeroMQ's connection and encryption.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ def connection_identity(stage: int, port: str, attempt: int) -> bytes:
 
 
 def port_of(identity: bytes) -> bytes:
-    """What a stage says which connection this is, whichever attempt: b"STAGE/PORT"."""
+    """The connection's name, b"STAGE/PORT", without the attempt."""
     return b"/".join(identity.split(b"/")[:2])
 
 
 @dataclass(slots=True)
 class _Channel:
-    """Messages of one kind to this peer. The number of the next one is how many were sent."""
+    """Messages of one kind to this peer; the next number is the count sent."""
 
     kind: Kind
     window: Window
@@ -61,7 +60,7 @@ class _Channel:
 
 @dataclass(frozen=True)
 class Peer:
-    """The stage at the other end of a connection, and where it is reached."""
+    """The stage at the other end of a connection, and its endpoint."""
 
     stage: int
     port: str  # name of the connection: each thread that sends has its own
@@ -73,10 +72,11 @@ class Peer:
 class Outbox:
     """Sends to one peer. Owned by one thread.
 
-    Until the peer has welcomed it a connection that ends is made again: a peer that cannot have Python's lock
-    for long, while it loads something, lets the time for a handshake pass. From then on its end is the end of
-    the lane, because messages may be lost with it.
+    A broken connection is made again until the peer's welcome; later it ends the lane, as messages may be
+    lost.
     """
+
+    # A peer without the GIL for long, while it loads something, misses the time for a handshake.
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Outbox:
     def send(self, message: Message) -> None:
         """Push `message`; returns at once unless the window is full.
 
-        Raises PeerLostError, or WaitLimitError when the peer takes nothing for the wait limit.
+        Raises PeerLostError, or WaitLimitError if the peer takes nothing in time.
         """
         self.check()
         channel = self._channels.get(message.kind) or self._open_channel(message.kind)
@@ -178,17 +178,17 @@ class Outbox:
         return channel
 
     def send_control(self, kind: Kind) -> None:
-        """Send a hello or goodbye, outside the window. A peer that is gone does not hear it."""
+        """Send a hello or goodbye outside the window; lost if the peer is gone."""
         frames = encode(Message(kind=kind), source=self._context.stage, number=0, check_all=True)
         with suppress(zmq.Again):
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def abandon(self) -> None:
-        """From any thread: a call that waits here for room gives up, within 0.1 s."""
+        """From any thread: end a wait for room, within 0.1 s."""
         self._abandoned = True
 
     def check(self) -> None:
-        """Raise if the peer is gone. Cheap: looks at the connection at most every 0.1 s."""
+        """Raise if the peer is gone. Cheap: inspects the connection every 0.1 s at most."""
         if self._abandoned:
             raise TransportError(
                 f"{self._context.where}: closed while messages to stage {self.peer} were waiting."
@@ -212,8 +212,8 @@ class Outbox:
             raise self.lost()
 
     def _repeat_the_attempt(self) -> None:
-        """If it has ended. A peer that lets the handshake time out still listens; where no socket listens
-        any more, the process has ended."""
+        # If it has ended. A peer that lets the handshake time out still listens; without a listener the
+        # process has ended.
         if self._lost_at is None:
             return
         if self._was_connected and not self._connected:
@@ -225,7 +225,7 @@ class Outbox:
         self.send_control(Kind.HELLO)
 
     def _silent_s(self) -> float:
-        """How long the peer has not shown that it runs, while this process did."""
+        """Seconds of the peer's silence while this process ran."""
         if self._other_end is None:
             return 0.0
         return min(self._other_end.silent_s(), self._pulse.awake_s)
@@ -258,11 +258,11 @@ class Outbox:
                 self._refused = _REFUSALS[event]
 
     def read_welcome(self) -> None:
-        """Take what the peer returned so far; sets `welcomed`."""
+        """Process the peer's replies; sets `welcomed`."""
         self._read_credit()
 
     def close(self) -> None:
-        """Send what is queued, unless there is nobody to send it to. Can be called twice."""
+        """Flush the queue unless the peer is gone. Can be called twice."""
         if self._socket.closed:
             return
         self.read_monitor()
@@ -272,8 +272,9 @@ class Outbox:
         self._socket.close(linger=0 if gone else None)
 
     def _push(self, frames: list[Buffer], copy: bool) -> None:
-        """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,
-        and then for ever: what waits here is the end of the settling time, in `check`."""
+        """Hand `frames` to ZeroMQ."""
+        # Without a high-water mark that blocks only when the connection is gone, and then for ever; `check`
+        # raises at the end of the settling time.
         if self._peer.keys is not None:  # between nodes
             frames = cut(frames)
         copy = copy or max(map(len, frames)) < ZERO_COPY_BYTES

@@ -1,9 +1,8 @@
-"""What one rank of one stage says to the other stages: post, wait, commit.
+"""Communication of one rank with the other stages: post, wait, commit.
 
-`StageLink` puts the two lanes together. A send is one call and never blocks on the receiver; a receive is
-two: `post` says what is expected and returns a `Pending`, `Pending.wait` is the one place where the program
-waits. A device message posts its receive by itself as soon as its header is here, which may be while
-the scheduler waits for something else.
+`StageLink` joins the two lanes. A send is one call and never blocks on the receiver; a receive is two: `post`
+returns a `Pending`, `Pending.wait` is the only wait. A device message's receive is posted at its header's
+arrival, also during other waits.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .outbox import Outbox
 
 
 class GatherGroup(Protocol):
-    """Tensor-parallel ranks that hold equal tensors: each sends a slice, the receivers gather."""
+    """Tensor-parallel ranks with equal tensors: each sends a slice, the receivers gather."""
 
     world_size: int
     rank_in_group: int
@@ -38,7 +37,7 @@ class GatherGroup(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Pending:
-    """A message that is on its way, and what it has to be. Only `wait` blocks."""
+    """An expected message. Only `wait` blocks."""
 
     link: StageLink
     channel: ReceiveChannel
@@ -56,19 +55,19 @@ class Pending:
     def wait(self, gather: GatherGroup | None = None, *, owned: bool = False) -> dict[str, Any]:
         """The tensor dict, in the sender's key order.
 
-        The current stream is ordered behind the arrival of device tensors. They are views of a receive
-        slot and good until `StageLink.release`; with `owned` they are copies and good for ever.
-        Raises PeerLostError, WaitLimitError, MessageError, SequenceError.
+        The current stream is ordered after the arrival of device tensors: views of a slot, valid until
+        `StageLink.release`, or copies (`owned`). Raises PeerLostError, WaitLimitError, MessageError,
+        SequenceError.
         """
         return self.link.receive_tensors(self, gather, owned)
 
     def wait_values(self) -> Any:
-        """The Python object of a message that is not a tensor dict."""
+        """The Python object of a message without tensor dict."""
         return self.link.receive(self)
 
 
 class StageLink:
-    """The link of one rank to the same rank of the other stages. Owned by the scheduler thread."""
+    """The link of one rank to the same rank of other stages. Owned by the scheduler thread."""
 
     def __init__(
         self, host_lane: HostLane, device_lane: DeviceLane | None, clock: LinkClock = UNMEASURED
@@ -85,7 +84,7 @@ class StageLink:
     # --- send ----------------------------------------------------------------------------------
 
     def push(self, kind: Kind, peer: int, values: Any = None, *, slot: int = -1, iteration: int = -1) -> None:
-        """Push a Python object to stage `peer`; arrays and tensors in it may be written to afterwards."""
+        """Push a Python object to stage `peer`; its arrays and tensors may then be overwritten."""
         self.host_lane.send(peer, Message(kind, slot, iteration, values=values, borrowed=True))
 
     def push_tensors(
@@ -103,12 +102,13 @@ class StageLink:
     ) -> None:
         """Push a tensor dict to stage `peer`.
 
-        Tensors on the device of the device lane take it when `peer` is the next stage; other device
-        tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
-        can be cut so. `batch`: which requests these are, in words; a receiver that has others refuses them.
-        `owned`: no one writes to the host tensors any more, nor to arrays and tensors nested in other
-        values; otherwise they are copied here.
-        `outboxes`: connections of a thread of its own, instead of the scheduler's.
+        The device lane carries its device's tensors if `peer` is the next stage; others go through the host.
+
+        Args:
+            gather: send this rank's 1/world_size of every divisible tensor.
+            batch: the requests, in words; a receiver with others raises.
+            owned: no later writes to host tensors, nor to tensors and arrays nested in values; else copied.
+            outboxes: another thread's connections.
         """
         message = Message(kind, slot, iteration, batch, keys=tuple(tensors))
         on_device = self._compose(message, peer, tensors, gather, owned)
@@ -132,7 +132,7 @@ class StageLink:
         gather: GatherGroup | None,
         owned: bool,
     ) -> dict[str, torch.Tensor]:
-        """Fill `message` from a tensor dict; returns what the device lane carries."""
+        """Fill `message` from a tensor dict; returns the device-lane tensors."""
         lane_device = self._lane_device(peer)
         on_device: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {}
@@ -161,7 +161,7 @@ class StageLink:
         return on_device
 
     def _lane_device(self, peer: int) -> str | None:
-        """The type of the device whose tensors take the device lane to that stage."""
+        """The device type whose tensors take the device lane to `peer`."""
         lane = self.device_lane
         return None if lane is None or peer != self.stage + 1 else lane.device_type
 
@@ -178,9 +178,8 @@ class StageLink:
     ) -> Pending:
         """Expect the next message of `kind` from stage `source`. Does not wait.
 
-        `slot` and `iteration` are compared with what the message says; -1 compares nothing. The sender
-        sends this message before those of kind `overtaken_by` with a later iteration: once such a one is
-        here and this is not, waiting for it raises instead of going on.
+        `slot` and `iteration` must equal the message's (-1: any). The sender sends it before any of kind
+        `overtaken_by` with a later iteration: if such a one arrives first, waiting raises.
         """
         lane = self.host_lane
         channel = lane.channel(source, kind)
@@ -191,7 +190,7 @@ class StageLink:
         return Pending(self, channel, channel.post(), slot, iteration, overtaking)
 
     def receive(self, pending: Pending) -> Any:
-        """The value of a message that is not a tensor dict; see `Pending.wait_values`."""
+        """See `Pending.wait_values`."""
         message = self._take(pending)
         self.trace.record("ready", pending.kind.label, message.slot, message.iteration)
         return message.values
@@ -222,7 +221,7 @@ class StageLink:
         return found
 
     def _take(self, pending: Pending) -> Message:
-        """Wait for the message, and check that it is the one expected."""
+        """Wait for the message, and compare it with the expected one."""
         channel, slot, iteration = pending.channel, pending.slot, pending.iteration
         self.trace.record("wait", channel.kind.label, slot, iteration)
         for _ in self.host_lane.wait_steps(channel, pending.number):
@@ -244,11 +243,11 @@ class StageLink:
         return message
 
     def has_arrived(self, kind: Kind, source: int) -> bool:
-        """Whether a message of `kind` is here that nothing has waited for."""
+        """Whether a message of `kind` has arrived and was not taken."""
         return bool(self.host_lane.channel(source, kind).waiting)
 
     def refuse_leftovers(self, kind: Kind, source: int, iteration: int) -> None:
-        """Raise SequenceError if a message of `kind` for an earlier iteration was never asked for."""
+        """Raise SequenceError for an untaken message of `kind` of an earlier iteration."""
         message = self.host_lane.channel(source, kind).oldest()
         if message is not None and message.iteration < iteration:
             raise self._diverged(
@@ -258,7 +257,7 @@ class StageLink:
             )
 
     def _check_overtaken(self, pending: Pending) -> None:
-        """Asked while the message of `pending` is not here."""
+        """Call while the message of `pending` has not arrived."""
         if pending.overtaken_by is None:
             return
         later = pending.overtaken_by.oldest()
@@ -289,7 +288,7 @@ class StageLink:
         return gather.all_gather(part, dim=0).reshape(spec.shape)
 
     def release(self, reader: Any) -> None:
-        """The device tensors handed out so far are used up once the event `reader` has passed."""
+        """Free the slots of all returned device tensors after the event `reader`."""
         for receive in self._in_use:
             receive.release(reader)
         self._in_use.clear()
@@ -315,12 +314,12 @@ class StageLink:
         return buffer
 
     def _announce(self, message: Message) -> None:
-        """Its header is here; its tensors come on the device lane."""
+        """A header arrived; its tensors follow on the device lane."""
         self._announced.append(message)
         self._post_announced()
 
     def _post_announced(self) -> None:
-        """Post every announced receive for which there is a slot, in the order of the headers."""
+        """Post announced receives while slots are free, in header order."""
         lane = self.device_lane
         while lane is not None and self._announced and lane.can_receive():
             message = self._announced.popleft()
@@ -333,7 +332,7 @@ class StageLink:
 
 
 def _slice_for(tensor: torch.Tensor, gather: GatherGroup) -> tuple[torch.Tensor, int]:
-    """This rank's slice and the number of slices; all of a tensor that cannot be cut into equal ones."""
+    """This rank's slice and the number of slices; the whole tensor if not divisible."""
     count, elements = gather.world_size, tensor.numel()
     if count == 1 or elements == 0 or elements % count:
         return tensor, 1
