@@ -74,7 +74,7 @@ class _Dial:
             self._start(now)
         for attempt in self.under_way:
             attempt.look()
-            if attempt.connected:
+            if attempt.accepted:
                 self._accepted.add(attempt.endpoint)
             if attempt.succeeded:
                 return attempt.endpoint
@@ -110,7 +110,7 @@ class _Attempt:
     def __init__(self, context: zmq.Context, endpoint: str, keys: KeyPair, peer_key: bytes) -> None:
         self.endpoint = endpoint
         self.began = time.monotonic()
-        self.connected = self.succeeded = False
+        self.connected = self.accepted = self.succeeded = False
         self._socket = context.socket(zmq.DEALER)
         try:
             self._socket.setsockopt(zmq.LINGER, 0)
@@ -133,6 +133,7 @@ class _Attempt:
                 self.succeeded = True
             else:
                 self.connected = event == zmq.EVENT_CONNECTED
+                self.accepted |= self.connected  # and may have been closed again since the last look
 
     def close(self) -> None:
         self._socket.monitor(None, 0)
