@@ -27,7 +27,7 @@ TEST := not thorough
 REST := thorough
 
 quick: setup  ## tests that need neither a server nor the simulated Ascend, a few minutes; no lint
-	$(PYTHON_IN_VENV) -m pytest -m "$(QUICK)" --durations=10 $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadscope -m "$(QUICK)" --durations=10 $(ARGS)
 
 test: lint  ## lint, then every kind of thing once, on real servers too (ARGS="-k NAME" for a part)
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite

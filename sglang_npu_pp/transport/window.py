@@ -1,8 +1,9 @@
 """Back-pressure: a bound on one kind's messages in flight to one peer.
 
 Credit returns when the receiver's program has TAKEN a message, not on arrival: memory at both ends is
-bounded. The bound in messages always holds, the bound in bytes but for `always` messages of any size. No
-bound forms a circle (comment at `Bounds`); `tests/transport/test_circles.py` searches for a counterexample.
+bounded. The bound in messages always holds, the bound in bytes but for `always` messages of any size, and for
+less than a quarter, taken and unreported. No bound forms a circle (comment at `Bounds`);
+`tests/transport/test_circles.py` searches for a counterexample.
 """
 
 from __future__ import annotations
