@@ -4,7 +4,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-all accuracy matrix lint bench bench-host-lane lost-peers soak contracts lock clean
+.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-all accuracy matrix lint bench picture bench-host-lane lost-peers soak contracts lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,7 +27,7 @@ TEST := not thorough
 REST := thorough
 
 quick: setup  ## tests that need neither a server nor the simulated Ascend, a few minutes; no lint
-	$(PYTHON_IN_VENV) -m pytest -m "$(QUICK)" --durations=10 $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadscope -m "$(QUICK)" --durations=10 $(ARGS)
 
 test: lint  ## lint, then every kind of thing once, on real servers too (ARGS="-k NAME" for a part)
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
@@ -52,6 +52,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## upstream against this package over an emulated link (ARGS="--quick --json FILE --figure FILE")
 	@$(PYTHON_IN_VENV) -m scripts.bench $(ARGS)
+
+picture: setup  ## record upstream's pipeline and this one, draw docs/pipelines.svg (ARGS="--delay MS --pad MS")
+	@$(PYTHON_IN_VENV) -m scripts.bench.pipelines $(ARGS)
 
 bench-host-lane: setup  ## one-way time of a host lane message on loopback
 	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)

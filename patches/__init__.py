@@ -1,4 +1,4 @@
-"""The only room that knows SGLang's names: one module a seam, and the list of all patches."""
+"""All code that knows SGLang's names: one module a seam, and the list of all patches."""
 
 from __future__ import annotations
 
@@ -66,26 +66,26 @@ PATCHES: tuple[Patch, ...] = tuple(patch for seam in SEAMS for patch in seam.pat
 
 
 def seams_for(device: str | None) -> tuple[Seam, ...]:
-    """Those with patches for a device: "npu", None for any other."""
+    """Seams of a device: "npu", or None for any other."""
     return tuple(seam for seam in SEAMS if all(patch.device in (None, device) for patch in seam.patches))
 
 
 def seams_here() -> tuple[Seam, ...]:
-    """For the device that SGLang serves on in this process."""
+    """For the device of this process's SGLang."""
     from sglang.srt.utils import is_npu
 
     return seams_for("npu" if is_npu() else None)
 
 
 def sglang_release() -> str:
-    """The release of the SGLang that is imported in this process."""
+    """Release of the SGLang imported in this process."""
     from sglang.version import __version__
 
     return __version__
 
 
 def load_contracts() -> Contracts:
-    """What is known of each release, oldest first; the file is made by scripts/fingerprint.py."""
+    """Contracts by release, oldest first, as written by scripts/fingerprint.py."""
     data = json.loads(resources.files(__package__).joinpath("contracts.json").read_text())
     contracts: dict[str, dict[str, str | None]] = {release: {} for release in data["releases"]}
     for target, versions in data["functions"].items():

@@ -1,10 +1,9 @@
-"""Seam: what the Ascend attention backend does between the host and the device before a forward.
+"""Seam: host-device synchronisation of the Ascend attention backend before a forward.
 
-It needs the lengths of the sequences on the host, and 0.5.21 reads them from the device: the width of the
-block table is `seq_lens.max()` used as the end of a slice, and `extend_seq_lens` is copied by `cpu()`. It
-also makes a device tensor of a list. Each makes the host wait for the forward stream, so for the proxies of
-this microbatch and for every forward before it. The host knows the lengths already, and a copy from pinned
-memory needs no waiting.
+0.5.21 reads sequence lengths from the device (`seq_lens.max()` as the end of a slice,
+`extend_seq_lens.cpu()`) and makes a device tensor of a list. Each waits for the forward stream, so for
+proxies and all earlier forwards. The host already knows the lengths, and a copy from pinned memory does not
+wait.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _BACKEND = "sglang.srt.hardware_backend.npu.attention.ascend_backend:AscendAttnB
 
 
 class WithoutWaiting(TorchFunctionMode):
-    """Inside it three calls of torch do not make the host wait for the device.
+    """Makes three calls of torch asynchronous inside the block.
 
-    For one batch `seq_lens.max()` and `extend_seq_lens.cpu()`, both lengths of shape (requests,), are
-    answered with CPU tensors of the same values; `torch.tensor(list, device=...)` takes the way of `upload`.
+    For one batch `seq_lens.max()` and `extend_seq_lens.cpu()`, lengths of shape (requests,), return equal CPU
+    tensors; `torch.tensor(list, device=...)` becomes `upload`.
     """
 
     def __init__(self, forward_batch: Any, streams: DeviceStreams) -> None:
@@ -54,11 +53,7 @@ class WithoutWaiting(TorchFunctionMode):
 
 
 def init_forward_metadata(original: Any, backend: Any, forward_batch: Any) -> None:
-    pipeline = current()
-    if pipeline is None:
-        original(backend, forward_batch)
-        return
-    with WithoutWaiting(forward_batch, pipeline.streams):
+    with WithoutWaiting(forward_batch, current().streams):
         original(backend, forward_batch)
 
 
@@ -68,8 +63,7 @@ PATCHES = (
         wrapper=init_forward_metadata,
         device="npu",
         why="lengths are read from the device, so the host waits for the proxies and all earlier forwards",
-        how="those reads are answered from the host's copies of the same lengths; a list goes through "
-        "pinned memory",
+        how="those reads return the host's copies of the same lengths; a list goes through pinned memory",
         upstream="0.5.23 takes the width of the block table from the host itself",
         plan="goes with 0.5.21",
     ),

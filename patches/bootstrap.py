@@ -1,14 +1,12 @@
-"""Seam: what a disaggregated server asks a bootstrap server, and where it waits for the answer.
+"""Seam: HTTP requests of a disaggregated server to bootstrap servers.
 
-Upstream asks over HTTP in the event loop: a decode server for the layout of the prefill server, for the
-rank that has a request, and for the address of every rank that will send; a prefill server to say which
-rank has the request. Each call blocks all requests of the scheduler for up to five seconds, and a request
-whose rank nobody registers is asked for without end. Here `Lookups` asks, from its own thread, as soon as a
-request has come. The request joins upstream's handshake when everything that this will ask is known:
-upstream's own functions then run in the event loop as before, and find their answers in hand. So all state
-is still changed by one thread.
+Upstream sends them in the event loop: a decode server asks for the prefill server's layout, a request's rank,
+and every sender's address; a prefill server registers the rank. Each call blocks all requests for up to five
+seconds, and an unregistered rank is asked for without end. Here `Lookups` asks from its own thread as soon as
+a request arrives. With all answers the request joins upstream's handshake: upstream's functions run in the
+event loop on canned responses, so one thread still changes all state.
 
-Patched on every disaggregated server, with one stage or more, unless its stages stay on upstream's path.
+In force on every disaggregated server, with one stage or more, unless its stages stay on upstream's path.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _used: list[HttpRequest] = []  # whose answers the connections of this server no
 
 
 def lookups() -> Lookups:
-    """The lookups of this process, made when they are first needed and closed at its end."""
+    """The lookups of this process, created at first use, closed at exit."""
     global _lookups
     if _lookups is None:
         _lookups = Lookups(RetryPolicy(total_s=load_settings().bootstrap_limit_s))
@@ -42,7 +40,7 @@ def lookups() -> Lookups:
 
 
 def set_lookups(replacement: Lookups | None) -> None:
-    """For tests. Closes what was there."""
+    """For tests. Closes the previous one."""
     global _lookups
     if _lookups is not None:
         atexit.unregister(_lookups.close)
@@ -51,9 +49,9 @@ def set_lookups(replacement: Lookups | None) -> None:
 
 
 def resolve_prefill_dp_rank(original: Any, queue: Any, req: Any) -> int | None:
-    """The rank that has the request, as soon as nothing is left to be asked for; until then None.
+    """The rank of the request once all lookups are answered, else None.
 
-    Upstream calls this when a request comes: that starts the lookups.
+    Upstream calls it when a request arrives: that starts the lookups.
     """
     try:
         return _find_rank(original, queue, req)
@@ -63,8 +61,8 @@ def resolve_prefill_dp_rank(original: Any, queue: Any, req: Any) -> int | None:
 
 
 def resolve_pending_reqs(original: Any, queue: Any) -> None:
-    """Upstream's step, for those requests whose answers are all in hand."""
-    # Every request that waits for these is told below; a later one may be luckier. They are forgotten without
+    """Upstream's step, for requests with all answers."""
+    # Every request waiting for these fails below; a later one starts anew. They are forgotten without
     # any, too: another stage may have failed the request before its lookup ended here.
     failed = [] if _lookups is None else _lookups.failed()
     if not queue.pending_reqs:
@@ -90,19 +88,19 @@ def resolve_pending_reqs(original: Any, queue: Any) -> None:
     original(queue)
     for decode_req in ready:
         _forget(decode_req.req)
-    while _used:  # a connection that turns out to be dead is asked for again
+    while _used:  # a dead connection is looked up again
         lookups().forget(_used.pop())
     queue.pending_reqs = [*waiting, *queue.pending_reqs]
 
 
 def prefetch_prefill_dp_rank_queries(original: Any, queue: Any) -> None:
-    """Nothing: the query is under way since the request came."""
+    """Nothing: the query was sent when the request arrived."""
 
 
 def try_ensure_parallel_info(original: Any, manager: Any, address: str) -> bool:
-    """Upstream checks the layout of the prefill server and keeps it, once its answer is there.
+    """Upstream's check of the prefill server's layout, once the answer is there.
 
-    Raises LookupFailedError where there will be none, and where upstream finds that the servers do not fit.
+    Raises LookupFailedError for a failed lookup, or servers that upstream finds incompatible.
     """
     if address in manager.prefill_info_table:
         return True
@@ -123,7 +121,7 @@ def try_ensure_parallel_info(original: Any, manager: Any, address: str) -> bool:
 def get_bootstrap_info_from_server(
     original: Any, receiver: Any, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int
 ) -> Any:
-    """Upstream's answer where the lookup has one; else, as upstream for a server that is gone, None."""
+    """Upstream's function on the lookup's answer; None, as upstream for a lost server, without one."""
     request = _rank_request(receiver.bootstrap_addr, dp_rank, cp_rank, tp_rank, pp_rank)
     _used.append(request)
     try:
@@ -135,8 +133,8 @@ def get_bootstrap_info_from_server(
 
 
 def register_prefill_dp_rank(original: Any, sender: Any) -> None:
-    """Tell the bootstrap server which rank has the request. Nobody waits; if it cannot be told, that request
-    fails, since the decode server would look for it in vain."""
+    """Register the rank of the request, without waiting. On failure the request fails: no decode server could
+    find it."""
     manager, room = sender.kv_mgr, sender.bootstrap_room
 
     def fail(reason: str) -> None:
@@ -144,7 +142,7 @@ def register_prefill_dp_rank(original: Any, sender: Any) -> None:
             manager.record_failure(room, reason)
             manager.update_status(room, _failed_state())
 
-    with_names(original, requests=_Teller(fail))(sender)
+    with_names(original, requests=_DeferredPost(fail))(sender)
 
 
 def _find_rank(original: Any, queue: Any, req: Any) -> int | None:
@@ -162,7 +160,7 @@ def _find_rank(original: Any, queue: Any, req: Any) -> int | None:
 
 
 def _fail(manager: Any, receiver: Any, reason: str) -> None:
-    """As `CommonKVReceiver.init` does it: the handshake then ends this request, and only this one."""
+    """As in `CommonKVReceiver.init`: the handshake then ends this request only."""
     manager.record_failure(receiver.bootstrap_room, reason)
     receiver.conclude_state = _failed_state()
     manager.update_status(receiver.bootstrap_room, _failed_state())
@@ -174,7 +172,7 @@ def _forget_all(requests: Iterable[HttpRequest]) -> None:
 
 
 def _forget(req: Any) -> None:
-    """Drop what was asked for this request alone."""
+    """Drop the lookups of this request alone."""
     lookups().forget(_room_request(req))
     _failures.pop(req.bootstrap_room, None)
 
@@ -200,15 +198,15 @@ def _rank_request(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_ran
 
 
 def _room_request(req: Any) -> HttpRequest:
-    """A room is registered when the prefill server has seen the request, which may be later than here."""
+    """A room is registered when the prefill server has the request, possibly later than here."""
     body = json.dumps({"bootstrap_rooms": [req.bootstrap_room]})
     return HttpRequest(f"http://{_address(req)}/query_dp_ranks", body, expects=str(req.bootstrap_room))
 
 
 def _rank_requests(manager: Any, address: str, dp_rank: int) -> list[HttpRequest]:
-    """What `CommonKVReceiver.init` asks, as far as no earlier request has."""
+    """Requests of `CommonKVReceiver.init` not yet answered for an earlier request."""
     info = manager.prefill_info_table.get(address)
-    if info is None:  # its heartbeat has just failed: `init` says so
+    if info is None:  # its heartbeat has just failed: `init` reports it
         return []
     return [
         _rank_request(address, dp_rank, cp_rank, tp_rank, pp_rank)
@@ -227,7 +225,7 @@ def _route(address: str, dp_rank: int, cp_rank: int, tp_rank: int, pp_rank: int)
 
 
 class _CannedResponse:
-    """Stands for `requests`, a session of it, and the response: its answer was fetched before."""
+    """Replaces `requests`, its session, and the response: the answer is already there."""
 
     def __init__(self, answer: Any) -> None:
         self._answer = answer
@@ -241,16 +239,16 @@ class _CannedResponse:
         return dict(self._answer)
 
 
-class _Teller:
-    """Stands for `requests`, and the response: what is posted is sent by the lookups."""
+class _DeferredPost:
+    """Replaces `requests`, and the response: the lookups send the POST."""
 
     status_code = 200
 
     def __init__(self, on_failure: Callable[[str], None]) -> None:
         self._on_failure = on_failure
 
-    def post(self, url: str, json: Any, **_: Any) -> _Teller:
-        lookups().tell(HttpRequest(url, _as_text(json)), self._on_failure)
+    def post(self, url: str, json: Any, **_: Any) -> _DeferredPost:
+        lookups().send(HttpRequest(url, _as_text(json)), self._on_failure)
         return self
 
 
@@ -266,8 +264,8 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}._resolve_prefill_dp_rank",
         wrapper=resolve_prefill_dp_rank,
-        why="with a rank, the handshake begins, and asks for addresses in the event loop",
-        how="starts the lookups; gives the rank when all that the handshake asks is known",
+        why="a known rank starts the handshake, with HTTP requests for addresses in the event loop",
+        how="starts the lookups; returns the rank once the handshake has all its answers",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(f"{_QUEUE}.add", "sglang.srt.disaggregation.decode:_bootstrap_addr"),
@@ -275,8 +273,8 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}._resolve_pending_reqs",
         wrapper=resolve_pending_reqs,
-        why="each of its steps may ask; it retries by counting iterations, and not at all for some errors",
-        how="runs for the requests whose lookups have all answers; those whose lookups failed, fail",
+        why="each of its steps may send HTTP requests; retries count iterations, and some errors have none",
+        how="runs for the requests with all answers; a failed lookup fails its request",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(
@@ -288,7 +286,7 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}.prefetch_prefill_dp_rank_queries",
         wrapper=prefetch_prefill_dp_rank_queries,
-        why="would ask a second time",
+        why="would send a second query",
         how="does nothing",
         upstream=_UPSTREAM,
         plan=_PLAN,
@@ -297,8 +295,8 @@ PATCHES = (
     Patch(
         target=f"{_MANAGER}.try_ensure_parallel_info",
         wrapper=try_ensure_parallel_info,
-        why=f"the layout of the prefill server {_WHY}; a server that does not fit ends this one",
-        how="checks the answer of the lookup; a server that does not fit fails the request",
+        why=f"the layout of the prefill server {_WHY}; an incompatible server ends this one",
+        how="checks the answer of the lookup; an incompatible server fails the request",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),

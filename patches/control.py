@@ -1,22 +1,18 @@
-"""Seam: control requests whose outcome may differ between stages (weights, LoRA, memory, profiler ...).
+"""Seam: control requests with an outcome that may differ between stages (weights, LoRA, memory, ...).
 
-Upstream lets every rank handle a control request by itself, and stage 0 answers with its own result: where
-a later stage failed, the client is told of a success, stage 0 has flushed its prefix cache and that stage has
-not, and the next request ends the server. Here every stage handles the request, and all tell each other what
-became of it. Only then, alike on all of them, come the consequences: caches are flushed and the client is
-answered, or what was done is undone and the client is told which stage failed. A handler that raises is a
-failure too.
+Upstream handles them on every rank separately, and stage 0 answers with its own result: after a failure on a
+later stage the client gets a success, only stage 0 has flushed its prefix cache, and the next request ends
+the server. Here all stages exchange outcomes (an exception is a failure) before any consequence. Then, alike
+on all, caches are flushed and the client is answered, or the change is undone and the answer names the failed
+stage.
 
-Why waiting for the others cannot lock up the pipeline. A stage passes the list on before it handles the
-request, so when one waits here, all later stages have the list or will get it. What a stage needs to come to
-that list is what the others have sent in earlier iterations: proxies of stages that have passed that
-iteration, and outputs, whose sender never waits for them to be taken (`transport/window.py`). So microbatches
-in flight drain, and every stage arrives. A rank tells what became of the request before it waits, so no two
-wait for each other, and the exchange is at the same place of the program on all ranks: a control request is
-the last of its list (`intake.py`).
+No deadlock: a stage passes the list on before handling, so all later stages get it. To reach it they need
+only messages of earlier iterations: proxies, and outputs, whose sender never waits (`transport/window.py`).
+So microbatches in flight drain. A rank sends its outcome before it waits, at the same place of the program on
+all ranks: a control request is the last of its list (`intake.py`).
 
-Disaggregated servers are left alone: there a stage waits in an iteration for request ids that stage 0 sends
-in its next one, behind its requests, and would wait for ever.
+Not on disaggregated servers: there a stage waits in an iteration for ids that stage 0 sends in its next one,
+after its requests, so this exchange would deadlock.
 """
 
 from __future__ import annotations
@@ -66,7 +62,7 @@ _COLLECTIVE = frozenset(
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a handler of upstream did on this rank."""
+    """Result of upstream's handler on this rank."""
 
     output: Any  # its answer, None if it has none or raised
     outcome: Outcome
@@ -81,19 +77,19 @@ def init_request_dispatcher(original: Any, scheduler: Any) -> None:
 
 
 def handle(scheduler: Any, handler: Any, request: Any) -> Any:
-    """Handle a control request on all stages; returns the answer for the client."""
+    """Handle a control request on all stages; returns the client's answer."""
     pipeline = current()
-    if pipeline is None or is_disaggregated(scheduler):
+    if is_disaggregated(scheduler):
         return handler(request)
     pipeline.send_requests()
     served = _served_weights(scheduler, request)
     attempt = _attempt(pipeline, handler, _without_consequences(request))
-    outcomes = _tell_each_other(scheduler, pipeline, attempt.outcome)
-    told = failures(outcomes)
-    if told:
-        told += _undo(scheduler, pipeline, handler, request, outcomes, served)
-        logger.error("sglang-npu-pp: %s: %s", type(request).__name__, told)
-        return _refusal(request, attempt.output, told)
+    outcomes = _all_outcomes(scheduler, pipeline, attempt.outcome)
+    reason = failures(outcomes)
+    if reason:
+        reason += _undo(scheduler, pipeline, handler, request, outcomes, served)
+        logger.error("sglang-npu-pp: %s: %s", type(request).__name__, reason)
+        return _refusal(request, attempt.output, reason)
     if not _flush(scheduler, request):
         return _refusal(request, attempt.output, _NOT_FLUSHED)
     _record_version(scheduler, request)
@@ -118,7 +114,7 @@ def _attempt(pipeline: AsyncPipeline, handler: Any, request: Any) -> Attempt:
 
 
 def _all_ranks_raised(pipeline: AsyncPipeline) -> bool:
-    """Whether all ranks of this stage did, so that none waits for another in the handler."""
+    """Whether all ranks of this stage raised, so that none waits in the handler's collectives."""
     prefix = f"sglang_npu_pp/raised/{pipeline.iteration}/{pipeline.link.stage}"
     keys = [f"{prefix}/{rank}" for rank in range(_ranks_of_a_stage())]
     store = dist.distributed_c10d._get_default_store()
@@ -131,15 +127,15 @@ def _all_ranks_raised(pipeline: AsyncPipeline) -> bool:
 
 
 def _without_consequences(request: Any) -> Any:
-    """What a stage does by itself; what the next request depends on comes when all have agreed."""
+    """The local part; effects on later requests come after the agreement."""
     later = {"flush_cache": False, "weight_version": None}
     changes = {name: value for name, value in later.items() if hasattr(request, name)}
     return _changed(request, **changes) if changes else request
 
 
-def _tell_each_other(scheduler: Any, pipeline: AsyncPipeline, outcome: Outcome) -> list[Outcome]:
-    """Of all ranks of all stages, in one order. Data-parallel groups that get their control requests by
-    themselves may be in different iterations, so they only agree among stages."""
+def _all_outcomes(scheduler: Any, pipeline: AsyncPipeline, outcome: Outcome) -> list[Outcome]:
+    """Outcomes of all ranks of all stages, in one order. Data-parallel groups with control requests of their
+    own may be in different iterations, so they agree among stages only."""
     outcomes = pipeline.exchange_outcomes(outcome)
     alone = getattr(scheduler.server_args, "enable_dp_attention_local_control_broadcast", False)
     if _ranks_of_a_stage() == 1 or alone:
@@ -159,7 +155,7 @@ def _ranks_of_a_stage() -> int:
 
 
 def _flush(scheduler: Any, request: Any) -> bool:
-    """False where requests run or wait, which is equal on all stages."""
+    """False while requests run or wait, equally on all stages."""
     if not getattr(request, "flush_cache", False):
         return True
     return bool(scheduler.flush_cache(empty_cache=getattr(request, "torch_empty_cache", True)))
@@ -172,7 +168,7 @@ def _record_version(scheduler: Any, request: Any) -> None:
 
 
 def _answer(output: Any, outcomes: list[Outcome]) -> Any:
-    """A weight is on the stage that has its layer, and its answer comes from there."""
+    """The stage with the layer answers for a weight."""
     if hasattr(output, "parameter") and output.parameter is None:
         return _changed(output, parameter=first_value(outcomes))
     return output
@@ -198,7 +194,7 @@ def _undo(
     outcomes: list[Outcome],
     served: tuple[str, Any] | None,
 ) -> str:
-    """Bring the stages together again as far as that is possible; returns what to add to the sentence."""
+    """Restore equality of the stages where possible; returns an addition to the reason."""
     if served is not None:
         return _restore(scheduler, pipeline, handler, request, outcomes, served)
     if not may_have_changed(outcomes):
@@ -219,15 +215,15 @@ def _restore(
     outcomes: list[Outcome],
     served: tuple[str, Any],
 ) -> str:
-    """Upstream's way, which is to load what was served before, but on all stages, and from its own path:
-    upstream has put the new path in its place by then."""
+    """Upstream's way (load the previous weights again), but on all stages, from the path saved before the
+    update."""
     path, load_format = served
     if not may_have_changed(outcomes):
         scheduler.tp_worker.model_runner.model_config.model_path = path
         return ""
     again = _changed(_without_consequences(request), model_path=path, load_format=load_format)
     attempt = _attempt(pipeline, handler, again)
-    failed = failures(_tell_each_other(scheduler, pipeline, attempt.outcome))
+    failed = failures(_all_outcomes(scheduler, pipeline, attempt.outcome))
     flushed = _flush(scheduler, request)
     if failed:
         return (
@@ -239,7 +235,7 @@ def _restore(
 
 
 def _take_back(scheduler: Any, pipeline: AsyncPipeline, request: Any, outcomes: list[Outcome]) -> str:
-    """What not all ranks have is taken from those that have it."""
+    """Remove it from the ranks that have it."""
     undo = _undo_by(scheduler, request)
     succeeded = [(each.stage, each.rank) for each in outcomes if each.failure is None]
     if undo is None or not succeeded:
@@ -250,7 +246,7 @@ def _take_back(scheduler: Any, pipeline: AsyncPipeline, request: Any, outcomes: 
 
 
 def _undo_by(scheduler: Any, request: Any) -> tuple[Any, Any] | None:
-    """Upstream's handler that undoes this request on one rank, and what it is to be asked."""
+    """Upstream's handler that undoes this request on one rank, and its request."""
     from sglang.srt.managers import io_struct
 
     name = type(request).__name__
@@ -265,20 +261,25 @@ def _undo_by(scheduler: Any, request: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _refusal(request: Any, output: Any, told: str) -> Any:
-    """Upstream's own answer to this request, which says that it failed and why; None if it has none."""
+def _refusal(request: Any, output: Any, reason: str) -> Any:
+    """Upstream's failure answer to this request, with the reason; None if it has none."""
     if output is None:
         output = _blank_answer(request)
         if output is None:
             return None
     changes: dict[str, Any] = {}
-    for name, value in (("success", False), ("updated", False), ("message", told), ("error_message", told)):
+    for name, value in (
+        ("success", False),
+        ("updated", False),
+        ("message", reason),
+        ("error_message", reason),
+    ):
         if hasattr(output, name):
             changes[name] = value
     if getattr(output, "loaded_adapters", None):
         changes["loaded_adapters"] = _without_adapter(output.loaded_adapters, request)
     if "success" not in changes and "updated" not in changes:
-        changes["rid"] = _REFUSED + told  # an answer without words: `collect_replies` reads it
+        changes["rid"] = _REFUSED + reason  # an answer without words: `collect_replies` reads it
     return _changed(output, **changes)
 
 
@@ -293,7 +294,7 @@ def _blank_answer(request: Any) -> Any:
 
 
 def _without_adapter(adapters: Any, request: Any) -> Any:
-    """Of a load that was undone."""
+    """For a load that was undone."""
     if type(request).__name__.startswith("Load"):
         return {name: path for name, path in adapters.items() if name != request.lora_name}
     return adapters
@@ -336,14 +337,14 @@ def _required(kind: Any) -> list[str]:
 
 
 async def collect_replies(original: Any, communicator: Any, request: Any) -> Any:
-    """Some answers of upstream cannot say no. In the process of the HTTP server."""
+    """Some answers of upstream have no field for a failure. In the process of the HTTP server."""
     replies = await original(communicator, request)
     for reply in replies:
-        told = getattr(reply, "rid", None)
-        if isinstance(told, str) and told.startswith(_REFUSED):
+        reason = getattr(reply, "rid", None)
+        if isinstance(reason, str) and reason.startswith(_REFUSED):
             from fastapi import HTTPException
 
-            raise HTTPException(status_code=400, detail=told)
+            raise HTTPException(status_code=400, detail=reason)
     return replies
 
 
@@ -356,8 +357,8 @@ PATCHES = (
         target=f"{_SCHEDULER}.init_request_dispatcher",
         wrapper=init_request_dispatcher,
         why="stages handle control requests alone and stage 0 answers with its own result; a failure on a "
-        "later stage is called a success, and caches differ; a handler that raises ends the server",
-        how="all stages say what became of it before caches are flushed and the client is answered",
+        "later stage looks like a success, and caches differ; an exception of a handler ends the server",
+        how="all stages exchange outcomes before caches are flushed and the client is answered",
         upstream="none known",
         plan="goes when upstream gathers the results of all stages",
         relies_on=(
@@ -382,7 +383,7 @@ CLIENT_PATCHES = (
         target="sglang.srt.managers.communicator:FanOutCommunicator.__call__",
         wrapper=collect_replies,
         why="answers to some control requests have no field for a failure: upstream's servers end then",
-        how="such a failure is told as an error of the request",
+        how="such a failure is reported as an error of the request",
         upstream="none known",
         plan="goes with the patch of Scheduler.init_request_dispatcher",
     ),

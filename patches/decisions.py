@@ -1,14 +1,11 @@
-"""Seam: what stage 0 decides for all stages.
+"""Seam: decisions of stage 0 for all stages.
 
-Stages run the same requests only while they decide alike, and a clock, or how far a thread of its own is, no
-stage has in common with another. Upstream sends some of these decisions from stage to stage; others each
-stage makes by itself. Here the leader of stage 0 says with the requests of an iteration by which time it is
-to be decided, and what it found: `Decisions`. They take the broadcast inside stage 0 and the message to the
-next stage that the requests take, so every rank has them before it processes those requests.
+Stages run the same requests only while they decide alike, but clocks and threads differ. Upstream sends some
+of these decisions; each stage makes the others by itself. Here the leader of stage 0 adds its time and its
+findings to the requests of an iteration (`Decisions`), for every rank.
 
-The time is told where requests arrive, and in an iteration in which it makes a difference. Everywhere else it
-stands still, on all ranks alike. With data-parallel attention each group of ranks that share a queue has its
-own leader, and its own time.
+Between arrivals, and iterations that depend on it, the time stands still, on all ranks alike. With
+data-parallel attention each group of ranks with a shared queue has its own leader and time.
 """
 
 from __future__ import annotations
@@ -27,24 +24,23 @@ _REAP_INTERVAL_S = 1.0  # upstream's, of sessions
 
 
 def broadcast_requests(original: Any, receiver: Any, requests: Any, *local: Any) -> list[Any]:
-    """Runs on stage 0. `requests`: what has arrived, None on ranks that are told. `local`: from 0.5.20 on the
-    requests that upstream's own time limits end."""
+    """On stage 0. `requests`: arrivals, None except on the leader. `local`: from 0.5.20 on, requests ended by
+    upstream's own time limits."""
     pipeline = current()
-    if pipeline is None:
-        return original(receiver, requests, *local)
     if requests is not None and (found := _decide(pipeline.scheduler, bool(requests or any(local)))):
         requests = [*requests, found]
-    return pipeline.told.take(original(receiver, requests, *local))
+    return pipeline.decisions.take(original(receiver, requests, *local))
 
 
 def split_requests(original: Any, receiver: Any, requests: list[Any]) -> tuple[list[Any], list[Any]]:
-    """With data-parallel attention, what is no work is broadcast from the first group to all others."""
+    """With data-parallel attention upstream broadcasts control requests of the first group to all; decisions
+    stay in their group."""
     work, control = original(receiver, [one for one in requests if not isinstance(one, Decisions)])
     return [*work, *(one for one in requests if isinstance(one, Decisions))], control
 
 
 def _decide(scheduler: Any, arrived: bool) -> Decisions | None:
-    """None if there is nothing to tell in this iteration."""
+    """None if this iteration has no decisions."""
     now = time.monotonic()
     found = Decisions(now, overdue_requests(scheduler), polled_grammars(scheduler))
     if arrived or found != Decisions(now) or _time_matters(scheduler, now):
@@ -63,33 +59,30 @@ def _time_matters(scheduler: Any, now: float) -> bool:
 
 
 def maybe_reap(original: Any, sessions: Any, now: float, *interval: Any) -> None:
-    pipeline = current()
-    original(sessions, now if pipeline is None else pipeline.told.now, *interval)
+    original(sessions, current().decisions.now, *interval)
 
 
-def by_told_clock(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Upstream's function, by the time that stage 0 has told."""
-    pipeline = current()
-    function = original if pipeline is None else with_names(original, time=pipeline.told.clock)
-    return function(*args, **kwargs)
+def by_shared_clock(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Upstream's function, with stage 0's time."""
+    return with_names(original, time=current().decisions.clock)(*args, **kwargs)
 
 
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
 _FLUSHES = "sglang.srt.managers.scheduler_components.flush_wrapper:SchedulerFlushWrapper"
 _SESSION = "sglang.srt.session.session_controller:Session"
 _SESSIONS = "sglang.srt.session.session_controller:SessionController"
-_UPSTREAM = "0.5.20 tells the aborts of its time limits in this way, and nothing else"
+_UPSTREAM = "0.5.20 sends the aborts of its time limits in this way, and nothing else"
 _PLAN = "goes when upstream decides on one stage"
-_BY_ITS_OWN_CLOCK = "every stage decides by its own clock; stages that differ run other requests"
-_BY_TOLD_CLOCK = "decides by the time that stage 0 has told"
+_BY_ITS_OWN_CLOCK = "every stage decides by its own clock; diverging stages run other requests"
+_BY_SHARED_CLOCK = "decides by the time of stage 0"
 
 
-def _told_clock(target: str, what: str, relies_on: tuple[str, ...] = ()) -> Patch:
+def _shared_clock(target: str, what: str, relies_on: tuple[str, ...] = ()) -> Patch:
     return Patch(
         target=target,
-        wrapper=by_told_clock,
+        wrapper=by_shared_clock,
         why=f"{what}: {_BY_ITS_OWN_CLOCK}",
-        how=_BY_TOLD_CLOCK,
+        how=_BY_SHARED_CLOCK,
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=relies_on,
@@ -101,7 +94,7 @@ PATCHES = (
         target=f"{_RECEIVER}._broadcast_reqs_across_ranks",
         wrapper=broadcast_requests,
         why=_BY_ITS_OWN_CLOCK,
-        how="the leader of stage 0 adds what it decides; all ranks take it out again",
+        how="the leader of stage 0 adds its decisions; all ranks take them out again",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=("sglang.srt.utils.common:broadcast_pyobj",),
@@ -109,8 +102,8 @@ PATCHES = (
     Patch(
         target=f"{_RECEIVER}._split_work_and_control_reqs",
         wrapper=split_requests,
-        why="with data-parallel attention, groups would be told by the leader of the first",
-        how="what is told goes with the requests of its own group",
+        why="with data-parallel attention, all groups would get the decisions of the first group's leader",
+        how="decisions go with the requests of their own group",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),
@@ -118,14 +111,14 @@ PATCHES = (
         target=f"{_SESSIONS}.maybe_reap",
         wrapper=maybe_reap,
         why=f"sessions with a time-out: {_BY_ITS_OWN_CLOCK}",
-        how=_BY_TOLD_CLOCK,
+        how=_BY_SHARED_CLOCK,
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(f"{_SESSIONS}.__init__",),
     ),
-    _told_clock(f"{_SESSION}.__init__", "when a session was last active"),
-    _told_clock(f"{_SESSION}.create_req", "when a session was last active"),
-    _told_clock(f"{_SESSION}.is_timed_out", "whether a session is over"),
-    _told_clock(f"{_FLUSHES}.handle", "until when a flush_cache may wait"),
-    _told_clock(f"{_FLUSHES}.check_pending", "whether a flush_cache has waited too long"),
+    _shared_clock(f"{_SESSION}.__init__", "when a session was last active"),
+    _shared_clock(f"{_SESSION}.create_req", "when a session was last active"),
+    _shared_clock(f"{_SESSION}.is_timed_out", "whether a session is over"),
+    _shared_clock(f"{_FLUSHES}.handle", "until when a flush_cache may wait"),
+    _shared_clock(f"{_FLUSHES}.check_pending", "whether a flush_cache has waited too long"),
 )

@@ -1,13 +1,11 @@
-"""Seam: the KV chunks of a prefill server, from the launch that writes them to the transfer engine.
+"""Seam: KV chunks of a prefill server, from launch to transfer engine.
 
-Upstream sends a chunk in the next iteration, behind everything for which this one waits, and what is left
-of a prompt when its first token has come back. What keeps the engine from reading too early is an accident:
-the scheduler has waited for the forward in the meantime, to send proxies and to read page numbers. Here a
-chunk is queued right behind its launch, with the event of that launch and a copy of its page numbers on its
-way, and the engine's thread waits for both.
+Upstream queues a chunk in the next iteration, and a prompt's rest with its first token: the scheduler has
+then waited for the forward. Here a chunk is queued right after its launch, with its event and an asynchronous
+copy of its page numbers; the engine's thread waits for both.
 
-Not layer by layer: the engines of SGLang (Mooncake, and Ascend's, which derives from it) take a chunk of
-all layers of the stage as one transfer, and a forward has one event.
+Not layer by layer: SGLang's engines (Mooncake, Ascend's derived one) transfer all layers of the stage at
+once.
 """
 
 from __future__ import annotations
@@ -26,15 +24,14 @@ _LAUNCHED = "sglang_npu_pp_launched"  # attribute of a request: event of its las
 
 
 def is_disaggregated(scheduler: Any) -> bool:
-    """As it is now: 0.5.20 and later can change the role of a running server."""
+    """At present: from 0.5.20 on the role can change."""
     return str(getattr(scheduler.disaggregation_mode, "value", scheduler.disaggregation_mode)) != "null"
 
 
 def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, launched: Any) -> None:
-    """Queue what the forward that was just launched writes, as far as it can be sent already.
+    """Queue the sendable part of the forward just launched.
 
-    `launched`: the event behind that forward. Every stage does the same for the same requests, whatever
-    its own transfers do, so that the prefix caches of the stages stay equal.
+    `launched`: the event after it. Equal on all stages, whatever their transfers do, for equal prefix caches.
     """
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
@@ -58,11 +55,11 @@ def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, la
 def send_kv_chunk(
     original: Any, scheduler: Any, req: Any, last_chunk: bool = False, end_idx: Any = None
 ) -> None:
-    """What a request sends last, its own forwards have written; what it sends before may be the prefix that
-    it shares with a request that has just been launched."""
+    """The last chunk waits for this request's last forward; earlier ones for the current launch, whose prefix
+    they may share."""
     pipeline = current()
-    written = None if pipeline is None else pipeline.last_launched
-    if pipeline is None or written is None:
+    written = pipeline.last_launched
+    if written is None:
         original(scheduler, req, last_chunk, end_idx)
         return
     if last_chunk:
@@ -74,30 +71,25 @@ def send_kv_chunk(
 def send_kv_chunk_inside(
     original: Any, scheduler: Any, req: Any, last_chunk: bool = False, end_idx: Any = None
 ) -> None:
-    """From 0.5.21 on the part of `send_kv_chunk` behind its checksum."""
-    pipeline = current()
-    sending = original if pipeline is None else _with_late_indices(original, pipeline, req)
-    sending(scheduler, req, last_chunk, end_idx)
+    """From 0.5.21 on: `send_kv_chunk` without its checksum."""
+    _with_late_indices(original, current(), req)(scheduler, req, last_chunk, end_idx)
 
 
 def put(original: Any, queue: Any, item: Any) -> None:
-    if (pipeline := current()) is not None:
-        pipeline.transfers.queued(item)
+    current().transfers.queued(item)
     original(queue, item)
 
 
 def get(original: Any, queue: Any) -> Any:
     item = original(queue)
-    if (pipeline := current()) is not None:
-        pipeline.transfers.taken(item)
+    current().transfers.taken(item)
     return item
 
 
 def _can_send_early(scheduler: Any) -> bool:
-    """Equal on all ranks. Up to 0.5.15.post1 the step of one chunk cannot be taken alone; staging sends by a
-    grid of its own. A hierarchical cache copies what is in the tree to the host, and a model with state
-    beside its KV (Mamba, sliding windows) copies that into the tree: neither may happen before it is
-    computed."""
+    """Equal on all ranks. Not up to 0.5.15.post1 (no step for one chunk), with staging buffers (their own
+    grid), or where the prefix tree must not hold uncomputed KV: with a hierarchical cache (copied to the
+    host) or further state (Mamba, sliding windows; copied into the tree)."""
     parameters = inspect.signature(scheduler.process_prefill_chunk).parameters
     return (
         "last_batch" in parameters
@@ -108,17 +100,16 @@ def _can_send_early(scheduler: Any) -> bool:
 
 
 def _has_queue(req: Any) -> bool:
-    """Whether a thread of the engine takes the chunks of this request from a queue, and can wait there."""
+    """Whether an engine thread takes this request's chunks from a queue, where it can wait."""
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
 
     return isinstance(req.disagg_kv_sender, MooncakeKVSender)  # Ascend's derives from it
 
 
 def _send_whole_pages(scheduler: Any, req: Any) -> None:
-    """Everything but the last page, with which upstream sends the first token when it is known.
+    """All but the last page, which upstream sends with the first token.
 
-    Into the prefix cache first, as upstream does before it sends: pages that another request has computed as
-    well are freed there, and must not be read any more.
+    Into the prefix cache first, as upstream: that frees pages also computed by another request.
     """
     _cache(scheduler, req)
     page_size = scheduler.token_to_kv_pool_allocator.page_size
@@ -127,7 +118,7 @@ def _send_whole_pages(scheduler: Any, req: Any) -> None:
 
 
 def _cache(scheduler: Any, req: Any) -> None:
-    """As the release does it where the result of a prefill is processed."""
+    """As the release does it when processing a prefill's result."""
     for name in ("checkpoint_disagg_prefill", "cache_unfinished_disagg_prefill"):  # 0.5.22, 0.5.21
         if (cache := getattr(scheduler, name, None)) is not None:
             cache(req)
@@ -138,7 +129,7 @@ def _cache(scheduler: Any, req: Any) -> None:
 
 
 def _with_late_indices(function: Any, pipeline: AsyncPipeline, req: Any) -> Any:
-    """The function, copying page numbers without waiting for them."""
+    """The function, with asynchronous copies of page numbers."""
     if not pipeline.streams.asynchronous or not _has_queue(req):
         return function
 
@@ -156,8 +147,8 @@ PATCHES = (
     Patch(
         target=f"{_MIXIN}.send_kv_chunk",
         wrapper=send_kv_chunk,
-        why="nothing but earlier waits of the scheduler keeps a chunk from being read before it is computed",
-        how="ties the event of the launch to what is queued; page numbers are copied without waiting",
+        why="only earlier waits of the scheduler keep the engine from reading an uncomputed chunk",
+        how="attaches the launch's event to the queued chunk; page numbers are copied without waiting",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(
@@ -172,7 +163,7 @@ PATCHES = (
         target=f"{_MIXIN}._send_kv_chunk",
         wrapper=send_kv_chunk_inside,
         why="the scheduler waits for the page numbers of the chunk",
-        how="they are copied to pinned memory and waited for where they are used",
+        how="they are copied to pinned memory; the wait is at their use",
         upstream=_UPSTREAM,
         plan=_PLAN,
         optional=True,
@@ -180,8 +171,8 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}.put",
         wrapper=put,
-        why="a queued chunk does not say when it is computed",
-        how="gives it the event",
+        why="a queued chunk carries no event of its forward",
+        how="attaches the event",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(
@@ -192,7 +183,7 @@ PATCHES = (
     Patch(
         target=f"{_QUEUE}.get",
         wrapper=get,
-        why="the thread of the engine reads a chunk as soon as it has it",
+        why="the engine's thread reads a chunk at once",
         how="waits for the event first",
         upstream=_UPSTREAM,
         plan=_PLAN,

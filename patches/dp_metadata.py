@@ -1,15 +1,12 @@
-"""Seam: what data-parallel attention ranks tell each other before every microbatch.
+"""Seam: metadata of data-parallel attention ranks, before every microbatch.
 
-With `--enable-dp-attention` each rank has requests of its own and all meet in the MLP, so every microbatch
-begins with one row a rank: tokens, kind of batch, votes for graphs. Upstream makes tensors of lists, gathers
-on the tensor-parallel device group, behind the collectives of the forwards that are still running, and copies
-the result with a blocking `.cpu()`. Here the rows go through a `RowGather`: buffers made once, a communicator
-of their own.
+With `--enable-dp-attention` ranks share the MLP, not batches: one row a rank (tokens, kind of batch, graph
+votes). Upstream builds tensors from lists, gathers on the tensor-parallel device group, behind running
+forwards, and copies with a blocking `.cpu()`; here a `RowGather` does.
 
-What is decided from the rows stays upstream's. A rank without a batch has to know at once whether the others
-run one. A rank with a batch goes on where it has something else to wait for, the proxies of the stage before;
-the rows are read behind them. For that upstream's function is left where it would wait (`_Posted`; it has
-decided nothing until then) and called again in the launch, with the same row.
+Upstream decides from the rows. A rank without a batch waits for them at once, others after their proxies:
+upstream's function runs provisionally, with this rank's row for all, and again in the launch, setting the
+same batch attributes.
 """
 
 from __future__ import annotations
@@ -23,9 +20,8 @@ import torch
 from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.row_gather import RowGather, create_row_group
-from sglang_npu_pp.settings import Settings
 
-from .pipeline import AsyncPipeline, current
+from .pipeline import LoopPosition, current
 
 _MODULE = "sglang.srt.managers.scheduler_components.dp_attn"
 _KIND = "metadata"  # in counters and traces
@@ -33,7 +29,7 @@ _MODE = 5  # column of the forward mode
 
 
 class Column(NamedTuple):
-    """A number of the row: upstream's attribute it is read from, and what is made of the ranks' values."""
+    """A number of the row: upstream's attribute; attribute and function of the result."""
 
     name: str
     result: str | None = None
@@ -58,44 +54,47 @@ COLUMNS = (
 )
 
 
-class _Posted(Exception):  # noqa: N818
-    """No error: leaves upstream's function, since the row is on its way and the decisions come later."""
-
-
 class DPMetadata:
-    """The rows of one stage's data-parallel ranks, of one microbatch at a time."""
+    """Rows of one stage's data-parallel ranks, one microbatch at a time."""
 
-    def __init__(self, rows: RowGather, scheduler: Any, pipeline: AsyncPipeline) -> None:
-        self._rows, self._scheduler, self._pipeline = rows, scheduler, pipeline
-        self._may_leave = False  # whether the caller of upstream's function goes on without its decisions
+    def __init__(self, rows: RowGather, scheduler: Any, loop: LoopPosition) -> None:
+        self._rows, self._scheduler, self._loop = rows, scheduler, loop
+        self._may_wait_later = False  # whether the batch at hand is content with provisional decisions
         self._unfinished: Callable[[], Any] | None = None
         self._columns = columns_of_this_release()
 
     def prepare(self, original: Callable[..., Any], batch: Any, *arguments: Any, **options: Any) -> Any:
-        """What upstream's function returns. Of a batch whose decisions are not needed yet the row has been
-        posted; `finish` makes it complete."""
+        """Upstream's result; without the rows, provisional until `finish`."""
 
         def decide() -> Any:
             return original(batch, *arguments, **options)
 
         self.finish()  # of a batch that was not launched
-        self._may_leave = self._can_be_decided_later(batch)
+        carry = options.get("sync_wait_carry")  # 0.5.22 and later: seconds, for the step that reads them
+        carried_s = None if carry is None else carry.seconds
+        self._may_wait_later = self._can_be_decided_later(batch)
         try:
-            return decide()
-        except _Posted:
-            self._unfinished = decide
-            return batch
+            prepared = decide()
         finally:
-            self._may_leave = False
+            self._may_wait_later = False
+        if self._rows.posted is not None:
+            self._unfinished = decide
+            if carry is not None:
+                carry.seconds = carried_s  # for the final decisions
+        return prepared
 
     def gather(self, info: Any) -> None:
-        """Post the row of `info` unless that has been done, and fill in what all rows together say."""
+        """Post the row of `info`, once; fill in all rows, or provisionally this one for all.
+
+        Raises PipelineError for a changed row.
+        """
         row = [int(getattr(info, column.name)) for column in self._columns]
         if self._rows.posted is None:
             self._rows.post(row)
             self._record("post")
-            if self._may_leave and not _could_be_converted(info):
-                raise _Posted
+            if self._may_wait_later and not _could_be_converted(info):
+                self._fill(info, torch.tensor([row] * self._rows.ranks), wait_s=0.0)
+                return
         elif self._rows.posted != tuple(row):
             raise PipelineError(
                 f"{self._rows.where}: the batch of this microbatch changed from {self._rows.posted} to "
@@ -104,34 +103,33 @@ class DPMetadata:
         self._record("wait")
         rows = self._rows.wait()
         self._record("ready")
-        self._fill(info, rows)
+        self._fill(info, rows, self._rows.last_wait_s)
 
     def finish(self) -> None:
-        """The last thing before a launch: decide what was not decided yet."""
+        """Just before a launch: make provisional decisions final."""
         if self._unfinished is not None:
             decide, self._unfinished = self._unfinished, None
             decide()
 
     def carries(self, info: Any, device: Any) -> bool:
-        """Whether these rows are among our ranks. Not while weights are offloaded: upstream then keeps off
-        the device, on all ranks alike."""
+        """Whether these are our ranks. Not with offloaded weights: all then avoid the device."""
         replicas = info.num_dp_ranks if hasattr(info, "num_dp_ranks") else info.dp_size
         ranks = replicas * info.tp_size * info.cp_size
         return ranks == self._rows.ranks and not (self._rows.on_device and device == "cpu")
 
     def _can_be_decided_later(self, batch: Any) -> bool:
-        """Before the launch only `_arm_prefill_decode_interval` looks at them, where there is an interval,
-        and the conversion of a decode (`_could_be_converted`). The first stage has no work until then."""
+        """Not if `_arm_prefill_decode_interval` reads rows before the launch (decodes:
+        `_could_be_converted`), nor on the first stage, which awaits no proxies."""
         if batch is None or batch.forward_mode.is_idle() or batch.forward_mode.is_prebuilt():
             return False
         interval = getattr(self._scheduler, "prefill_decode_interval", 0)
-        return self._pipeline.link.stage > 0 and interval == 0
+        return self._loop.link.stage > 0 and interval == 0
 
     def _record(self, name: str) -> None:
-        self._pipeline.link.trace.record(name, _KIND, self._pipeline.slot, self._pipeline.iteration)
+        self._loop.link.trace.record(name, _KIND, self._loop.slot, self._loop.iteration)
 
-    def _fill(self, info: Any, rows: torch.Tensor) -> None:
-        """As the end of upstream's `all_gather`: the first rank of every replica speaks for it."""
+    def _fill(self, info: Any, rows: torch.Tensor, wait_s: float) -> None:
+        """As upstream's `all_gather`: a replica's first rank speaks for it."""
         table = rows.view(-1, info.tp_size * info.cp_size, len(self._columns))[:, 0, :]
         setattr(info, "tp0_info_cpu" if hasattr(info, "tp0_info_cpu") else "tp0_info", table)
         by_column = list(zip(*table.tolist(), strict=True))
@@ -139,7 +137,7 @@ class DPMetadata:
             if column.result is not None:
                 setattr(info, column.result, column.combine(values))
         if hasattr(info, "sync_wait_seconds"):
-            info.sync_wait_seconds = self._rows.last_wait_s
+            info.sync_wait_seconds = wait_s
         from sglang.srt.managers.scheduler_components import dp_attn
 
         if dp_attn._ENABLE_METRICS_DP_ATTENTION:
@@ -153,34 +151,32 @@ def columns_of_this_release() -> tuple[Column, ...]:
     return tuple(column for column in COLUMNS if column.name in has)
 
 
-def open_metadata(
-    scheduler: Any, parallel: Any, settings: Settings, pipeline: AsyncPipeline
-) -> DPMetadata | None:
-    """None without data-parallel attention, and where ranks come and go (elastic expert parallelism).
+def open_metadata(scheduler: Any, parallel: Any, loop: LoopPosition) -> DPMetadata | None:
+    """None without data-parallel attention, and with elastic expert parallelism.
 
-    Makes and warms up a communicator: the same on every rank of the stage, before memory is measured.
+    Makes and warms up a communicator, on all the stage's ranks, before memory is measured.
     """
     arguments = scheduler.server_args
     enabled = arguments.enable_dp_attention or getattr(parallel, "enable_dp_attention", False)
     if not enabled or getattr(arguments, "elastic_ep_backend", None) is not None:
         return None
     group = parallel.tp_group
-    link = pipeline.link
-    device = torch.device("cpu") if settings.dp_metadata == "host" else torch.device(group.device)
+    context = loop.link.context
+    device = torch.device("cpu") if context.settings.dp_metadata == "host" else torch.device(group.device)
     rows = RowGather(
         create_row_group(group.ranks, device),
         len(columns_of_this_release()),
         device,
-        link.telemetry.receiving(_KIND),
-        where=f"stage {link.stage} rank {link.rank}",
+        context.telemetry.receiving(_KIND),
+        where=context.where,
     )
     rows.warm_up()
-    return DPMetadata(rows, scheduler, pipeline)
+    return DPMetadata(rows, scheduler, loop)
 
 
 def _could_be_converted(info: Any) -> bool:
-    """A decode becomes a prefill when another rank has one and all vote for the graph of a prefill (0.5.20
-    and later), which is looked at before the launch. Without this rank's vote it stays a decode."""
+    """From 0.5.20 on a decode becomes a prefill before the launch, beside another rank's prefill and with all
+    votes."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     decodes = ForwardMode(info.local_forward_mode).is_decode()
@@ -188,15 +184,14 @@ def _could_be_converted(info: Any) -> bool:
 
 
 def _metadata() -> DPMetadata | None:
-    pipeline = current()
-    metadata = None if pipeline is None else pipeline.metadata
+    metadata = current().metadata
     # The pipeline's type says less, since its module is imported here; nothing else is ever put there.
     assert metadata is None or isinstance(metadata, DPMetadata)
     return metadata
 
 
 def all_gather(original: Any, info: Any, device: Any, group: Any, use_all_reduce: bool = False) -> None:
-    """`use_all_reduce`: of elastic expert parallelism, from 0.5.16 on."""
+    """`use_all_reduce`: elastic expert parallelism, from 0.5.16 on."""
     metadata = _metadata()
     if metadata is None or use_all_reduce or not metadata.carries(info, device):
         more = {"use_all_reduce": True} if use_all_reduce else {}
@@ -234,7 +229,8 @@ PATCHES = (
         target=f"{_MODULE}:prepare_mlp_sync_batch_raw",
         wrapper=prepare_batch,
         why="it reads the rows right behind the gather, also where nothing depends on them before the launch",
-        how="with a batch and proxies to wait for, it is left at the gather and called again in the launch",
+        how="with a batch and proxies to wait for, it decides as if all ranks had the row of this one, and "
+        "in the launch once more, from the rows",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(

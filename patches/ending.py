@@ -1,12 +1,10 @@
 """Seam: the end of a server that has lost a stage.
 
-A scheduler that hears nothing from a peer ends its node. The launcher of a node ends it when a scheduler of
-its own was stopped or killed. Operators who ask for a dump at the end, or have a handler of their own, get
-SGLang's way of ending instead.
+A scheduler with a silent peer ends its node; a launcher ends it when one of its schedulers was stopped or
+killed. With a requested dump or a signal handler of the operator, SGLang ends the server instead.
 
-SGLang dumps the stacks of schedulers by default: when one of the first node has crashed, its launcher waits
-five seconds and has py-spy look at those that are still alive. A scheduler that has lost a peer then lets it
-finish, if another one is alive beside it, and itself ends nothing until the limit of that has passed.
+By default, after a crash on the first node, its launcher waits five seconds and runs py-spy on the schedulers
+still alive. A scheduler with a lost peer waits for that, up to a limit, if another one is alive beside it.
 """
 
 from __future__ import annotations
@@ -23,31 +21,31 @@ from typing import Any
 
 import psutil
 
-from sglang_npu_pp.ending import LAUNCHER, POLL_S, Node, Watch, end_node, speak
+from sglang_npu_pp.ending import LAUNCHER, POLL_S, Node, Watch, best_effort, end_node
 from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
 
 from .features import unknown_to_a_server
-from .pipeline import current, has_pipeline
+from .pipeline import current_or_none, has_pipeline
 
 logger = logging.getLogger("sglang_npu_pp")
 
-# Upstream dumps unless these say no. With nobody left to be dumped, only who says yes is made to wait.
+# Upstream dumps unless these are false. With no process left to dump, only an explicit true waits.
 _DUMPS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
 _YES = ("1", "true", "yes", "y")
 
 DUMPS = "_SGLANG_NPU_PP_DUMPS_S"
 """Environment variable of schedulers: how long SGLang may take to dump them; absent where it does not."""
 
-_TITLE = "sglang::scheduler"  # what SGLang looks for
+_TITLE = "sglang::scheduler"  # SGLang searches for it
 _CRASHED = "crashed"
-_SETTLE_S = 60.0  # SGLang's own five seconds, a busy machine, and its look at what has ended
+_SETTLE_S = 60.0  # SGLang's own five seconds, a busy machine, and its check for ended processes
 _A_DUMP_S = 30.0  # of one scheduler
 _CUDA = "CUDA_ENABLE_USER_TRIGGERED_COREDUMP"
 _CUDA_WAIT = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"
 
-_node: Node | None = None  # in a launcher: what its end is, too
+_node: Node | None = None  # in a launcher: also the scope of its end
 
 
 def launch_scheduler_processes(
@@ -68,19 +66,19 @@ def launch_scheduler_processes(
     os.environ.pop(LAUNCHER, None)
     os.environ.pop(DUMPS, None)
     if at_once:
-        node.tell_children()
-        _tell_of_dumps(server_args)
+        node.export_to_children()
+        _export_dump_limit(server_args)
     result, processes = original(cls, server_args, port_args, *args, **kwargs)
     if ours and processes:
         schedulers = _alive(result.all_child_pids)
 
         def on_lost(pid: int, error: PeerLostError) -> None:
-            speak(lambda: logger.error("sglang-npu-pp: %s", error))
+            best_effort(lambda: logger.error("sglang-npu-pp: %s", error))
             if at_once:
                 let_dumps_be_made(schedulers)
                 end_node(node)
             with suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).kill()  # what follows is what SGLang does when a scheduler dies
+                psutil.Process(pid).kill()  # the rest is SGLang's reaction to a dead scheduler
 
         limit_s = load_settings().peer_timeout_s
         watch = Watch(processes, result.all_child_pids, limit_s=limit_s, name=name_of)
@@ -90,7 +88,7 @@ def launch_scheduler_processes(
 
 
 def _look_before_it_ends(result: Any, watch: Watch, on_lost: Callable[[int, PeerLostError], None]) -> None:
-    """Launchers of later nodes wait for their schedulers, and kill what is left of the node at once then."""
+    """Launchers of later nodes wait for their schedulers, then kill the rest of the node at once."""
     wait_for_schedulers = getattr(result, "block_until_scheduler_exits", None)  # 0.5.17 and later
     if wait_for_schedulers is None:
         return
@@ -105,12 +103,12 @@ def _look_before_it_ends(result: Any, watch: Watch, on_lost: Callable[[int, Peer
 
 
 def has_own_end(server_args: Any) -> bool:
-    """Whether the operator wants more of SGLang's end than that everything has ended."""
+    """Whether the operator asked for more than the end of all processes."""
     asked = any(os.environ.get(variable, "").lower() in _YES for variable in _DUMPS)
     return asked or bool(server_args.crash_dump_folder) or server_args.custom_sigquit_handler is not None
 
 
-def _tell_of_dumps(server_args: Any) -> None:
+def _export_dump_limit(server_args: Any) -> None:
     """Only the launcher of the first node dumps, through its tokenizer manager, and only its own children."""
     from sglang.srt.environ import envs
 
@@ -139,9 +137,8 @@ def _alive(pids: Sequence[int]) -> list[psutil.Process]:
 
 
 def let_dumps_be_made(schedulers: Sequence[psutil.Process]) -> None:
-    """Return when SGLang has nothing to dump: none of `schedulers`, others of this node, has crashed, or none
-    of them is alive. Otherwise its launcher ends this process meanwhile; there is a limit to that.
-    """
+    """Return when SGLang has nothing to dump: none of `schedulers` (others of this node) has crashed, or none
+    is alive. Else its launcher ends this process, or a limit passes."""
     limit_s = float(os.environ.get(DUMPS, "0"))
     deadline = time.monotonic() + limit_s + _A_DUMP_S * len(schedulers)
     while limit_s and time.monotonic() < deadline:
@@ -152,7 +149,7 @@ def let_dumps_be_made(schedulers: Sequence[psutil.Process]) -> None:
 
 
 def _state(process: psutil.Process) -> str:
-    """_CRASHED, _TITLE for a scheduler that is alive, or something else."""
+    """_CRASHED, _TITLE for a live scheduler, or another state."""
     try:
         status, title = process.status(), " ".join(process.cmdline()).strip()
     except psutil.NoSuchProcess:
@@ -165,7 +162,7 @@ def _state(process: psutil.Process) -> str:
 
 
 def _mark_as_crashed() -> None:
-    """The others of this node see it by the title, which it has until it has ended."""
+    """In the process title, visible to the others of this node until the end."""
     with suppress(Exception):
         import setproctitle
 
@@ -173,9 +170,9 @@ def _mark_as_crashed() -> None:
 
 
 def name_of(process: psutil.Process) -> str:
-    """Schedulers carry their stage in the title, and their rank where a stage has several.
+    """Stage, and rank where a stage has several, from a scheduler's title.
 
-    Empty for a process that is ending.
+    Empty for a process about to end.
     """
     title = " ".join(process.cmdline()).strip()
     stage = re.match(r"sglang::scheduler.*_PP(\d+)", title)
@@ -186,17 +183,17 @@ def name_of(process: psutil.Process) -> str:
 
 
 def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
-    """All that a scheduler does once it has started."""
+    """A scheduler's main function after its start."""
     beside = _schedulers_beside()
     try:
         return original(scheduler)
     except PeerLostError as error:
-        sentence, node, pipeline = f"sglang-npu-pp: {error}", Node.of_this_process(), current()
+        sentence, node, pipeline = f"sglang-npu-pp: {error}", Node.of_this_process(), current_or_none()
         if node is None or pipeline is None:
             _mark_as_crashed()
             raise
-        report = () if pipeline.reporter is None else (pipeline.reporter.finish,)
-        speak(lambda: logger.error("%s", sentence), *report, lambda: _publish_last_metrics(scheduler))
+        report = pipeline.reporter.finish
+        best_effort(lambda: logger.error("%s", sentence), report, lambda: _publish_last_metrics(scheduler))
         let_dumps_be_made(beside)
         end_node(node)
     except Exception:
@@ -205,8 +202,8 @@ def dispatch_event_loop(original: Any, scheduler: Any) -> Any:
 
 
 def _schedulers_beside() -> list[psutil.Process]:
-    """All others that have been started; empty where it does not matter. A pipeline's start together."""
-    with suppress(Exception):  # what it is for comes after the end of this scheduler
+    """All others started so far (a pipeline's start together); empty without dumps to wait for."""
+    with suppress(Exception):  # the end of this scheduler must not depend on it
         node = Node.of_this_process() if DUMPS in os.environ else None
         if node is not None:
             children = node.launcher.children(recursive=True)
@@ -216,12 +213,12 @@ def _schedulers_beside() -> list[psutil.Process]:
 
 
 def _publish_last_metrics(scheduler: Any) -> None:
-    """Upstream does it when a scheduler has failed; it has a limit."""
+    """Upstream's step after a scheduler's failure; time-limited."""
     scheduler.metrics_reporter._shutdown_fpm()
 
 
 def running_phase_sigquit_handler(original: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
-    """In the launcher of the first node, when a scheduler has crashed: dumps, and then the end."""
+    """In the launcher of the first node after a scheduler's crash: dumps, then the end."""
     node = _node
     if node is None:
         return original(handler, *args, **kwargs)
@@ -237,11 +234,11 @@ PATCHES = (
     Patch(
         target="sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes",
         wrapper=launch_scheduler_processes,
-        why="the launcher of a scheduler that was stopped serves for ever, silent; one of a later node waits "
-        "for its schedulers one after another, whichever was killed",
-        how="look after them; when one was killed, or stopped for the peer time-out, this node ends",
-        upstream="sglang #18421: node 0 notices schedulers that have ended",
-        plan="goes when upstream notices a scheduler that was stopped, on every node",
+        why="the launcher of a stopped scheduler serves for ever, silent; one of a later node waits "
+        "for its schedulers one after another, in a fixed order",
+        how="check them; a kill, or a stop for the peer time-out, ends this node",
+        upstream="sglang #18421: node 0 detects ended schedulers",
+        plan="goes when upstream detects stopped schedulers on every node",
         relies_on=(
             "sglang.srt.managers.load_snapshot:create_load_snapshot_writer",
             "sglang.srt.managers.load_snapshot:shm_path_for",
@@ -252,8 +249,7 @@ PATCHES = (
     Patch(
         target="sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler",
         wrapper=running_phase_sigquit_handler,
-        why="its end leaves shared memory; a minute is waited for CUDA's cores where CUDA was not told to "
-        "write any",
+        why="its end leaves shared memory, and waits a minute for CUDA's cores where CUDA does not write any",
         how="end the node when the dumps are made; no wait unless CUDA writes cores on request",
         upstream="none",
         plan="goes when upstream removes its shared memory",
@@ -265,7 +261,7 @@ PATCHES = (
     Patch(
         target="sglang.srt.managers.scheduler:dispatch_event_loop",
         wrapper=dispatch_event_loop,
-        why="upstream sleeps five seconds before it ends, with nobody left to be dumped, and leaves the "
+        why="upstream sleeps five seconds before it ends, with no process left to dump, and leaves the "
         "shared memory of its processes",
         how="when a peer is lost, report, then kill this node's processes but the resource tracker",
         upstream="none",

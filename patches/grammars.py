@@ -1,8 +1,7 @@
-"""Seam: which grammars have been compiled, up to 0.5.15.post1.
+"""Seam: readiness of compiled grammars, up to 0.5.15.post1.
 
-Threads compile them, on every rank by itself. From 0.5.16 on stage 0 sends the others which of the waiting
-requests are ready, and which have waited too long; before, the ranks of a stage agree and the stages do not.
-Here the leader of stage 0 tells all ranks. One that is not ready then waits for its own thread.
+Every rank compiles in threads. From 0.5.16 on stage 0 sends ready requests and those past the wait limit;
+before, only the ranks of a stage agree. Here the leader of stage 0 decides for all.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _MANAGER = "sglang.srt.constrained.grammar_manager:GrammarManager"
 
 
 def polled_grammars(scheduler: Any) -> Grammars:
-    """Requests whose grammar is there (or was aborted), and those that have waited for too long."""
+    """Requests with a compiled or aborted grammar, and those past the wait limit."""
     manager = scheduler.grammar_manager
     if hasattr(manager, "_pp_sync_ready_failed") or not manager.grammar_queue:
         return NO_GRAMMARS
@@ -38,34 +37,32 @@ def polled_grammars(scheduler: Any) -> Grammars:
 
 
 def get_ready_grammar_requests(original: Any, manager: Any) -> list[Any]:
-    """Upstream's function, in which all ranks have found what was told.
+    """Upstream's function, with stage 0's decision as all ranks' result.
 
-    Only the leader polls, as upstream does: it counts how long a request waits, and does not spin meanwhile.
+    Only the leader polls: that counts a request's wait, and must not spin.
     """
     pipeline = current()
-    if pipeline is None:
-        return list(original(manager))
-    told = pipeline.told.grammars
+    decided = pipeline.decisions.grammars
     leader = pipeline.link.stage == 0 and is_leader()
-    if told == NO_GRAMMARS and not leader:
+    if decided == NO_GRAMMARS and not leader:
         return []
-    ranks, manager.grammar_sync_size = manager.grammar_sync_size, 2  # so that it asks what others found
+    ranks, manager.grammar_sync_size = manager.grammar_sync_size, 2  # so that it gathers from others
     try:
-        found = _gathers(_indices(manager.grammar_queue, told))
+        found = _gathers(_indices(manager.grammar_queue, decided))
         return list(with_names(original, torch=found, time=time if leader else _no_time())(manager))
     finally:
         manager.grammar_sync_size = ranks
 
 
-def _indices(queue: Iterable[Any], told: Grammars) -> tuple[set[int], set[int]]:
-    """Places in the queue. One that has waited for too long and was aborted meanwhile is as good as ready."""
-    failed = {i for i, request in enumerate(queue) if request.rid in told.failed and request.grammar}
-    named = told.ready | told.failed
+def _indices(queue: Iterable[Any], decided: Grammars) -> tuple[set[int], set[int]]:
+    """Places in the queue. A request past its limit but aborted meanwhile counts as ready."""
+    failed = {i for i, request in enumerate(queue) if request.rid in decided.failed and request.grammar}
+    named = decided.ready | decided.failed
     return {i for i, request in enumerate(queue) if request.rid in named} - failed, failed
 
 
 def _gathers(found: tuple[set[int], set[int]]) -> SimpleNamespace:
-    """Stands for the module `torch`: whatever a rank has found, all have found this."""
+    """Replaces the module `torch`: a gather with this result."""
 
     def all_gather_object(gathered: list[Any], _own: Any, group: Any) -> None:
         gathered[:] = [found] * len(gathered)
@@ -74,7 +71,7 @@ def _gathers(found: tuple[set[int], set[int]]) -> SimpleNamespace:
 
 
 def _no_time() -> SimpleNamespace:
-    """Stands for the module `time`: there is none to poll in."""
+    """Replaces the module `time`: no time for polling."""
     return SimpleNamespace(perf_counter=chain([0.0], repeat(math.inf)).__next__)
 
 
@@ -82,9 +79,9 @@ PATCHES = (
     Patch(
         target=f"{_MANAGER}.get_ready_grammar_requests",
         wrapper=get_ready_grammar_requests,
-        why="every stage finds by itself which grammars are ready; stages that differ run other requests",
-        how="stage 0 tells; a rank that is not ready waits for its compiler",
-        upstream="sglang #30747 (0.5.16: stage 0 sends what it has found)",
+        why="every stage polls its own compiler; diverging stages run other requests",
+        how="stage 0 decides; a rank that is not ready waits for its compiler",
+        upstream="sglang #30747 (0.5.16: stage 0 sends its result)",
         plan="goes with 0.5.15",
         relies_on=(f"{_MANAGER}.abort_requests",),
         unless=f"{_MANAGER}._pp_sync_ready_failed",

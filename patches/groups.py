@@ -1,9 +1,10 @@
-"""Seam: tensor dicts and objects by hand, through `GroupCoordinator`.
+"""Seam: explicit tensor dicts and objects, through `GroupCoordinator`. A patched server sends objects this
+way. The five tensor-dict functions have no caller there, since its loop uses the seams of proxies and
+outputs: they are the interface proposed by sglang #19582, for code on top of SGLang. On upstream's path
+upstream's functions run.
 
-The pipeline group of a started pipeline uses the two lanes; on any other group, and without a pipeline,
-upstream's functions run as they are. The calls and what they return are upstream's; new are
-`isend_tensor_dict` and `irecv_tensor_dict`, as sglang #19582 proposes them; on a group without lanes they use
-torch.distributed.
+A started pipeline's group uses the two lanes, other groups upstream's functions; the new `isend_tensor_dict`
+and `irecv_tensor_dict` use torch.distributed there.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _LINK_ATTRIBUTE = "_npu_pp_link"
 
 
 class Done:
-    """A transfer that needs no waiting: the lanes own the bytes."""
+    """A complete transfer: the lanes own the bytes."""
 
     def wait(self) -> None:
         return
 
 
 class ArrivingDict:
-    """Fills `tensors` when it is waited for. Waiting twice is waiting once."""
+    """Fills `tensors` in `wait`. Idempotent."""
 
     def __init__(self, pending: Pending, tensors: dict[str, Any], gather: Any) -> None:
         self._pending: Pending | None = pending
@@ -43,8 +44,8 @@ class ArrivingDict:
 
 
 class ReceivedDict(NamedTuple):
-    """What `irecv_tensor_dict` returns: wait for every handle, then call every postprocess step in
-    order; the dict is complete after that, and not before."""
+    """Result of `irecv_tensor_dict`: complete only after `wait` of every handle, then every postprocess step
+    in order."""
 
     tensors: dict[str, Any]
     handles: Sequence[Any]
@@ -59,12 +60,12 @@ class ReceivedDict(NamedTuple):
 
 
 def attach_link(group: Any, link: StageLink) -> None:
-    """Let `group` use the lanes from now on."""
+    """Let `group` use the lanes."""
     setattr(group, _LINK_ATTRIBUTE, link)
 
 
 def has_lanes(group: Any, *_: Any, **__: Any) -> bool:
-    """`Patch.when` of what upstream has itself."""
+    """`Patch.when` of upstream's functions."""
     return _link(group) is not None
 
 
@@ -79,7 +80,7 @@ def _lanes(group: Any) -> StageLink:
 
 
 def _works(handles: Sequence[Any]) -> list[Any]:
-    """Handles as upstream's callers expect them: `work.work.wait()`."""
+    """Handles for upstream's callers: `work.work.wait()`."""
     from sglang.srt.distributed.parallel_state import P2PWork
 
     return [P2PWork(handle, None) for handle in handles]
@@ -101,10 +102,10 @@ def _peer(group: Any, rank: int | None, step: int) -> int:
 def isend_tensor_dict(
     group: Any, tensor_dict: dict[str, Any], dst: int | None = None, all_gather_group: Any = None
 ) -> list[Any]:
-    """Send a dict of tensors and Python values to local rank `dst` (default: the next one).
+    """Send a dict of tensors and Python values to local rank `dst` (default: the next).
 
-    Returns handles with `wait()`. The tensors may be overwritten after `wait()`; on a pipeline group at
-    once. `all_gather_group`: send only this rank's slice of every tensor that divides evenly.
+    Returns handles with `wait()`. Tensors may be overwritten after that; on a pipeline group at once.
+    `all_gather_group`: send only this rank's slice of every evenly divisible tensor.
     """
     if group.world_size == 1:
         return []
@@ -119,10 +120,10 @@ def isend_tensor_dict(
 
 
 def irecv_tensor_dict(group: Any, src: int | None = None, all_gather_group: Any = None) -> ReceivedDict:
-    """Post the receive of a tensor dict from local rank `src` (default: the previous one).
+    """Post the receive of a tensor dict from local rank `src` (default: the previous).
 
-    On a pipeline group nothing blocks; elsewhere the description of the dict is waited for and the
-    receives of all its tensors are posted together.
+    Non-blocking on a pipeline group; elsewhere it waits for the dict's description, then posts all tensors
+    together.
     """
     if group.world_size == 1:
         return ReceivedDict({}, (), ())
@@ -166,7 +167,7 @@ def send_recv_tensor_dict(
     send_all_gather_group: Any = None,
     recv_all_gather_group: Any = None,
 ) -> dict[str, Any] | None:
-    """With lanes a send does not wait for its receiver, so no paired batch is needed."""
+    """With lanes a send does not wait for its receiver, so needs no paired batch."""
     received = irecv_tensor_dict(group, recv_src, recv_all_gather_group)
     isend_tensor_dict(group, send_tensor_dict, send_dst, send_all_gather_group)
     return received.finish()
@@ -259,7 +260,7 @@ def _added(name: str, function: Any, how: str) -> Patch:
     return Patch(
         target=f"{_GROUP}.{name}",
         wrapper=function,
-        why="there is no way to post a tensor dict and wait for it later",
+        why="no way to post a tensor dict and wait for it later",
         how=how,
         upstream="sglang #19582",
         plan=_PLAN,

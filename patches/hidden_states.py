@@ -1,8 +1,7 @@
-"""`return_hidden_states`: what the last stage computed comes to stage 0, which answers the client.
+"""`return_hidden_states`: hidden states of the last stage for stage 0, which answers the client.
 
-Upstream leaves hidden states out of what the last stage tells the others, and then ends in all of them
-(AttributeError: 'NoneType' object has no attribute 'hidden_states'). Here they travel with the tokens, to
-stage 0 only; the other stages get an answer without them, which upstream's processing leaves alone.
+Not sent upstream, where other stages end (AttributeError: 'NoneType' object has no attribute
+'hidden_states'). Here they travel with the tokens, to stage 0 only.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ _INPUT_LENGTHS = f"{FOR_FIRST_STAGE}extend_input_len_per_req"
 
 
 def add_hidden_states(scheduler: Any, batch: Any, result: Any, outputs: dict[str, Any]) -> None:
-    """Add the hidden states of a forward, if its requests want them, to what the last stage returns.
+    """Add requested hidden states to the outputs of the last stage.
 
-    A replayed graph would overwrite them, so they are copied on the forward stream.
+    Copied on the forward stream, since a graph's replay overwrites them.
     """
     logits = result.logits_output
     if not batch.return_hidden_states or logits is None or logits.hidden_states is None:
@@ -30,7 +29,7 @@ def add_hidden_states(scheduler: Any, batch: Any, result: Any, outputs: dict[str
 
 
 def give_hidden_states(batch: Any, result: Any, values: Mapping[str, Any]) -> None:
-    """Put them where upstream's processing looks for them. It looks whenever a request wants them."""
+    """For upstream's processing, which reads them for every request that asked."""
     if not batch.return_hidden_states:
         return
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput

@@ -1,23 +1,7 @@
-"""How an idle server waits for clients: asleep, while nothing has to be polled.
+"""Sleep of an idle server, while nothing needs polling.
 
-As upstream's --sleep-on-idle, which is off by default because its stages spin on gloo anyway. The sleeper
-wakes when a client writes to a socket of the first stage, or after a second; all other ranks wait for that
-rank, so what they poll waits with it. Whatever an event loop polls on its own account would be that late.
-
-What the loops of 0.5.13 to 0.5.23 poll, and whether a server sleeps in spite of it:
-
-- Never, whatever is under way (`_ALWAYS_POLLED`): transfers, handshakes and prefetched KV of disaggregated
-  servers; rows of data-parallel attention ranks, which all listen, and elastic ranks that join; the second
-  tier of a cache, on every stage (write-back, load-back, prefetch, storage; hierarchical cache, LMCache,
-  FlexKV, an external linker, HiSparse); the barrier of the input blocker; SGLang's scripted test runtime.
-- While there is none (`_PENDING`): requests that we keep for the next iteration (`intake`), or that wait for
-  embeddings of an encoder, a flush that waits for idleness, sessions that end by themselves, health checks,
-  of which an idle iteration answers one.
-- Always, because upstream does not come to its sleep while there are any (`Scheduler.is_fully_idle`): waiting
-  and chunked requests with their adapters (LoRA) and time limits, grammars, batches.
-- Always, because a second is not late: metrics, load and KV events are published before each sleep, and by
-  the clock every second or more; weights are loaded inside their request; watchdogs look at batches; corpora
-  of n-grams are for speculation, which stays on upstream's path; the Rust server has a sleeper of its own.
+As upstream's --sleep-on-idle, off by default there because its stages spin on gloo. The sleeper wakes on a
+client's write to a socket of the first stage, or after a second; all other ranks wait for that rank.
 """
 
 from __future__ import annotations
@@ -28,11 +12,11 @@ from typing import Any
 
 from .disaggregation import is_disaggregated
 from .parallel import get_parallel, memory_settings
-from .pipeline import current
+from .pipeline import current_or_none
 
 
 def sleep_when_idle(scheduler: Any, parallel: Any) -> None:
-    """Give the rank that listens to clients a sleeper, where upstream has given it none."""
+    """Give the rank that listens to clients a sleeper, unless upstream has."""
     from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 
     leader = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
@@ -52,7 +36,7 @@ def sleep_when_idle(scheduler: Any, parallel: Any) -> None:
 
 
 class AskingSleeper:
-    """In the place of upstream's sleeper: asks the scheduler before each sleep."""
+    """Upstream's sleeper, with a check of the scheduler before each sleep."""
 
     def __init__(self, scheduler: Any, sleeper: Any) -> None:
         self._scheduler, self._sleeper = scheduler, sleeper
@@ -63,7 +47,7 @@ class AskingSleeper:
 
 
 def may_sleep(scheduler: Any) -> bool:
-    """Whether only clients can give this server something to do. What cannot be asked may be pending."""
+    """Whether only clients can create work. A failing check counts as pending."""
     try:
         return not any(polls(scheduler) for polls in (*_ALWAYS_POLLED, *_PENDING))
     except AttributeError:
@@ -86,7 +70,7 @@ _SECOND_TIERS = (
 
 
 def _has_second_tier(scheduler: Any) -> bool:
-    """Releases keep these settings in different places, and not all of them have all."""
+    """Releases differ in these settings and their places."""
     places = [scheduler, scheduler.server_args, *memory_settings()]
     return any(getattr(place, flag, False) for place in places for flag in _SECOND_TIERS)
 
@@ -100,7 +84,7 @@ def _is_scripted(scheduler: Any) -> bool:
 
 
 def _keeps_requests(scheduler: Any) -> bool:
-    pipeline = current()
+    pipeline = current_or_none()
     return pipeline is not None and pipeline.intake.keeps_some
 
 
@@ -118,10 +102,14 @@ def _has_sessions_that_end(scheduler: Any) -> bool:
     return any(session.timeout is not None or session.close_on_finish for session in sessions)
 
 
-def _owes_health_checks(scheduler: Any) -> bool:
+def _has_health_checks(scheduler: Any) -> bool:
     return bool(scheduler.return_health_check_ipcs)
 
 
+# Polls in the loops of 0.5.13 to 0.5.23. These rule out sleep: transfers, handshakes and prefetched KV of
+# disaggregated servers; data-parallel attention, whose ranks all listen, and joining elastic ranks; a cache's
+# second tier, on every stage (write-back, load-back, prefetch, storage); the input blocker's barrier; the
+# scripted test runtime.
 _ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
     is_disaggregated,
     _has_data_parallel_attention,
@@ -129,10 +117,15 @@ _ALWAYS_POLLED: tuple[Callable[[Any], bool], ...] = (
     _has_input_blocker,
     _is_scripted,
 )
+# These rule it out while pending. An idle iteration answers one health check.
 _PENDING: tuple[Callable[[Any], bool], ...] = (
     _keeps_requests,
     _waits_for_embeddings,
     _has_deferred_flush,
     _has_sessions_that_end,
-    _owes_health_checks,
+    _has_health_checks,
 )
+# Not listed, because upstream stays awake for them itself (`Scheduler.is_fully_idle`): waiting and chunked
+# requests with their adapters (LoRA) and time limits, grammars, batches. Nor because a second is not late:
+# metrics, load and KV events (also published before each sleep); weights (loaded inside their request);
+# watchdogs (batches only); n-gram corpora (speculation, upstream's path); the Rust server (its own sleeper).

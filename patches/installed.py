@@ -1,7 +1,4 @@
-"""The SGLang that is installed, read from its files: nothing of it is imported or run.
-
-For tools that must answer where SGLang itself does not start.
-"""
+"""The installed SGLang, read from its files, for tools where SGLang does not start."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ ONLY_PLUGINS = "SGLANG_PLUGINS"
 
 
 def folder() -> Path:
-    """Where the package is. Raises ContractError if it is not installed."""
+    """The package's folder. Raises ContractError if SGLang is not installed."""
     found = importlib.util.find_spec("sglang")
     if found is None or not found.submodule_search_locations:
         raise ContractError(
@@ -31,15 +28,12 @@ def folder() -> Path:
 
 
 def release() -> str:
-    """What `sglang.version.__version__` would be. Raises ContractError if SGLang is not installed."""
+    """Value of `sglang.version.__version__`. Raises ContractError if SGLang is not installed."""
     written = folder() / "_version.py"
     match = re.search(r"^__version__.* = '(.+)'$", written.read_text(), re.M) if written.exists() else None
     return match[1] if match else importlib.metadata.version("sglang")
 
 
 def fingerprint(target: str) -> str | None:
-    """Of the function at "module:Class.method", None if it is not there.
-
-    Raises ContractError if SGLang is not installed.
-    """
+    """For "module:Class.method", None if absent. Raises ContractError if SGLang is not installed."""
     return fingerprint_on_disk(target, folder())

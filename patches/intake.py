@@ -1,4 +1,4 @@
-"""Which requests stage 0 takes into one iteration, before the other stages hear of them."""
+"""Selection of one iteration's requests on stage 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 # Control requests of which every stage makes the same because all get them in the same iteration, or which
-# only read what stage 0 has. All others may end differently on one stage: files, memory, a device, an
+# only read the state of stage 0. All others may end differently on one stage: files, memory, a device, an
 # exception. Names, because not every release has all of them.
 _DECIDED_BY_THE_LIST = frozenset(
     (
@@ -28,26 +28,24 @@ _DECIDED_BY_THE_LIST = frozenset(
 
 
 def needs_agreement(kind: type) -> bool:
-    """Whether the stages have to agree on the outcome of a control request of upstream of this type."""
+    """Whether stages must agree on the outcome of this type of control request."""
     return kind.__module__.endswith(".io_struct") and kind.__name__ not in _DECIDED_BY_THE_LIST
 
 
 class Intake:
-    """Ends a list behind a control request that needs agreement, and keeps the rest for the next iteration.
-
-    What comes behind it, a request for the new weights for one, must find the agreement made.
-    """
+    """Cuts a list after a control request that needs agreement, and keeps the rest for the next iteration,
+    since later requests (for new weights, say) depend on it."""
 
     def __init__(self) -> None:
         self._waiting: deque[Any] = deque()
 
     @property
     def keeps_some(self) -> bool:
-        """Whether the next iteration has requests, even if none arrive."""
+        """Whether the next iteration has requests without arrivals."""
         return bool(self._waiting)
 
     def next_list(self, received: list[Any]) -> list[Any]:
-        """The requests of this iteration, in the order in which they came."""
+        """This iteration's requests, in order of arrival."""
         self._waiting.extend(received)
         requests: list[Any] = []
         while self._waiting:

@@ -1,8 +1,7 @@
-"""Seam: which LoRA adapters may run next.
+"""Seam: LoRA adapters that may run next.
 
-A drainer lets no further requests of some adapters in when requests of others have waited for too long, by
-the clock of each rank. And with overlapped loading an adapter may run when its copy to the device has ended,
-which every rank asks its own device.
+A drainer blocks some adapters while requests of others have waited too long, by each rank's clock. With
+overlapped loading an adapter runs after its copy to the device, by each rank's event.
 """
 
 from __future__ import annotations
@@ -18,32 +17,29 @@ from .pipeline import current
 _DRAINER = "sglang.srt.lora.lora_drainer:LoRADrainer"
 _LOADER = "sglang.srt.lora.lora_overlap_loader:LoRAOverlapLoader"
 _SINCE = "sglang_npu_pp_waits_since"  # attribute of a request: when stage 0 had it waiting first
-_NO_TIME_S = 1e-9  # sets apart those that came at the same told time
+_NO_TIME_S = 1e-9  # separates those with the same time of stage 0
 
 
 def update_adapter_stats(
     original: Any, drainer: Any, waiting_queue: Sequence[Any], running_reqs: Sequence[Any]
 ) -> None:
-    """As upstream, and then the longest waits by told time. Equal ones would be told apart by the order of a
-    set, which every process has its own of."""
+    """As upstream, then the longest waits by stage 0's time; a set's order would break ties differently in
+    every process."""
     original(drainer, waiting_queue, running_reqs)
     pipeline = current()
-    if pipeline is None:
-        return
     for stats in drainer.adapter_to_stats.values():
         stats.max_wait_time_secs = 0.0
     for place, request in enumerate(waiting_queue):
         if not hasattr(request, _SINCE):
-            setattr(request, _SINCE, pipeline.told.now)
-        waited = pipeline.told.now - getattr(request, _SINCE) - place * _NO_TIME_S
+            setattr(request, _SINCE, pipeline.decisions.now)
+        waited = pipeline.decisions.now - getattr(request, _SINCE) - place * _NO_TIME_S
         stats = drainer.adapter_to_stats[request.lora_id]
         stats.max_wait_time_secs = max(stats.max_wait_time_secs, waited)
 
 
 def update_draining_loras(original: Any, drainer: Any, running_reqs: Sequence[Any]) -> None:
-    """Of adapters that have equally few tokens to go, the same one on all ranks."""
-    function = original if current() is None else with_names(original, min=_first_smallest)
-    function(drainer, running_reqs)
+    """Among adapters with equally few tokens left, the same on all ranks."""
+    with_names(original, min=_first_smallest)(drainer, running_reqs)
 
 
 def _first_smallest(names: Iterable[Any], key: Callable[[Any], Any]) -> Any:
@@ -53,9 +49,7 @@ def _first_smallest(names: Iterable[Any], key: Callable[[Any], Any]) -> Any:
 def try_overlap_load_lora(
     original: Any, loader: Any, lora_id: str | None, running_loras: set[str | None]
 ) -> bool:
-    """Whether there is room decides, not whether this rank still copies."""
-    if current() is None:
-        return bool(original(loader, lora_id, running_loras))
+    """Room decides, not this rank's copy."""
     if not loader.lora_manager.validate_lora_batch({lora_id} | running_loras):
         return False
     if not original(loader, lora_id, running_loras):
@@ -70,7 +64,7 @@ def _wait_for_copies(loader: Any) -> None:
         event.synchronize()
 
 
-_WHY = "stages that differ run other requests"
+_WHY = "diverging stages run other requests"
 _UPSTREAM = "none: with tensor parallelism alone its ranks may differ in this as well"
 _PLAN = "goes when upstream decides on one rank"
 
@@ -78,24 +72,24 @@ PATCHES = (
     Patch(
         target=f"{_DRAINER}._update_adapter_stats",
         wrapper=update_adapter_stats,
-        why=f"every rank takes the time that a request has waited from its own clock; {_WHY}",
-        how="takes it from the times that stage 0 has told",
+        why=f"every rank measures a request's wait by its own clock; {_WHY}",
+        how="measures it by the times of stage 0",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),
     Patch(
         target=f"{_DRAINER}._update_draining_loras",
         wrapper=update_draining_loras,
-        why=f"which of two adapters with equally much to do is drained, the order of a set says; {_WHY}",
-        how="goes by their names",
+        why=f"between two adapters with equally much to do the order of a set decides; {_WHY}",
+        how="by name",
         upstream=_UPSTREAM,
         plan=_PLAN,
     ),
     Patch(
         target=f"{_LOADER}.try_overlap_load_lora",
         wrapper=try_overlap_load_lora,
-        why=f"an adapter may run as soon as the device of a rank has copied it; {_WHY}",
-        how="waits for the copy of an adapter that there is room for",
+        why=f"an adapter may run after its copy to the rank's device; {_WHY}",
+        how="room decides, then waits for the copy",
         upstream=_UPSTREAM,
         plan=_PLAN,
         relies_on=(

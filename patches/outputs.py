@@ -1,10 +1,8 @@
 """Seam: sampled token ids and logprobs, from the last stage to every stage.
 
-Upstream hands them from stage to stage around the ring as device tensors, in the middle of the loop, and
-reads them with `tolist()` on the device. Here they come to every stage from the last one, on the host
-lane; the loop gets a ticket in the place of upstream's event, and the ticket's `synchronize()`, which all
-three loops call behind the launch, is where the program waits and where the batch result is put
-together.
+Upstream passes device tensors around the ring inside the loop and reads them with `tolist()`. Here the last
+stage sends on the host lane. A ticket replaces upstream's event: its `synchronize()`, called by all three
+loops behind the launch, waits and builds the batch result.
 """
 
 from __future__ import annotations
@@ -29,42 +27,42 @@ _DEVICE_OUTPUTS = ("draft_", "__sampling_observer_output__.")
 
 
 class OutputTicket:
-    """Outputs of one microbatch that have not been waited for. Stands in for upstream's `d2h_event`;
-    `result` is filled in by `synchronize()`."""
+    """Outputs of one microbatch in flight, in place of upstream's `d2h_event`; `synchronize()` fills
+    `result`."""
 
     def __init__(self, scheduler: Any, pipeline: AsyncPipeline, slot: int, batch: Any, metadata: Any) -> None:
         from sglang.srt.managers.utils import GenerationBatchResult
 
-        self._scheduler, self._pipeline, self._slot = scheduler, pipeline, slot
+        self._scheduler, self._pipeline = scheduler, pipeline
         self._batch, self._metadata = batch, metadata
         self._launch = pipeline.launched[slot]
         self._pending = None if pipeline.is_last else pipeline.post_outputs(slot)
         self.result = GenerationBatchResult()
 
     def synchronize(self) -> None:
-        """Wait for the outputs and complete `result`."""
+        """Wait for the outputs; fill `result`."""
         values = self._wait()
         prepared = _prepare_result(self._scheduler, self._batch, self._metadata, values, self)
         if getattr(prepared, "auxiliary_host_output", None) is not None:  # 0.5.20 and later
             # Upstream copies it from the device behind its preparation, and waits for that, too.
             self._pipeline.streams.record().synchronize()
-        prepared.next_token_ids = values["next_token_ids"]  # on the host: `tolist()` blocks nobody
+        prepared.next_token_ids = values["next_token_ids"]  # on the host: `tolist()` does not block
         vars(self.result).update(vars(prepared))
 
     def on_device(self, name: str, value: Any) -> Any:
-        """The device tensor behind one output; the last stage still has it."""
-        own = self._launch.device_outputs
-        if own is not None:
-            return own[name]
-        return upload(value, self._pipeline.streams)
+        """The device tensor of an output; on the last stage the original."""
+        own = self._launch.outputs
+        return upload(value, self._pipeline.streams) if own is None else own.sources[name]
 
     def _wait(self) -> Mapping[str, Any]:
         with torch.profiler.record_function("recv_res_dict_from_prev_stage"):  # upstream's name in profiles
             if self._pending is not None:
                 return self._pending.wait()
-            token_return = self._pipeline.token_return
+            token_return, own = self._pipeline.token_return, self._launch.outputs
             assert token_return is not None
-            return token_return.own(self._slot, self._launch.iteration).wait()
+            assert own is not None
+            token_return.check()
+            return own.wait()
 
 
 def exchange_outputs(
@@ -77,18 +75,8 @@ def exchange_outputs(
     last_rank_comm_queue: Any,
     pp_outputs: Any,
 ) -> tuple[Any, Any, Any, list[Any]]:
-    """Post the receive of the outputs of `next_mb_id`; nothing is forwarded and nothing waits."""
+    """Post the receive of `next_mb_id`'s outputs; no forwarding, no waiting."""
     pipeline = current()
-    if pipeline is None:
-        return original(
-            scheduler,
-            next_first_rank_mb_id,
-            next_mb_id,
-            mbs,
-            mb_metadata,
-            last_rank_comm_queue,
-            pp_outputs,
-        )
     batch, metadata = mbs[next_mb_id], mb_metadata[next_mb_id]
     if batch is None or batch.forward_mode.is_prebuilt():
         return None, None, None, []
@@ -105,7 +93,7 @@ def exchange_outputs(
 def _prepare_result(
     scheduler: Any, batch: Any, metadata: Any, values: Mapping[str, Any], ticket: OutputTicket
 ) -> Any:
-    """Upstream's own preparation, given device tensors where it works on the device."""
+    """Upstream's preparation, with device tensors where needed."""
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
     outputs = {
@@ -120,9 +108,8 @@ def _prepare_result(
 
 
 def stream_output(original: Any, streamer: Any, reqs: list[Any], *arguments: Any, **options: Any) -> None:
-    """Later stages have no detokenizer. What is left for them is the mark of a request that has finished."""
-    pipeline = current()
-    if pipeline is not None and pipeline.link.stage > 0:
+    """Later stages, without a detokenizer, only mark finished requests."""
+    if current().link.stage > 0:
         reqs = [request for request in reqs if request.finished()]
         if not reqs:
             return

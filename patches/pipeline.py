@@ -1,7 +1,7 @@
-"""The asynchronous pipeline of one scheduler process: what the seams share.
+"""Asynchronous pipeline of a scheduler process: state shared by the seams.
 
-There is one scheduler a process, so there is one pipeline, `current()`; None means that this server stays on
-upstream's path (one stage, or a feature that is not supported yet) and every seam calls the original.
+One a process, `current()`. Without it (one stage, an unsupported feature) upstream's path runs:
+`has_pipeline`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sglang_npu_pp.decisions import Told
-from sglang_npu_pp.observe.forward_timer import ForwardTimer
+from sglang_npu_pp.decisions import SharedDecisions
 from sglang_npu_pp.observe.reporting import Reporter
-from sglang_npu_pp.observe.stage_times import DepthAdviser
+from sglang_npu_pp.observe.stage_times import DepthAdviser, ForwardTimer
 from sglang_npu_pp.outcomes import Outcome
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import TokenReturn
+from sglang_npu_pp.token_return import HostCopy, TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
@@ -28,8 +27,14 @@ _current: AsyncPipeline | None = None
 _left_to_upstream = False
 
 
-def current() -> AsyncPipeline | None:
-    """The pipeline of this process, None where upstream's path is used."""
+def current() -> AsyncPipeline:
+    """The pipeline of this process, in functions guarded by `has_pipeline`."""
+    assert _current is not None
+    return _current
+
+
+def current_or_none() -> AsyncPipeline | None:
+    """None on upstream's path, and without a scheduler."""
     return _current
 
 
@@ -39,106 +44,125 @@ def set_current(pipeline: AsyncPipeline | None) -> None:
 
 
 def has_pipeline(*_: Any, **__: Any) -> bool:
-    """`Patch.when` of all that belongs to a pipeline: without one upstream's functions run as they are."""
+    """`Patch.when` of seams that need a pipeline."""
     return _current is not None
 
 
 def leave_to_upstream() -> None:
-    """The stages of this server have no asynchronous path: what is patched without a pipeline, too, is
-    upstream's from now on."""
+    """No asynchronous path on this server: `is_ours` seams are off, too."""
     global _left_to_upstream
     _left_to_upstream = True
 
 
 def is_ours(*_: Any, **__: Any) -> bool:
-    """`Patch.when` of what is patched on a server with one stage as well."""
+    """`Patch.when` of seams that run with one stage, too."""
     return not _left_to_upstream
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What was launched in a microbatch slot, as far as its outputs are concerned."""
+    """Launch of a microbatch slot, for its outputs."""
 
     iteration: int
     skipped: bool  # a pure middle chunk: its outputs are placeholders and do not travel
-    device_outputs: dict[str, Any] | None = None  # last stage: its own outputs, on the device
+    outputs: HostCopy | None = None  # last stage: its own outputs, unless they are skipped
 
 
 class Undecided(Protocol):
-    """What a batch may still lack when it is about to be launched (see dp_metadata.py)."""
+    """Provisional decisions about a batch (see dp_metadata.py)."""
 
     def finish(self) -> None:
-        """The last thing before a launch: decide what was not decided yet."""
+        """Make them final, just before a launch."""
+
+
+class LoopPosition:
+    """Iteration number of a scheduler, equal on all stages for the same microbatch.
+
+    All run one loop, with one request list an iteration. Slot = iteration % slots, as upstream's.
+    """
+
+    def __init__(self, link: StageLink, slots: int) -> None:
+        self.link, self.slots = link, slots
+        self.iteration = -1
+
+    @property
+    def slot(self) -> int:
+        return self.iteration % self.slots
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a pipeline, made by `startup`."""
+
+    scheduler: Any  # SGLang's, of this process
+    link: StageLink
+    streams: DeviceStreams
+    loop: LoopPosition
+    reporter: Reporter
+    token_return: TokenReturn | None = None  # of the last stage
+    metadata: Undecided | None = None  # where attention is data-parallel
+    adviser: DepthAdviser | None = None  # of one rank of each stage
 
 
 class AsyncPipeline:
-    """Numbers the iterations of a scheduler and ties messages to microbatch slots.
+    """Messages for the microbatch slots of a scheduler."""
 
-    All stages run the same loop, one request list an iteration, so `iteration` is equal on all of them
-    for the same microbatch, and slot = iteration % slots as upstream's loops count.
-    """
-
-    def __init__(
-        self,
-        link: StageLink,
-        token_return: TokenReturn | None,
-        streams: DeviceStreams,
-        slots: int,
-        scheduler: Any = None,
-    ) -> None:
-        self.scheduler = scheduler  # SGLang's, of this process
-        self.link, self.token_return, self.streams = link, token_return, streams
-        timed = link.trace.enabled and streams.asynchronous
-        self.timer = ForwardTimer(streams, link.trace) if timed else None
-        self.slots = slots
-        self.iteration = -1
+    def __init__(self, parts: Parts) -> None:
+        self.scheduler, self.link, self.streams = parts.scheduler, parts.link, parts.streams
+        self.loop, self.reporter = parts.loop, parts.reporter
+        self.token_return, self.metadata = parts.token_return, parts.metadata
+        self.adviser = parts.adviser  # until it has measured enough
+        trace = self.link.trace
+        timed = trace.enabled and self.streams.asynchronous
+        self.timer = ForwardTimer(self.streams, trace) if timed else None
         self.launched: dict[int, Launch] = {}
-        self.adviser: DepthAdviser | None = None  # until it has measured enough
-        self.reporter: Reporter | None = None
-        self.metadata: Undecided | None = None  # where attention is data-parallel
-        self.transfers = TransferGate(streams, link.trace)
+        self.transfers = TransferGate(self.streams, trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
         self.intake = Intake()  # of stage 0
         self.requests: list[Any] = []  # of this iteration
         self.sent_requests: list[Any] | None = None
-        self.told = Told()
-        self.made_before_the_loop: list[Any] = []  # tensors of another stream, kept for ever
+        self.decisions = SharedDecisions()
+        self.first_free_pages: list[Any] = []  # tensors of another stream, kept for ever
 
     @property
     def is_last(self) -> bool:
         return self.link.stage == self.link.stages - 1
 
     @property
+    def iteration(self) -> int:
+        return self.loop.iteration
+
+    @property
     def slot(self) -> int:
-        return self.iteration % self.slots
+        return self.loop.slot
 
     def begin_iteration(self) -> None:
-        self.iteration += 1
-        self.told.this_iteration = None
+        self.loop.iteration += 1
+        self.decisions.this_iteration = None
         if self.timer is not None:
             self.timer.collect()
         self.link.trace.record("iteration", "", self.slot, self.iteration)
 
     def timing(self, stream: AbstractContextManager[Any], slot: int) -> AbstractContextManager[Any]:
-        """Around the launch of a forward on `stream`: times its run on a device while a trace is recorded."""
+        """Around a launch on `stream`: device times of the forward, while tracing."""
         return nullcontext() if self.timer is None else self.timer.around(stream, slot, self.iteration)
 
     def send_requests(self) -> None:
-        """Push the requests of this iteration, and what was told with them, to the next stage; once."""
+        """Push this iteration's requests and decisions to the next stage, once."""
         if self.is_last or self.sent_requests is self.requests:
             return
         self.sent_requests = self.requests
-        told = self.told.pass_on(self.requests)
-        self.link.push(Kind.REQUESTS, self.link.stage + 1, told or None, iteration=self.iteration)
+        requests = self.decisions.pass_on(self.requests)
+        self.link.push(Kind.REQUESTS, self.link.stage + 1, requests or None, iteration=self.iteration)
 
     def receive_requests(self) -> list[Any]:
         pending = self.link.post(Kind.REQUESTS, self.link.stage - 1, iteration=self.iteration)
         requests = pending.wait_values() or []
         self.link.refuse_leftovers(Kind.PROXY, self.link.stage - 1, self.iteration)
-        return self.told.take(requests)
+        return self.decisions.take(requests)
 
     def exchange_outcomes(self, outcome: Outcome) -> list[Outcome]:
-        """What became of the control request of this iteration on this rank of every stage, by stage."""
+        """This rank's outcomes of this iteration's control request, by stage."""
         others = [stage for stage in range(self.link.stages) if stage != self.link.stage]
         for stage in others:
             self.link.push(Kind.OUTCOME, stage, outcome, iteration=self.iteration)

@@ -1,9 +1,8 @@
-"""Seam: the proxy tensors of a microbatch, from stage to stage.
+"""Seam: proxy tensors of a microbatch, from stage to stage.
 
-Upstream receives them tensor by tensor before the launch and sends them at the end of the iteration, after
-another microbatch's results were waited for and processed. Here the receive is posted where upstream
-receives, waited for as the last thing before the forward, and the send is posted as the first thing
-behind it. The outputs of the last stage leave at the same place, and the KV chunks of a prefill server.
+Upstream receives them one by one before the launch and sends them at the end of the iteration, behind another
+microbatch's results. Here the receive is posted there, waited for just before the forward, and the send right
+behind it, as of outputs (last stage) and KV chunks (prefill server).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 
 from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.patching import Patch
-from sglang_npu_pp.token_return import copy_to_host
+from sglang_npu_pp.token_return import HostCopy, copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
@@ -32,36 +31,36 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 
 
 def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
-    """A pending value in the place of the tensors; only `launch_batch` reads it."""
+    """A pending value, read by `launch_batch` only."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler)
     return None if pipeline.link.stage == 0 else pipeline.post_proxies()
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
-    """The last arguments are equal in all releases; before them 0.5.16 and later pass the batch as well."""
+    """`arguments` end alike in all releases; from 0.5.16 on the batch comes first."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler, mb_id, *arguments)
     *given, proxies, mb_metadata, last_rank_comm_queue = arguments
     microbatch = _Microbatch.of(scheduler.mbs[mb_id])
     proxies = _wait_for_proxies(scheduler, proxies, microbatch.words)
     _decide_what_was_put_off(pipeline)
     with _timed(scheduler, pipeline, mb_id, counted=not microbatch.skipped):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
-    _note_launch(pipeline, mb_id, microbatch, launched, last_rank_comm_queue)
+    pipeline.link.release(launched)  # the proxies are used up once that event has passed
+    outputs = None
     if pipeline.is_last:
-        _send_outputs(scheduler, pipeline, mb_id, microbatch, result)
+        outputs = _return_outputs(
+            scheduler, pipeline, mb_id, microbatch, result, last_rank_comm_queue.pop()[1]
+        )
     else:
         _send_proxies(scheduler, pipeline, microbatch, result)
+    pipeline.launched[mb_id] = Launch(pipeline.iteration, microbatch.skipped, outputs)
     send_launched_chunks(scheduler, pipeline, microbatch.batch, launched)
     return result, launched
 
 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
-    """Proxies only, since outputs do not travel from stage to stage: `launch_batch` has sent them."""
-    return original(scheduler, *arguments, **options) if current() is None else []
+    """Nothing: `launch_batch` has sent the proxies."""
+    return []
 
 
 # --- the steps of a launch ---------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **op
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """What a launch has to know of its batch beside its tensors."""
+    """A batch at its launch."""
 
     batch: Any  # SGLang's
     prebuilt: bool  # a decode server's, whose prefill another server has run: nothing is computed
@@ -85,12 +84,11 @@ class _Microbatch:
 
 
 def describe(batch: Any) -> str:
-    """Which requests a microbatch has, in words that two stages can compare: for example "decode of 3
-    requests, 3 tokens (5f3a9c01)"; the number checks the ids in order.
+    """The requests of a microbatch, comparable between stages: "decode of 3 requests, 3 tokens (5f3a9c01)",
+    with a CRC-32 of the ids in order.
 
-    Every stage decides for itself which requests it runs next. Upstream relies on all of them deciding
-    alike; when one did not (an abort, a time limit, a grammar that was ready on one stage only), it computed
-    on the rows of other requests, or hung. So proxies say which requests they belong to.
+    Sent with proxies: after unequal decisions (abort, time limit, grammar) upstream computed on other
+    requests' rows, or hung.
     """
     names = [request.rid for request in batch.reqs]
     mode = batch.forward_mode
@@ -111,23 +109,21 @@ def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:
 
 
 def _gather_group(scheduler: Any) -> Any:
-    """Ranks that hold equal proxies. Up to 0.5.18 those of a context-parallel prefill do not, and upstream
-    says so here; later its attention groups have one rank then."""
+    """Ranks with equal proxies; None for context-parallel prefill up to 0.5.18 (later groups of one)."""
     return scheduler.attn_tp_group if getattr(scheduler, "require_attn_tp_allgather", True) else None
 
 
 def _decide_what_was_put_off(pipeline: AsyncPipeline) -> None:
-    """With data-parallel attention: what the rows of the other ranks say of this batch."""
+    """With data-parallel attention: decide by the other ranks' rows."""
     if pipeline.metadata is not None:
         pipeline.metadata.finish()
 
 
 @contextmanager
 def _timed(scheduler: Any, pipeline: AsyncPipeline, slot: int, counted: bool) -> Iterator[None]:
-    """Around the launch of a forward: for the telemetry, for the trace while one is recorded, and at first
-    for the advice on the depth.
+    """Around a launch: telemetry, trace, and at first depth advice.
 
-    `counted` is False for a batch whose outputs are not waited for: the link does not hold it up.
+    `counted`: the batch has outputs to wait for.
     """
     trace, stream = pipeline.link.trace, scheduler.forward_stream_ctx
     trace.record("launch", "", slot, pipeline.iteration)
@@ -150,7 +146,7 @@ def _kind(scheduler: Any, slot: int) -> str:
 
 
 def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) -> None:
-    """Once, when nothing more is to be measured: stage 0 says which depth would hide the link."""
+    """Once, when all is measured; on stage 0."""
     if not adviser.finished:
         return
     pipeline.adviser = None
@@ -159,17 +155,8 @@ def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) 
         logger.info("sglang-npu-pp: %s", adviser.advice(scheduler.max_running_requests, limit))
 
 
-def _note_launch(
-    pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch, launched: Any, last_rank_comm_queue: Any
-) -> None:
-    """Keep what its outputs will need. Its proxies are used up once the event `launched` has passed."""
-    outputs = last_rank_comm_queue.pop()[1].tensors if pipeline.is_last else None
-    pipeline.launched[slot] = Launch(pipeline.iteration, microbatch.skipped, outputs)
-    pipeline.link.release(launched)
-
-
 def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbatch, result: Any) -> None:
-    """On the forward stream: the next forward may overwrite the tensors once they are packed."""
+    """On the forward stream: the next forward may overwrite packed tensors."""
     if microbatch.prebuilt:
         return
     with scheduler.forward_stream_ctx:
@@ -177,24 +164,20 @@ def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbat
         pipeline.send_proxies(proxies, microbatch.words, _gather_group(scheduler))
 
 
-def _send_outputs(
-    scheduler: Any, pipeline: AsyncPipeline, mb_id: int, microbatch: _Microbatch, result: Any
-) -> None:
-    outputs = pipeline.launched[mb_id].device_outputs
-    if outputs is not None and not microbatch.skipped:
-        add_hidden_states(scheduler, microbatch.batch, result, outputs)
-        _return_tokens(scheduler, pipeline, mb_id)
-
-
-def _return_tokens(scheduler: Any, pipeline: AsyncPipeline, mb_id: int) -> None:
-    assert pipeline.token_return is not None
-    launch = pipeline.launched[mb_id]
-    assert launch.device_outputs is not None
+def _return_outputs(
+    scheduler: Any, pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch, result: Any, outputs: Any
+) -> HostCopy | None:
+    """Last stage: copy outputs to the host, send them. None if skipped."""
+    if microbatch.skipped:
+        return None
+    add_hidden_states(scheduler, microbatch.batch, result, outputs.tensors)
     with torch.profiler.record_function("send_res_dict_to_next_stage"):  # upstream's name in profiles
         with scheduler.forward_stream_ctx:
             produced = pipeline.streams.record()  # upstream packs outputs behind its own event
-        copy = copy_to_host(launch.device_outputs, pipeline.streams, scheduler.copy_stream, produced)
-        pipeline.token_return.post(copy, mb_id, launch.iteration)
+        copy = copy_to_host(outputs.tensors, pipeline.streams, scheduler.copy_stream, produced)
+        assert pipeline.token_return is not None
+        pipeline.token_return.post(copy, slot, pipeline.iteration)
+    return copy
 
 
 _PLAN = "goes when upstream has split phases (sglang #19582) and sends right after the launch"

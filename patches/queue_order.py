@@ -1,9 +1,8 @@
-"""Seam: orders of requests that a process makes up by itself.
+"""Seam: request orders that differ between processes.
 
-Requests that give way to one of higher priority upstream puts into a set, and queues them again in its
-order: that of addresses, which every process has its own of. Priority and then the time of queueing say what
-runs next, so ranks that queued two of them in another order run other requests. And `--schedule-policy
-random` shuffles with the generator of the process, from which others may draw.
+Upstream queues preempted requests again in the order of a set, that of addresses; priority and queueing time
+decide what runs next, so ranks would run other requests. `--schedule-policy random` shuffles with the
+process's generator, which others may use.
 """
 
 from __future__ import annotations
@@ -23,17 +22,15 @@ def preempt_to_schedule(original: Any, adder: Any, request: Any, *server_args: A
     before = len(adder.preempt_list)
     places = {id(running): place for place, running in enumerate(adder.running_batch.reqs)}
     preempted = bool(original(adder, request, *server_args))
-    if current() is not None:
-        adder.preempt_list[before:] = sorted(adder.preempt_list[before:], key=lambda one: places[id(one)])
+    adder.preempt_list[before:] = sorted(adder.preempt_list[before:], key=lambda one: places[id(one)])
     return preempted
 
 
 def calc_priority(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
     from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 
-    pipeline = current()
-    if pipeline is not None and policy.policy is CacheAgnosticPolicy.RANDOM:
-        random.seed(pipeline.iteration)
+    if policy.policy is CacheAgnosticPolicy.RANDOM:
+        random.seed(current().iteration)
     return original(policy, *args, **kwargs)
 
 
@@ -43,15 +40,15 @@ PATCHES = (
     Patch(
         target="sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule",
         wrapper=preempt_to_schedule,
-        why="requests that give way are queued again in the order of a set; every process has its own",
-        how="in the order of the batch that they ran in",
+        why="preempted requests are queued again in the order of a set, different in every process",
+        how="in the order of their batch",
         upstream=_UPSTREAM,
         plan="goes when upstream queues them in one order",
     ),
     Patch(
         target=f"{_POLICY}.calc_priority",
         wrapper=calc_priority,
-        why="the random policy shuffles with a generator that others may draw from, on one stage only",
+        why="the random policy shuffles with a shared generator, which other code of one stage may use",
         how="starts the generator anew in each iteration",
         upstream=_UPSTREAM,
         plan="goes when upstream's policy has a generator of its own",

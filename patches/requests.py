@@ -1,10 +1,8 @@
 """Seam: the requests of an iteration, from stage to stage.
 
-Upstream: the leader of a stage's tensor-parallel group sends a size and a pickle over gloo, the leader of the
-next stage waits for both and broadcasts them to its group. Here every rank pushes its list to the same
-rank of the next stage as soon as it has it, in one message.
-
-An iteration of every loop begins by receiving requests, and then processes the list it got.
+Upstream: the leader of a stage sends a size and a pickle over gloo; the next stage's leader waits for both
+and broadcasts them. Here every rank pushes its list to the same rank of the next stage at once, in one
+message.
 """
 
 from __future__ import annotations
@@ -25,27 +23,22 @@ _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:Scheduler
 
 
 def recv_requests(original: Any, receiver: Any, **options: Any) -> list[Any]:
-    """On later stages everything has been done by stage 0: the list is complete on every rank, and
-    image features in it are ordinary tensors, no longer names of shared memory. `options`: aborts that
-    stage 0 adds, from 0.5.20 on."""
+    """On later stages the list is complete on every rank, with image features as ordinary tensors, not in
+    shared memory. `options`: aborts added by stage 0, from 0.5.20 on."""
     pipeline = current()
-    if pipeline is None:
-        return original(receiver, **options)
     pipeline.begin_iteration()
     if pipeline.link.stage == 0:
         return pipeline.intake.next_list(original(receiver, **options))
-    _meet_at_the_barrier(receiver)
+    _enter_barrier(receiver)
     return _receive_as_upstream_counts()(receiver)
 
 
 @functools.cache
 def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
-    """With the decorator of upstream's function: its time in the metrics, and its range in profiles."""
+    """With upstream's decorator: its time in metrics, its range in profiles."""
 
     def receive(receiver: Any) -> list[Any]:
-        pipeline = current()
-        assert pipeline is not None
-        return pipeline.receive_requests()
+        return current().receive_requests()
 
     decorated: Callable[[Any], list[Any]] = _decorator_of_recv_requests()(receive)
     return decorated
@@ -63,9 +56,9 @@ def _decorator_of_recv_requests() -> Callable[..., Any]:
     return lambda function: function  # in 0.5.13 neither
 
 
-def _meet_at_the_barrier(receiver: Any) -> None:
-    """With SGLANG_ENABLE_COLOCATED_BATCH_GEN all ranks of all stages meet in every iteration, so that
-    requests that were held back are let go in the same one. Later stages hold nothing back."""
+def _enter_barrier(receiver: Any) -> None:
+    """With SGLANG_ENABLE_COLOCATED_BATCH_GEN all ranks enter a barrier in every iteration, which releases
+    held-back requests together. Later stages hold none back."""
     if receiver.input_blocker is not None:
         barrier = receiver.input_blocker._global_unblock_barrier
         barrier._noop = True
@@ -73,23 +66,18 @@ def _meet_at_the_barrier(receiver: Any) -> None:
 
 
 def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -> None:
-    """They leave as this stage leaves them, which is what upstream sends; but before the stages agree on a
-    control request, which is the last of its list (`control.handle`)."""
+    """Forwarded after processing, as upstream sends them; but before the agreement on a control request, the
+    last of its list (`control.handle`)."""
     pipeline = current()
-    if pipeline is None:
-        original(scheduler, requests)
-        return
     pipeline.requests = requests
     original(scheduler, requests)
     pipeline.send_requests()
 
 
 def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: bool = False) -> list[Any]:
-    """Requests have left already (`process_input_requests`); what remains are the request ids that the stages
-    of a disaggregated server agree on, once around the ring."""
+    """Requests were sent in `process_input_requests`; here the request ids on which stages of a disaggregated
+    server agree, once around the ring."""
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler, data, async_send=async_send)
     if data is not pipeline.sent_requests and is_leader():
         following = (pipeline.link.stage + 1) % pipeline.link.stages
         pipeline.link.push(Kind.CONSENSUS, following, data)
@@ -98,8 +86,6 @@ def send_to_next_stage(original: Any, scheduler: Any, data: Any, async_send: boo
 
 def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
     pipeline = current()
-    if pipeline is None:
-        return original(scheduler)
     data: Any = []
     if is_leader():
         previous = (pipeline.link.stage - 1) % pipeline.link.stages
@@ -108,7 +94,7 @@ def recv_from_previous_stage(original: Any, scheduler: Any) -> Any:
 
 
 def _broadcast_inside_stage(scheduler: Any, data: Any) -> Any:
-    """From the leader to all. Upstream has a function for it, but not in all releases."""
+    """From the leader to all; not every release has a function for it."""
     from sglang.srt.utils import broadcast_pyobj
 
     for group in (scheduler.attn_tp_group, scheduler.attn_cp_group):
@@ -131,8 +117,7 @@ PATCHES = (
         target=f"{_RECEIVER}.recv_requests",
         wrapper=recv_requests,
         why="later stages wait for the leader's gloo message and then for a broadcast",
-        how="number the iteration; later stages take the message that is already in their inbox, every rank "
-        "its own",
+        how="number the iteration; later stages take the message already in their inbox, every rank its own",
         upstream="sglang #19582",
         plan=_PLAN,
         relies_on=(
@@ -151,14 +136,14 @@ PATCHES = (
         wrapper=process_input_requests,
         why="the disaggregated loops send requests at the end of an iteration, and every stage "
         "waits for a gloo rendezvous of size and pickle",
-        how="push the list to the next stage as soon as it is there",
+        how="push the list to the next stage at once",
         upstream="sglang #19582 (split phases); field notes, section 1",
         plan=_PLAN,
     ),
     Patch(
         target=f"{_MIXIN}._pp_send_pyobj_to_next_stage",
         wrapper=send_to_next_stage,
-        why="two gloo sends that complete only when the next stage asks for them",
+        why="two gloo sends that complete only when the next stage receives",
         how="one push on the host lane",
         upstream="sglang #19582",
         plan=_PLAN,

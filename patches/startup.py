@@ -1,8 +1,7 @@
-"""Seam: the start of a scheduler process. Agree, open the lanes, warm up; and how an idle server waits.
+"""Seam: start of a scheduler process (agreement, lanes, warm-up), and idle waiting.
 
-Runs where upstream has just made its process groups and before it loads the model, so that the ranks are
-close together in time and communicators count in the memory that is measured later. That place has moved:
-up to 0.5.20 the groups are made by the model runner, later by the scheduler.
+Runs behind upstream's process groups (up to 0.5.20 of the model runner, later of the scheduler), before the
+model is loaded: ranks are close in time, and communicators count in measured memory.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from sglang_npu_pp.errors import (
 from sglang_npu_pp.observe.metrics import DEVICE_SLOTS, SLOTS, WINDOW_BYTES, WINDOW_MESSAGES, Exporter, Metric
 from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.observe.stage_times import DepthAdviser
-from sglang_npu_pp.observe.telemetry import Telemetry
-from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.settings import Settings, load_settings
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import PORT, TokenReturn
 from sglang_npu_pp.transport.clock import measure_clock
+from sglang_npu_pp.transport.context import RankContext
 from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups, slot_bytes_for
-from sglang_npu_pp.transport.exchange import process_group_exchange
+from sglang_npu_pp.transport.endpoints import process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
@@ -44,7 +42,15 @@ from .features import functions, in_force, unknown_to_a_server
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .parallel import get_parallel
-from .pipeline import AsyncPipeline, current, has_pipeline, leave_to_upstream, set_current
+from .pipeline import (
+    AsyncPipeline,
+    LoopPosition,
+    Parts,
+    current,
+    has_pipeline,
+    leave_to_upstream,
+    set_current,
+)
 
 LAST_PORT = 65535
 
@@ -56,13 +62,13 @@ _decision: str | None = None
 
 
 def set_decision(sentence: str) -> None:
-    """What the plugin decided in this process: the log of a scheduler says it again, with stage and rank."""
+    """The plugin's decision in this process, for the scheduler's log."""
     global _decision
     _decision = sentence
 
 
 def init_idle_sleeper(original: Any, scheduler: Any) -> None:
-    """Upstream calls this once, right behind its sockets."""
+    """Called once by upstream, right behind its sockets."""
     from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 
     original(scheduler)
@@ -73,7 +79,7 @@ def init_idle_sleeper(original: Any, scheduler: Any) -> None:
 
 
 def init_torch_distributed(original: Any, runner: Any) -> Any:
-    """Up to 0.5.20 this makes the process groups: called once for the model and once for a draft model."""
+    """Up to 0.5.20 makes the process groups; for the model and a draft model."""
     result = original(runner)
     while _without_groups:
         _start(_without_groups.pop())
@@ -100,13 +106,14 @@ def _start(scheduler: Any) -> None:
         leave_to_upstream()
         return
     replica = None if scheduler.server_args.enable_dp_attention else _dp_rank(scheduler, parallel)
-    telemetry = Telemetry(parallel.pp_rank, parallel.tp_rank, replica=replica)
-    trace = Trace(enabled=settings.trace_dir is not None)
-    host_lane = _open_host_lane(scheduler, parallel, settings, telemetry, trace)
+    context = RankContext.begin(
+        parallel.pp_rank, parallel.pp_size, settings, rank=parallel.tp_rank, replica=replica
+    )
+    host_lane = _open_host_lane(scheduler, parallel, context)
     if host_lane is None:
         leave_to_upstream()
         return
-    pipeline = _start_pipeline(scheduler, parallel, settings, telemetry, trace, host_lane)
+    pipeline = AsyncPipeline(_make_parts(scheduler, parallel, host_lane))
     set_current(pipeline)
     atexit.register(pipeline.close)  # the other stages then know that this one left on purpose
     if settings.idle_sleep == "1":
@@ -122,18 +129,15 @@ def _start(scheduler: Any) -> None:
 
 
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:
-    """Every event loop begins with this, on the schedule stream."""
+    """Begins every event loop, on the schedule stream."""
     original(scheduler)
-    pipeline = current()
-    if pipeline is not None:
-        allocator = scheduler.token_to_kv_pool_allocator
-        pipeline.made_before_the_loop = [
-            getattr(allocator, name, None) for name in ("free_pages", "release_pages")
-        ]
+    allocator = scheduler.token_to_kv_pool_allocator
+    names = ("free_pages", "release_pages")
+    current().first_free_pages = [getattr(allocator, name, None) for name in names]
 
 
 def _unsupported(scheduler: Any) -> str | None:
-    """What in this configuration has no asynchronous path yet; equal on all ranks."""
+    """Configuration without an asynchronous path; equal on all ranks."""
     arguments = scheduler.server_args
     if arguments.pp_size > 1 and not scheduler.spec_algorithm.is_none():
         return "speculative decoding with pipeline parallelism is not supported yet"
@@ -161,21 +165,14 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
     )
 
 
-def _open_host_lane(
-    scheduler: Any, parallel: Any, settings: Settings, telemetry: Telemetry, trace: Trace
-) -> HostLane | None:
-    """None: it cannot be opened everywhere, and `auto` then serves on upstream's path.
+def _open_host_lane(scheduler: Any, parallel: Any, context: RankContext) -> HostLane | None:
+    """None, for upstream's path with `auto`, if a rank cannot open it.
 
-    Upstream's groups may use other addresses, ports and files than we do: where it starts, so must we.
+    Upstream's groups may use other addresses, ports and files: this must start wherever they do.
     """
-    stage, rank = parallel.pp_rank, parallel.tp_rank
+    settings = context.settings
     host_lane = HostLane(
-        stage=stage,
-        stages=parallel.pp_size,
-        rank=rank,
-        settings=settings,
-        telemetry=telemetry,
-        trace=trace,
+        context,
         host=settings.host,
         master=scheduler.server_args.dist_init_addr,
         port=_own_port(scheduler, parallel, settings.port),
@@ -186,20 +183,20 @@ def _open_host_lane(
         host_lane.open(process_group_exchange(parallel.pp_group.cpu_group))
     except PipelineError as error:
         failure = error
-    failure = failure_of_any_rank(failure, f"stage {stage} rank {rank}", settings.start_limit_s)
+    failure = failure_of_any_rank(failure, context.where, settings.start_limit_s)
     if failure is None:
         return host_lane
     host_lane.close()
     if settings.mode == "require":
         raise failure
-    logger.warning("sglang-npu-pp: stage %d rank %d stays on upstream's path: %s", stage, rank, failure)
+    logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", context.where, failure)
     return None
 
 
 def failure_of_any_rank(
     failure: PipelineError | None, where: str, start_limit_s: float
 ) -> PipelineError | None:
-    """Our own, another rank's, or None on all ranks. Raises AgreementError when a rank does not say."""
+    """Our own, another rank's, or None on all ranks. Raises AgreementError for a silent rank."""
     try:
         agree(
             dist.PrefixStore("sglang_npu_pp/host_lane", dist.distributed_c10d._get_default_store()),
@@ -214,7 +211,7 @@ def failure_of_any_rank(
 
 
 def _own_port(scheduler: Any, parallel: Any, first: int) -> int:
-    """The port of this rank, 0 for any. Data-parallel replicas have worlds, and ranks, of their own."""
+    """Port of this rank, 0 for any. Data-parallel replicas have worlds of their own."""
     if not first:
         return 0
     ranks, replicas = _ranks(scheduler, parallel), scheduler.server_args.dp_size
@@ -229,106 +226,90 @@ def _own_port(scheduler: Any, parallel: Any, first: int) -> int:
 
 
 def _slots(scheduler: Any, parallel: Any) -> int:
-    """Microbatches that may be in flight."""
+    """Microbatches in flight, at most."""
     return parallel.pp_size + scheduler.server_args.pp_async_batch_depth
 
 
-def _start_pipeline(
-    scheduler: Any,
-    parallel: Any,
-    settings: Settings,
-    telemetry: Telemetry,
-    trace: Trace,
-    host_lane: HostLane,
-) -> AsyncPipeline:
-    group = parallel.pp_group
-    rank = parallel.tp_rank
-    streams = DeviceStreams(group.device)
-    depth = scheduler.server_args.pp_async_batch_depth
+def _make_parts(scheduler: Any, parallel: Any, host_lane: HostLane) -> Parts:
+    """In one order on all ranks: most parts talk to other stages."""
+    context, streams = host_lane.context, DeviceStreams(parallel.pp_group.device)
     slots = _slots(scheduler, parallel)
-    clock = measure_clock(host_lane, settings.start_limit_s)
-    link = StageLink(
-        host_lane,
-        _open_device_lane(scheduler, parallel, streams, settings),
-        telemetry=telemetry,
-        trace=trace,
-        clock=clock,
-    )
+    clock = measure_clock(host_lane, context.settings.start_limit_s)
+    link = StageLink(host_lane, _open_device_lane(scheduler, parallel, streams, context), clock)
     token_return = _open_token_return(link, streams)
     host_lane.seal()
-    attach_link(group, link)
-    reporter = Reporter(settings, telemetry, trace, clock)
+    attach_link(parallel.pp_group, link)
+    reporter = Reporter(context.settings, context.telemetry, context.trace, clock)
     reporter.install()
     if scheduler.server_args.enable_metrics:
-        limits = {
-            SLOTS: slots,
-            WINDOW_MESSAGES: host_lane.bounds.messages,
-            WINDOW_BYTES: host_lane.bounds.nbytes,
-            DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
-        }
-        _export(telemetry, limits, _replica(scheduler, parallel))
-    pipeline = AsyncPipeline(link, token_return, streams, slots, scheduler)
-    pipeline.reporter = reporter
-    pipeline.metadata = open_metadata(scheduler, parallel, settings, pipeline)
-    if rank == 0:
-        pipeline.adviser = DepthAdviser(link, streams, depth)
-    return pipeline
+        _export(link, slots, _replica(scheduler, parallel))
+    loop = LoopPosition(link, slots)
+    metadata = open_metadata(scheduler, parallel, loop)
+    depth = scheduler.server_args.pp_async_batch_depth
+    adviser = DepthAdviser(link, streams, depth) if context.rank == 0 else None
+    return Parts(scheduler, link, streams, loop, reporter, token_return, metadata, adviser)
 
 
-def _export(telemetry: Telemetry, limits: Mapping[Metric, float], labels: Mapping[str, str]) -> None:
-    """Metrics that cannot be shown (a full disk, say) are no reason not to serve."""
+def _export(link: StageLink, slots: int, labels: Mapping[str, str]) -> None:
+    """A failure (a full disk, say) does not prevent serving."""
+    bounds, settings = link.host_lane.bounds, link.context.settings
+    limits: dict[Metric, float] = {
+        SLOTS: slots,
+        WINDOW_MESSAGES: bounds.messages,
+        WINDOW_BYTES: bounds.nbytes,
+        DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
+    }
     try:
-        Exporter(telemetry, limits, features=in_force(), labels=labels).start()
+        Exporter(link.telemetry, limits, features=in_force(), labels=labels).start()
     except Exception:
         logger.exception("sglang-npu-pp: this rank goes on without metrics")
 
 
 def _replica(scheduler: Any, parallel: Any) -> dict[str, str]:
-    """The label that tells data-parallel replicas apart, whose ranks have equal numbers."""
+    """Label of a data-parallel replica; rank numbers repeat."""
     dp_rank = _dp_rank(scheduler, parallel)
     return {} if dp_rank is None else {"dp_rank": str(dp_rank)}
 
 
 def _dp_rank(scheduler: Any, parallel: Any) -> int | None:
-    """None where there is one replica. With data-parallel attention all of them are ranks of one group."""
+    """None with one replica. With data-parallel attention all are ranks of one group."""
     found: int | None = _ranks(scheduler, parallel).dp_rank
     return found
 
 
 def _ranks(scheduler: Any, parallel: Any) -> Any:
-    """What knows the data-parallel ranks: up to 0.5.20 the scheduler's own."""
+    """Owner of the data-parallel ranks: up to 0.5.20 the scheduler."""
     return getattr(scheduler, "ps", parallel)
 
 
 def _open_device_lane(
-    scheduler: Any, parallel: Any, streams: DeviceStreams, settings: Settings
+    scheduler: Any, parallel: Any, streams: DeviceStreams, context: RankContext
 ) -> DeviceLane | None:
-    """Device tensors need it; on CPU it is used only when asked for, over gloo."""
-    group, where = parallel.pp_group, f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
-    wanted = settings.proxy_lane
+    """For device tensors; on CPU only on request, over gloo."""
+    group, wanted = parallel.pp_group, context.settings.proxy_lane
     if wanted == "host" or (wanted == "auto" and not streams.asynchronous):
         return None
     backend = None if streams.asynchronous else "gloo"
     previous, following = create_neighbour_groups(group.ranks, parallel.pp_rank, backend)
     lane = DeviceLane(
+        context,
+        group.device,
         previous=previous,
         following=following,
-        device=group.device,
-        slots=settings.slots,
-        where=where,
+        slots=context.settings.slots,
         slot_bytes=_slot_bytes(scheduler, parallel),
     )
     lane.warm_up()
     logger.info(
         "sglang-npu-pp: %s: the device lane has reserved %.1f MB for its slots",
-        where,
+        context.where,
         lane.reserved_bytes / 1e6,
     )
     return lane
 
 
 def _slot_bytes(scheduler: Any, parallel: Any) -> int:
-    """Of the proxies of the largest prefill, which SGLang's KV pool is then measured beside."""
+    """Of the largest prefill's proxies; SGLang measures its KV pool beside them."""
     arguments, model = scheduler.server_args, scheduler.model_config
     tokens = arguments.chunked_prefill_size
     if tokens is None or tokens <= 0:  # no chunks
@@ -337,7 +318,7 @@ def _slot_bytes(scheduler: Any, parallel: Any) -> int:
 
 
 def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn | None:
-    """The last stage sends; on a device from a thread with connections of its own."""
+    """The last stage sends; on a device from a thread with its own connections."""
     last = link.stages - 1
     outboxes = link.host_lane.open_port(PORT, senders=[last]) if streams.asynchronous else None
     return TokenReturn(link, outboxes, streams.adopt_thread) if link.stage == last else None

@@ -1,9 +1,8 @@
-"""Seam: how long a request may wait and run, up to 0.5.19.
+"""Seam: limits of waiting and running time of requests, up to 0.5.19.
 
-`SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT` are two limits in seconds. From 0.5.20 on the
-leader of stage 0 ends what has exceeded one, with an abort in the list of requests. Before, every rank looks
-at its own clock when it makes a batch, and the same request ends on one and runs on another. Here the leader
-looks, and all ranks end the requests that it has named.
+`SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT`, in seconds. From 0.5.20 on the leader of stage
+0 sends aborts with the requests. Before, each rank uses its own clock, so a request may end on one and run on
+another; here all ranks end the leader's choice.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ import time
 from http import HTTPStatus
 from typing import Any
 
-from sglang_npu_pp.decisions import ToldClock
+from sglang_npu_pp.decisions import SharedClock
 from sglang_npu_pp.patching import Patch, with_names
 
 from .pipeline import current
 
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
-_LATER_THAN_ALL = ToldClock(math.inf)
+_LATER_THAN_ALL = SharedClock(math.inf)
 
 
 def overdue_requests(scheduler: Any) -> frozenset[str]:
-    """Ids of those that all ranks have to end now. Of the running ones, those whose microbatch is next."""
+    """Ids of requests to end now on all ranks. Running ones: only of the next microbatch."""
     from sglang.srt.environ import envs
 
     if not hasattr(scheduler, "_abort_on_waiting_timeout"):
@@ -45,12 +44,9 @@ def overdue_requests(scheduler: Any) -> frozenset[str]:
 
 
 def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
-    """Upstream's function, which ends all that it sees, sees those that were named."""
+    """Upstream's function, which ends all requests that it sees, limited to the overdue ones."""
     pipeline = current()
-    if pipeline is None:
-        original(scheduler)
-        return
-    if not (named := pipeline.told.overdue):
+    if not (named := pipeline.decisions.overdue):
         return
     queue = scheduler.waiting_queue
     scheduler.waiting_queue = [request for request in queue if request.rid in named]
@@ -61,14 +57,11 @@ def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
 def abort_on_running_timeout(original: Any, scheduler: Any, *batch: Any) -> None:
     """`batch`: from 0.5.16 on the running batch, which 0.5.15 takes from the scheduler."""
     pipeline = current()
-    if pipeline is None:
-        original(scheduler, *batch)
-        return
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     (running,) = batch or (scheduler.running_batch,)
     for request in running.reqs:
-        if request.rid in pipeline.told.overdue and not request.finished():
+        if request.rid in pipeline.decisions.overdue and not request.finished():
             request.to_finish = FINISH_ABORT(
                 "Request running timeout reached.", HTTPStatus.SERVICE_UNAVAILABLE
             )
@@ -78,8 +71,8 @@ def _patch(name: str, wrapper: Any, what: str) -> Patch:
     return Patch(
         target=f"{_SCHEDULER}.{name}",
         wrapper=wrapper,
-        why=f"every rank decides by its own clock {what}; stages that differ run other requests",
-        how="ends the requests that stage 0 has named",
+        why=f"every rank decides by its own clock {what}; diverging stages run other requests",
+        how="ends the requests named by stage 0",
         upstream="0.5.20 (aborts of the leader in the list of requests)",
         plan="goes with 0.5.19",
         relies_on=(f"{_SCHEDULER}.get_next_batch_to_run",),

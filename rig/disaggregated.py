@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rig.ports import HOST
+from rig.probes import probe_variables
 from rig.server import Server
 from scripts.environment.parts import LIBRARIES, Part
 
 ENGINE = Part("mooncake")
-PLUGIN = Path(__file__).parent / "kv_plugin"
 MODES = ("prefill", "decode")
 
 _rooms = itertools.count(1)
@@ -31,12 +31,12 @@ def engine_missing() -> str | None:
     )
 
 
-def engine_environment(*more_paths: Path | str) -> dict[str, str]:
-    """For both servers: where the engine is, that it uses TCP, and a plugin for what CPU lacks."""
+def engine_environment(*more_probes: str) -> dict[str, str]:
+    """For both servers: where the engine is, that it uses TCP, and a probe for what CPU lacks."""
     libraries = [str(ENGINE.folder / LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-        "PYTHONPATH": os.pathsep.join(map(str, [PLUGIN, ENGINE.folder, *more_paths])),
+        **probe_variables("kv_probe", *more_probes, paths=[ENGINE.folder]),
         "MC_FORCE_TCP": "1",
         "MOONCAKE_PROTOCOL": "tcp",
         "SGLANG_HOST_IP": HOST,
@@ -58,7 +58,7 @@ def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
 
 
 def noted(folder: Path, what: str) -> list[dict[str, Any]]:
-    """The notes with `what` in them of all processes whose KV_PROBE_DIR is `folder` (see `kv_plugin`)."""
+    """The notes with `what` in them of all processes whose KV_PROBE_DIR is `folder` (see `kv_probe`)."""
     lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
     return [found for line in lines if what in (found := json.loads(line))]
 

@@ -31,8 +31,10 @@ from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Event, Trace
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
+from sglang_npu_pp.transport.context import RankContext
 from sglang_npu_pp.transport.device_lane import DeviceLane, create_neighbour_groups
-from sglang_npu_pp.transport.host_lane import Exchange, HostLane
+from sglang_npu_pp.transport.endpoints import Exchange
+from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind, Message
 from sglang_npu_pp.transport.stage_link import StageLink
 
@@ -107,22 +109,15 @@ def open_host_lane(
         exchange = wrap_exchange(here, exchange)
     here.telemetry = Telemetry(stage, rank=0)
     here.trace = Trace(enabled=True)
-    here.lane = HostLane(
-        stage=stage,
-        stages=stages,
-        rank=0,
-        settings=settings,
-        telemetry=here.telemetry,
-        trace=here.trace,
-        port=port,
-    )
+    context = RankContext(stage, stages, 0, settings, here.telemetry, here.trace)
+    here.lane = HostLane(context, port=port)
     with _standing_on(node):
         here.lane.open(exchange)
     for name, senders in (extra_ports or {}).items():
         here.kept[name] = here.lane.open_port(name, senders)
         here.closers += [outbox.close for outbox in here.kept[name].values()]
     here.lane.seal()
-    here.link = StageLink(here.lane, None, telemetry=here.telemetry, trace=here.trace)
+    here.link = StageLink(here.lane, None)
     here.opened = True
 
 
@@ -145,15 +140,15 @@ def open_device_lane(here: Here, ranks: Sequence[int], stage: int, slots: int, s
         raise AssertionError("the team has no process group; Team(..., process_group=True)")
     previous, following = create_neighbour_groups(ranks, stage)
     lane = DeviceLane(
+        here.lane.context,
+        here.device,
         previous=previous,
         following=following,
-        device=here.device,
         slots=slots,
-        where=f"stage {stage} rank 0",
         slot_bytes=slot_bytes,
     )
     lane.warm_up()
-    here.link = StageLink(here.lane, lane, telemetry=here.telemetry, trace=here.trace)
+    here.link = StageLink(here.lane, lane)
 
 
 def keep_pace(here: Here, rank: int) -> None:
@@ -497,7 +492,15 @@ def send(here: Here, peer: int, kind: Kind, *values: Any, **place: Any) -> int:
 
 def receive(here: Here, source: int, kind: Kind, numbers: range, limit_s: float | None = None) -> list[Any]:
     """Take the messages with these numbers and return their values."""
-    return [here.lane.wait(source, kind, number, limit_s).values for number in numbers]
+    return [take_number(here, source, kind, number, limit_s).values for number in numbers]
+
+
+def take_number(here: Here, source: int, kind: Kind, number: int, limit_s: float | None = None) -> Message:
+    """Wait for a message by its number, in any order."""
+    channel = here.lane.channel(source, kind)
+    for _ in here.lane.wait_steps(channel, number, limit_s):
+        pass
+    return channel.take(number)
 
 
 def push_dict(here: Here, kind: Kind, peer: int, values: Mapping[str, Any], **place: Any) -> None:
@@ -515,9 +518,10 @@ def take_dict(here: Here, kind: Kind, source: int, values: Mapping[str, Any], **
 def await_message(here: Here, source: int, kind: Kind, number: int) -> None:
     """Return when a message has arrived, without taking it."""
     deadline = time.monotonic() + CALL_LIMIT_S / 2
-    while not here.lane.inbox.has(source, kind, number):
+    channel = here.lane.channel(source, kind)
+    while number not in channel.waiting:
         assert time.monotonic() < deadline, f"{kind.label} message {number} of stage {source} is not here"
-        here.lane.inbox.pump(100)
+        here.lane.poll(100)
 
 
 def trace_of(here: Here) -> list[Event]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rig.probes import probe_variables
 from rig.releases import IN_VENV, RELEASES, Release
 from rig.server import Server
 from sglang_npu_pp.observe.trace import Event, read_traces
@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 RANDOM_MODEL = ROOT / "rig/assets/random_vl"  # random weights: the sensitive twin
 MOE_MODEL = ROOT / "rig/assets/random_moe"  # random weights, experts
 DIGITS_MODEL = ROOT / "scripts/assets/digits_vl"  # trained
-PROBE = Path(__file__).parent / "probe"
 
 # Chunks of 256 tokens force chunked prefill for the longer prompts of the battery. In bfloat16 upstream
 # itself gives other log-probabilities when other requests share a batch; in float32 it does not.
@@ -56,13 +55,13 @@ class Launcher:
         folder = self.directory / f"server{self.started}"
         folder.mkdir()
         # This tree is the one under test, also where another is installed.
-        paths = [str(PROBE), str(ROOT), *([str(release.folder)] if release.folder else [])]
+        paths = [*([release.folder] if release.folder else []), ROOT]
         environment = {
             "SGLANG_NPU_PP": "require" if patched else "0",
             "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder),
             "SGLANG_NPU_PP_TRACE": str(folder),
             "PP_PROBE_DIR": str(folder),
-            "PYTHONPATH": os.pathsep.join(reversed(paths)),
+            **probe_variables("sglang_pp_probe", paths=paths),
             **release.environment(tp),
             **(env or {}),
         }

@@ -32,11 +32,11 @@ from scripts.evaluation import gate, lmms, selftest  # noqa: E402
 from scripts.evaluation.pictures import OWN_TASKS  # noqa: E402
 from scripts.evaluation.report import show, to_json, write_json  # noqa: E402
 from scripts.evaluation.results import Layout  # noqa: E402
+from scripts.output import plain_console  # noqa: E402
 
 # Questions of each task; the simulated Ascend computes slowly.
 QUICK = {"cpu": 100, gate.SIMULATED: 40}
 FULL = {"cpu": None, gate.SIMULATED: 100}
-PLAIN_WIDTH = 140  # where there is no terminal
 EXIT_RED, EXIT_NOT_RUN = 1, 2
 
 
@@ -45,7 +45,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, end_like_ctrl_c)
     signal.signal(signal.SIGHUP, end_like_ctrl_c)
     folder = new_folder(options.logs, "accuracy")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = plain_console()
     try:
         green = evaluate(options, server_args, folder, console)
     except (

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -24,12 +25,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_npu_pp.observe.telemetry import Telemetry
-from sglang_npu_pp.observe.trace import Trace
-from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.transport.exchange import process_group_exchange
-from sglang_npu_pp.transport.host_lane import HostLane
-from sglang_npu_pp.transport.message import Kind, Message
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
+
+from scripts.output import number_table, plain_console  # noqa: E402
+from sglang_npu_pp.settings import Settings  # noqa: E402
+from sglang_npu_pp.transport.context import RankContext  # noqa: E402
+from sglang_npu_pp.transport.endpoints import process_group_exchange  # noqa: E402
+from sglang_npu_pp.transport.host_lane import HostLane  # noqa: E402
+from sglang_npu_pp.transport.message import Kind, Message  # noqa: E402
 
 SIZES = (256, 64 << 10, 1 << 20)
 WARM_UP = 50
@@ -41,14 +45,7 @@ def open_lane(stage: int, transport: str, store: str) -> HostLane:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=stage, world_size=2, timeout=timedelta(seconds=60)
     )
-    lane = HostLane(
-        stage=stage,
-        stages=2,
-        rank=0,
-        settings=Settings(host_transport=transport),
-        telemetry=Telemetry(stage, 0),
-        trace=Trace(),
-    )
+    lane = HostLane(RankContext.begin(stage, 2, Settings(host_transport=transport)))
     world = dist.group.WORLD
     assert world is not None
     lane.open(process_group_exchange(world))
@@ -57,27 +54,23 @@ def open_lane(stage: int, transport: str, store: str) -> HostLane:
 
 def send(transport: str, store: str, messages: int) -> None:
     lane = open_lane(0, transport, store)
-    number = 0
     for size in SIZES:
         payload = torch.zeros(size, dtype=torch.uint8)
         for _ in range(messages + WARM_UP):
             message = Message(Kind.PROXY, iteration=time.monotonic_ns(), tensors={"payload": payload})
             lane.send(1, message)
-            lane.wait(1, Kind.OUTPUT, number)
-            number += 1
+            lane.receive(1, Kind.OUTPUT)
     lane.close()
 
 
 def receive(transport: str, store: str, messages: int, results: Any) -> None:
     lane = open_lane(1, transport, store)
-    number = 0
     for size in SIZES:
         times_us = []
         for _ in range(messages + WARM_UP):
-            message = lane.wait(0, Kind.PROXY, number)
+            message = lane.receive(0, Kind.PROXY)
             times_us.append((time.monotonic_ns() - message.iteration) / 1000)
             lane.send(0, Message(Kind.OUTPUT))
-            number += 1
         results.put((transport, size, sorted(times_us[WARM_UP:])))
     lane.close()
 
@@ -118,11 +111,11 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = [each for transport in TRANSPORTS for each in measure(transport, arguments.messages)]
     print(f"load of the machine: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores")
+    table = number_table("us one way", "transport", "bytes", "p50", "p90", "p99", "messages")
     for each in rows:
-        print(
-            f"{each['transport']:12} {each['bytes']:>8} B   p50 {each['p50_us']:>8} us   "
-            f"p90 {each['p90_us']:>8} us   p99 {each['p99_us']:>8} us   n {each['messages']}"
-        )
+        times = (each[f"{name}_us"] for name in ("p50", "p90", "p99"))
+        table.add_row(each["transport"], *map(str, (each["bytes"], *times, each["messages"])))
+    plain_console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -25,12 +25,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
+from rich.table import Table
 
-from sglang_npu_pp.fingerprints import fingerprint_in_file, source_in_file
-from sglang_npu_pp.patches import ABSENT, PATCHES, load_contracts
-from sglang_npu_pp.patching import Contract, contract_targets
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
-CONTRACTS = Path(__file__).resolve().parent.parent / "patches" / "contracts.json"
+from scripts.output import number_table, plain_console  # noqa: E402
+from sglang_npu_pp.fingerprints import fingerprint_in_file, source_in_file  # noqa: E402
+from sglang_npu_pp.patches import ABSENT, PATCHES, load_contracts  # noqa: E402
+from sglang_npu_pp.patching import Contract, contract_targets  # noqa: E402
+
+CONTRACTS = ROOT / "patches" / "contracts.json"
 
 
 @contextmanager
@@ -123,21 +128,20 @@ def write(contracts: Mapping[str, Contract]) -> None:
     CONTRACTS.write_text(text)
 
 
-def differences(contracts: Mapping[str, Contract]) -> list[str]:
-    """A line a function that changed: a letter for each of its versions, - where a release has none."""
-    releases = list(contracts)
-    lines = ["  ".join([*releases, "function"])]
+def differences(contracts: Mapping[str, Contract]) -> Table:
+    """A row a function that changed: a letter for each of its versions, - where a release has none."""
+    table = number_table(None, *contracts, "function", left=len(contracts) + 1)
     for target in contract_targets(PATCHES):
         letters: dict[str, str] = {}
         row = []
-        for release in releases:
-            found = contracts[release].get(target)
+        for contract in contracts.values():
+            found = contract.get(target)
             row.append("-" if found is None else letters.setdefault(found, chr(ord("A") + len(letters))))
         if len(set(row)) > 1:
-            cells = [letter.ljust(len(release)) for letter, release in zip(row, releases, strict=True)]
-            lines.append("  ".join([*cells, target.rpartition("sglang.srt.")[2]]))
-    same = len(contract_targets(PATCHES)) - len(lines) + 1
-    return [*lines, f"{same} more functions are equal in all releases."]
+            table.add_row(*row, target.rpartition("sglang.srt.")[2])
+    same = len(contract_targets(PATCHES)) - table.row_count
+    table.caption = f"{same} more functions are equal in all releases."
+    return table
 
 
 def source_difference(name: str, old: str, new: str) -> list[str]:
@@ -169,7 +173,7 @@ def main() -> None:
     if releases:
         write(contracts)
     if arguments.diff or not (releases or arguments.source):
-        print("\n".join(differences(load_contracts())))
+        plain_console(240).print(differences(load_contracts()))
     if arguments.source:
         print("\n".join(source_difference(*arguments.source)))
 

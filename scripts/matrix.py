@@ -23,7 +23,6 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +33,7 @@ from rig.launcher import Launcher  # noqa: E402
 from rig.releases import RELEASES, Release  # noqa: E402
 from rig.server import ServerError  # noqa: E402
 from scripts.environment.parts import PartError, provide  # noqa: E402
+from scripts.output import plain_console  # noqa: E402
 
 LAYOUTS = {
     layout.name: layout
@@ -47,7 +47,7 @@ LAYOUTS = {
 
 _running: list[Launcher] = []
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # 80 in a file otherwise
+console = plain_console(160)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Asynchronous pipeline parallelism for SGLang, as a plugin.
 
 import sglang_npu_pp
-sglang_npu_pp.activate()     # what SGLang's plugin framework does by itself when this is installed
-sglang_npu_pp.counters()     # counters of this rank, once its scheduler has started
+sglang_npu_pp.activate()     # by hand; SGLang's plugin framework does it by itself
+sglang_npu_pp.counters()     # telemetry of this rank, once its scheduler has started
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from .version import __version__
 
 
 def counters() -> Telemetry | None:
-    """The counters of this process, None where no scheduler with a pipeline runs."""
-    from .patches.pipeline import current  # imports torch, which `import sglang_npu_pp` does not
+    """Telemetry of this process; None without a pipeline."""
+    from .patches.pipeline import current_or_none  # imports torch, which `import sglang_npu_pp` does not
 
-    pipeline = current()
+    pipeline = current_or_none()
     return None if pipeline is None else pipeline.link.telemetry
 
 

@@ -1,8 +1,7 @@
 """All ranks decide the same, or none serves.
 
-Every rank writes a statement into the key-value store of the process group and reads everyone else's. A store
-is used and not a collective because a rank without the plugin would never join a collective: here it is
-simply the rank whose statement does not come.
+Statements go through the key-value store of the process group, not a collective, which a rank without the
+plugin would never join.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from .errors import AgreementError, DifferenceError
 
 _KEY = "sglang_npu_pp/statement/{}"
 _VERDICT = "sglang_npu_pp/verdict"
-_HEARD = "sglang_npu_pp/heard/{}"
+_READ = "sglang_npu_pp/heard/{}"
 _ARBITER = 0  # reads all statements; with every rank reading every other's, 256 take seconds
-_HEARD_LIMIT_S = 5.0  # the process of rank 0 has the store: when it ends, the verdict cannot be read any more
+_READ_LIMIT_S = 5.0  # the process of rank 0 has the store: when it ends, the verdict cannot be read any more
 
 
 class KeyValueStore(Protocol):
-    """The part of torch.distributed.Store that is used here."""
+    """The part of torch.distributed.Store in use."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -40,7 +39,7 @@ Statement = dict[str, str]
 
 
 class Verdict(msgspec.Struct):
-    """What the arbiter found: ranks that made no statement in time, and what not all others say alike."""
+    """Result of the arbiter (rank 0): ranks without a statement in time, and differences."""
 
     silent: list[int] = []
     differences: list[str] = []
@@ -49,18 +48,17 @@ class Verdict(msgspec.Struct):
 def agree(store: KeyValueStore, *, rank: int, world_size: int, statement: Statement, limit_s: float) -> None:
     """Return when every rank of the world has made an equal statement.
 
-    Rank 0 reads all statements and tells the others what it found. Raises AgreementError when one is missing
-    after `limit_s` seconds, DifferenceError when it says something else.
+    Raises AgreementError when one is missing after `limit_s` seconds, DifferenceError when one differs.
     """
     store.set(_KEY.format(rank), msgspec.json.encode(statement).decode())
     if rank == _ARBITER:
         verdict = _judge(store, world_size, limit_s)
         store.set(_VERDICT, msgspec.json.encode(verdict).decode())
         if verdict.silent or verdict.differences:
-            _let_others_hear(store, world_size, verdict)
+            _wait_for_readers(store, world_size, verdict)
     else:
         verdict = _await_verdict(store, world_size, limit_s)
-        store.set(_HEARD.format(rank), "")
+        store.set(_READ.format(rank), "")
     if verdict.silent:
         raise AgreementError(
             f"rank {rank}: after {limit_s:g} s there is no word from rank "
@@ -84,14 +82,14 @@ def _judge(store: KeyValueStore, world_size: int, limit_s: float) -> Verdict:
     return Verdict(differences=differences([decoder.decode(store.get(key)) for key in keys]))
 
 
-def _let_others_hear(store: KeyValueStore, world_size: int, verdict: Verdict) -> None:
+def _wait_for_readers(store: KeyValueStore, world_size: int, verdict: Verdict) -> None:
     others = [other for other in range(world_size) if other not in (_ARBITER, *verdict.silent)]
     with suppress(RuntimeError):
-        store.wait([_HEARD.format(other) for other in others], timedelta(seconds=_HEARD_LIMIT_S))
+        store.wait([_READ.format(other) for other in others], timedelta(seconds=_READ_LIMIT_S))
 
 
 def _await_verdict(store: KeyValueStore, world_size: int, limit_s: float) -> Verdict:
-    """The arbiter may have begun later, and then needs some time to read: it gets as long again."""
+    """Twice the limit: the arbiter may have started later."""
     try:
         store.wait([_VERDICT], timedelta(seconds=2 * limit_s))
     except RuntimeError:
@@ -101,7 +99,7 @@ def _await_verdict(store: KeyValueStore, world_size: int, limit_s: float) -> Ver
 
 
 def differences(statements: list[Statement]) -> list[str]:
-    """What not all ranks say alike, in words; `statements` by rank."""
+    """Differences between `statements` (by rank), in words."""
     found = []
     for name in sorted(set().union(*statements)):
         by_value: defaultdict[str, list[int]] = defaultdict(list)

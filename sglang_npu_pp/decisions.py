@@ -1,7 +1,6 @@
-"""What stage 0 decides for all stages, and tells them with the requests of an iteration.
+"""Decisions of stage 0 for all stages, sent with the requests of an iteration.
 
-A rank holds what it was told in `Told`. Two ranks that have had the same iterations have been told the same,
-so whatever is decided from it alone they decide alike.
+Ranks in the same iteration hold the same `SharedDecisions`, so results of it alone are equal.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Grammars:
-    """Ids of requests whose grammar has been compiled, and of those that have waited for too long."""
+    """Ids of requests: grammar compiled, or wait limit exceeded."""
 
     ready: frozenset[str] = frozenset()
     failed: frozenset[str] = frozenset()
@@ -23,18 +22,18 @@ NO_GRAMMARS = Grammars()
 
 @dataclass(frozen=True)
 class Decisions:
-    """What is told in one iteration."""
+    """The decisions sent in one iteration."""
 
     now: float
     """Seconds, `time.monotonic()` of the rank that decides."""
     overdue: frozenset[str] = frozenset()
-    """Ids of requests that have waited or run for too long; from SGLang 0.5.20 on aborts say so."""
+    """Ids of requests past a time limit; from SGLang 0.5.20 on upstream sends aborts."""
     grammars: Grammars = NO_GRAMMARS
-    """From SGLang 0.5.16 on stage 0 sends them itself."""
+    """From SGLang 0.5.16 on upstream sends them."""
 
 
-class ToldClock:
-    """Stands for the module `time` in functions whose decision all ranks must share."""
+class SharedClock:
+    """Replaces the module `time` for results equal on all ranks."""
 
     def __init__(self, now: float) -> None:
         self._now = now
@@ -45,16 +44,16 @@ class ToldClock:
     perf_counter = monotonic
 
 
-class Told:
-    """The decisions that are in force on this rank."""
+class SharedDecisions:
+    """Decisions in force on this rank."""
 
     def __init__(self) -> None:
-        self.now = 0.0  # when it was last told: stands still in between
+        self.now = 0.0  # of the last decision: stands still in between
         self.this_iteration: Decisions | None = None
 
     @property
-    def clock(self) -> ToldClock:
-        return ToldClock(self.now)
+    def clock(self) -> SharedClock:
+        return SharedClock(self.now)
 
     @property
     def overdue(self) -> frozenset[str]:
@@ -65,7 +64,7 @@ class Told:
         return NO_GRAMMARS if self.this_iteration is None else self.this_iteration.grammars
 
     def take(self, requests: list[Any]) -> list[Any]:
-        """Puts in force what is told among the requests of an iteration; returns the requests."""
+        """Put the decisions among `requests` in force; return the rest."""
         self.this_iteration = next((one for one in requests if isinstance(one, Decisions)), None)
         if self.this_iteration is None:
             return requests
@@ -73,5 +72,5 @@ class Told:
         return [one for one in requests if one is not self.this_iteration]
 
     def pass_on(self, requests: list[Any]) -> list[Any]:
-        """The requests, and what this rank was told with them."""
+        """The requests and this iteration's decisions, for the next stage."""
         return requests if self.this_iteration is None else [*requests, self.this_iteration]

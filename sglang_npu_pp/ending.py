@@ -1,7 +1,7 @@
-"""The end of a server that has lost a part: how its launcher notices, and every process of this node ends.
+"""The end of a node after the loss of a process: detection by the launcher, then SIGKILL for all.
 
-SGLang's own end waits five seconds before it looks whose stacks it could dump, and kills multiprocessing's
-resource tracker, which would have removed the shared memory of the processes that are killed behind it.
+SGLang's own end waits five seconds for stack dumps, and leaves shared memory: it kills multiprocessing's
+resource tracker.
 """
 
 from __future__ import annotations
@@ -27,53 +27,51 @@ from .errors import PeerLostError
 LAUNCHER = "_SGLANG_NPU_PP_LAUNCHER"
 """Environment variable: the process that may be ended so, and files that it leaves, for its schedulers."""
 
-LAST_WORDS_S = 3.0
-CORE_LIMIT_S = 300.0  # a core is as large as what the process had in memory
+BEST_EFFORT_S = 3.0
+CORE_LIMIT_S = 300.0  # a core is as large as the memory of its process
 _CORE_POLL_S = 0.1
 POLL_S = 0.2  # of a launcher's watch
 
 
 @dataclass(frozen=True)
 class Node:
-    """This node's part of a server: the process that started it, and what nobody else would remove."""
+    """This node's part of a server: the launcher, and files that only we remove."""
 
     launcher: psutil.Process
     files: tuple[Path, ...] = ()
 
-    def tell_children(self) -> None:
-        """Processes that are started from now on may end the node."""
+    def export_to_children(self) -> None:
+        """Let processes started from now on end the node."""
         os.environ[LAUNCHER] = json.dumps([self.launcher.pid, *map(str, self.files)])
 
     @staticmethod
     def of_this_process() -> Node | None:
-        """What an ancestor has told, None where it has told nothing."""
+        """Set by an ancestor's `export_to_children`, else None."""
         pid, *files = json.loads(os.environ.get(LAUNCHER, "[0]"))
         ancestors = psutil.Process().parents()
         launcher = next((process for process in ancestors if process.pid == pid), None)
         return None if launcher is None else Node(launcher, tuple(map(Path, files)))
 
 
-def speak(*words: Callable[[], None]) -> None:
-    """Call each of `words`, which log or write something: no error and no delay of theirs keeps the end from
-    coming. A log may be closed, its reader may be stopped, a file system may not answer.
-    """
+def best_effort(*steps: Callable[[], None]) -> None:
+    """Call each of `steps` (logging, writing files). Neither an error nor a delay (closed log, stopped
+    reader, hanging file system) keeps the end from coming."""
 
     def call() -> None:
-        for word in words:
+        for step in steps:
             with suppress(Exception):
-                word()
+                step()
 
-    speaker = threading.Thread(target=call, name="last-words", daemon=True)
+    thread = threading.Thread(target=call, name="best-effort", daemon=True)
     with suppress(RuntimeError):  # no more threads
-        speaker.start()
-        speaker.join(LAST_WORDS_S)
+        thread.start()
+        thread.join(BEST_EFFORT_S)
 
 
 def end_node(node: Node) -> NoReturn:
-    """Kill the launcher and all that it started, this process last. Nothing keeps it from that.
+    """Kill the launcher and all its descendants, this process last; first wait for a core dump in progress.
 
-    The resource tracker is spared: it removes the shared memory that they leave, and then ends by itself.
-    A process whose core the kernel is writing is given the time for it.
+    Spared: the resource tracker, which frees shared memory and then ends.
     """
     processes = _others(node)
     _let_cores_be_written(node, processes)
@@ -95,7 +93,7 @@ def _others(node: Node) -> list[psutil.Process]:
 
 
 def _let_cores_be_written(node: Node, processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL would cut a core off. Those that dump none are killed now."""
+    """SIGKILL would cut a core off; processes without one are killed now."""
     dumping = [process for process in processes if _dumps_core(process)]
     if not dumping:
         return
@@ -127,17 +125,15 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
-# --- what a launcher looks at -----------------------------------------------------------------------
+# --- check of its processes by a launcher -------------------------------------------------------------
 
 
 class Watch:
-    """How a launcher looks after the processes that it started. Peers notice a scheduler that was stopped,
-    and end; but they are on other nodes, and cannot end this one.
+    """A launcher's check of its processes, for a stop of `limit_s` seconds or a kill; peers on other nodes
+    cannot end this one.
 
-    Tells when a process was stopped for `limit_s`, or was killed.
-
-    `started` are children of this process. `pids` are all that may be stopped; they may be more, and become
-    more. `name` says in words what a process is, if it still can.
+    `started`: children of this process. `pids`: all processes to check for a stop. `name`: words for a
+    process.
     """
 
     def __init__(
@@ -149,7 +145,7 @@ class Watch:
         name: Callable[[psutil.Process], str],
     ) -> None:
         self._started, self._pids, self._limit_s, self._name = started, pids, limit_s, name
-        self._names: dict[int, str] = {}  # of what has been seen running
+        self._names: dict[int, str] = {}  # of processes seen running
         self._looks = math.ceil(limit_s / POLL_S) + 1
         self._stopped: Counter[int] = Counter()  # looks, not seconds: those pass while we are stopped too
         self._killed: set[BaseProcess] = set()
@@ -157,7 +153,7 @@ class Watch:
         self._tracker = next((child for child in children if is_resource_tracker(child)), None)
 
     def start(self, on_lost: Callable[[int, PeerLostError], None]) -> None:
-        """Look from a thread until a process is lost; `on_lost` is called there with its id and the error."""
+        """Check from a thread; `on_lost` is called there with the pid and the error."""
         threading.Thread(target=self._run, args=(on_lost,), name="sglang-npu-pp-watch", daemon=True).start()
 
     def _run(self, on_lost: Callable[[int, PeerLostError], None]) -> None:
@@ -168,7 +164,7 @@ class Watch:
         on_lost(*lost)
 
     def look(self) -> tuple[int, PeerLostError] | None:
-        """The process that is lost, if one is. To be called every POLL_S."""
+        """The lost process, if any. Called every POLL_S."""
         for pid in tuple(self._pids):
             if self._has_been_stopped(pid):
                 name = self._names.get(pid, "a process of this node")
@@ -196,9 +192,9 @@ class Watch:
         return self._stopped[pid] >= self._looks
 
     def _was_killed(self, process: BaseProcess) -> bool:
-        """By somebody else. Who ends a whole server, as SGLang does, kills the resource tracker along.
+        """By a third party: SGLang's end of a whole server kills the resource tracker too.
 
-        Only from the second look on, so that there was time for that.
+        True from the second check on, which leaves time for that.
         """
         if process.exitcode != -signal.SIGKILL or self._tracker is None:
             return False

@@ -1,45 +1,41 @@
-"""What can go wrong, each as one exception with one sentence.
-
-A message says what is wrong, on which stage and rank, and what to do about it; the classes exist so
-that tests and callers can tell the cases apart without reading the sentence.
-"""
+"""One exception per kind of failure, in one sentence: what is wrong, on which stage and rank, what to do."""
 
 
 class PipelineError(RuntimeError):
-    """Any failure of the asynchronous pipeline; the server must not go on after one."""
+    """Any failure of the pipeline; ends the server."""
 
 
 class SettingsError(PipelineError):
-    """An environment variable has a value that cannot be used."""
+    """Invalid environment variable."""
 
 
 class ContractError(PipelineError):
-    """This SGLang is not one whose internals we know, or a patch could not be applied."""
+    """Unknown SGLang internals, or a failed patch."""
 
 
 class AgreementError(PipelineError):
-    """The ranks of this server do not all run the same plugin in the same way."""
+    """Ranks with different plugins or settings."""
 
 
 class DifferenceError(AgreementError):
-    """All ranks have made their statement, and not all say the same."""
+    """Statements of all ranks, but not all equal."""
 
 
 class TransportError(PipelineError):
-    """A lane could not be opened: directory, port, key or connection."""
+    """A lane did not open: directory, port, key or connection."""
 
 
 class PeerLostError(PipelineError):
-    """Another stage is gone: its process ended, froze, or the network between us did."""
+    """Another stage ended, froze or lost its network."""
 
 
 class MessageError(PipelineError):
-    """A message is truncated, corrupted or not in our format."""
+    """A damaged or unknown message."""
 
 
 class SequenceError(PipelineError):
-    """A sound message arrived in the wrong place: another number, microbatch or iteration."""
+    """Wrong number, microbatch or iteration."""
 
 
 class WaitLimitError(PipelineError):
-    """A peer is alive but did not deliver what we wait for within the limit."""
+    """A live peer did not deliver in time."""

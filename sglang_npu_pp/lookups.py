@@ -1,12 +1,10 @@
-"""Requests to HTTP servers, asked by a thread of their own, so that whoever needs the answer never waits.
+"""HTTP requests from a thread of their own, for questions to a bootstrap server.
 
-A disaggregated server asks a bootstrap server where the peers of a request are. `Lookups.ask` starts the
-request and says at once what is known of it: nothing yet, the answer, or why there will be none. Every
-attempt has a time limit and its HTTP status is checked; attempts that may succeed later are repeated with
-growing pauses, jittered so that many requests do not come back together; and there is a limit for them all.
+`Lookups.ask` sends the HTTP request and returns its state: pending, the answer, or a failure. Attempts have a
+time limit and a check of the status; retries back off with jitter, under one total limit.
 
-Ideas from vllm-ascend #5303, which asks when a request is scheduled. What its review found missing (status
-codes, time limits, pauses that grow, clients that are closed) is what this module is about.
+Idea from vllm-ascend #5303 (ask when a request is scheduled), with what its review found missing: status
+codes, time limits, backoff, closed clients.
 """
 
 from __future__ import annotations
@@ -26,17 +24,17 @@ import msgspec
 CONNECTIONS_PER_HOST = 8
 LONGEST_ANSWER = 4 << 20  # bytes; of thousands of rooms some 100 KiB
 LONGEST_REASON = 200  # characters of an answer that are worth repeating
-TOO_EARLY = (408, 425, 429)  # of the 4xx only these say that the same request may be answered later
+TOO_EARLY = (408, 425, 429)  # the only 4xx worth a retry
 CLOSE_LIMIT_S = 5.0
 
 
 class LookupFailedError(Exception):
-    """There is no answer and there will be none; the text says why, in one sentence."""
+    """Final failure; the text is the reason in one sentence."""
 
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A GET, or a POST of `body` (JSON) if there is one. `expects`: a key that the answer must have."""
+    """A GET, or a POST of `body` (JSON). `expects`: a required key of the answer."""
 
     url: str
     body: str | None = None
@@ -49,7 +47,7 @@ class HttpRequest:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Limits of one request, in seconds."""
+    """Limits of one HTTP request, in seconds."""
 
     total_s: float = 60.0  # all attempts and the pauses between them
     attempt_s: float = 5.0  # one attempt, from connecting to the last byte
@@ -57,14 +55,14 @@ class RetryPolicy:
     longest_pause_s: float = 2.0
 
     def pause_s(self, attempt: int, draw: float) -> float:
-        """The pause behind the attempt of that number, from 0; `draw` is random, from 0 to 1."""
+        """Backoff after attempt number `attempt` (from 0); `draw`: random, 0 to 1."""
         longest = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(attempt, 30))
         return longest * (0.5 + 0.5 * draw)
 
 
 @dataclass
 class _State:
-    """What is known of a request. Written by the asking thread, in one assignment, when it is known."""
+    """State of an HTTP request; the I/O thread assigns the outcome once."""
 
     outcome: _Outcome | None = None
 
@@ -77,11 +75,11 @@ class _Outcome:
 
 
 class _RepeatableError(Exception):
-    """An attempt failed in a way that may pass."""
+    """A failed attempt worth a retry."""
 
 
 class Lookups:
-    """Asks requests on a thread of its own. All methods may be called from any thread and none waits.
+    """HTTP requests on an I/O thread. All methods are thread-safe and non-blocking.
 
     `counters`: "requests", "attempts", "answers" and "failures".
     """
@@ -89,7 +87,9 @@ class Lookups:
     def __init__(self, policy: RetryPolicy | None = None) -> None:
         self._policy = policy or RetryPolicy()
         self._states: dict[HttpRequest, _State] = {}
-        self._lock = threading.Lock()  # of what several threads change; an outcome is assigned at once
+        self._lock = (
+            threading.Lock()
+        )  # for the state that several threads change; an outcome is assigned at once
         self.counters: Counter[str] = Counter()
         self._client: aiohttp.ClientSession | None = None
         self._loop = asyncio.new_event_loop()
@@ -97,11 +97,10 @@ class Lookups:
         self._thread.start()
 
     def ask(self, request: HttpRequest) -> Any | None:
-        """The answer (decoded JSON), None while there is none. Asks when nobody has asked yet.
+        """The answer (decoded JSON), or None while pending; the first call sends the HTTP request.
 
-        Whoever needs several answers, and asks for all at once, finds them all fresh in the end: an answer
-        gets old after the time that any other may take, and is then asked for again. Raises
-        LookupFailedError until `forget`.
+        An answer older than the limit of a whole request is asked for again, so answers asked for together
+        are all fresh when the last arrives. Raises LookupFailedError until `forget`.
         """
         state = self._states.get(request)
         if state is None or self._is_old(state):
@@ -114,8 +113,8 @@ class Lookups:
             raise LookupFailedError(outcome.failure)
         return outcome.value
 
-    def tell(self, request: HttpRequest, on_failure: Callable[[str], None]) -> None:
-        """Ask without wanting the answer. `on_failure` gets the reason, on the asking thread."""
+    def send(self, request: HttpRequest, on_failure: Callable[[str], None]) -> None:
+        """Send without an answer. `on_failure` gets the reason, on the I/O thread."""
 
         async def run() -> None:
             outcome = await self._find_out(request)
@@ -125,18 +124,18 @@ class Lookups:
         self._submit(run())
 
     def failed(self) -> list[HttpRequest]:
-        """The requests that will have no answer."""
+        """Finally failed requests."""
         with self._lock:
             known = [(request, state.outcome) for request, state in self._states.items()]
         return [request for request, outcome in known if outcome is not None and outcome.failure]
 
     def forget(self, request: HttpRequest) -> None:
-        """Drop what is known; one that is under way goes on, for nobody."""
+        """Drop the state; an attempt in flight goes on."""
         with self._lock:
             self._states.pop(request, None)
 
     def close(self) -> None:
-        """Give up what is under way, close connections, end the thread. Calling it again changes nothing."""
+        """Cancel what is in flight, close connections, end the thread. Idempotent."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(CLOSE_LIMIT_S)
@@ -212,7 +211,7 @@ class Lookups:
         return _decode(text, request.expects)
 
     def _connected_client(self) -> aiohttp.ClientSession:
-        """Made on the asking thread, to whose loop it belongs. No proxy of the environment is used."""
+        """Belongs to the I/O thread's loop; ignores proxies of the environment."""
         if self._client is None:
             connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS_PER_HOST)
             # What was packed may become a thousand times as long.
@@ -230,7 +229,7 @@ class Lookups:
 
 
 async def _read(response: aiohttp.ClientResponse) -> str:
-    """The text of an answer; one that is longer than any of a bootstrap server is not read to its end."""
+    """Text of a response, up to LONGEST_ANSWER."""
     body = b""
     async for part in response.content.iter_any():
         body += part
@@ -240,7 +239,7 @@ async def _read(response: aiohttp.ClientResponse) -> str:
 
 
 def _decode(text: str, expects: str | None) -> Any:
-    """A server that is starting answers nonsense at times; and one may not know yet what is asked for."""
+    """A starting server may send garbage, or not yet the expected key."""
     if expects is None:
         return text
     try:

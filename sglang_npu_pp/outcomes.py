@@ -1,4 +1,4 @@
-"""What became of a control request on each rank, and the sentence that tells its client."""
+"""Outcome of a control request on each rank, and the sentence for its client."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """One rank's. `failure`: what went wrong in words, None where nothing did. `raised`: it was an exception,
-    so nothing is known of what was done before. `value`: what this rank has to answer, where that is more
-    than yes or no."""
+    """On one rank. `failure`: reason, None for success. `raised`: an exception, so earlier effects are
+    unknown. `value`: an answer beyond success or failure."""
 
     stage: int
     rank: int
@@ -21,10 +20,7 @@ class Outcome:
 
 
 def failures(outcomes: Sequence[Outcome]) -> str:
-    """What failed, naming stage and rank; empty where nothing did.
-
-    A failure that all ranks had alike is said once and names none: it is about the request.
-    """
+    """Failures with stage and rank, "" for none; one shared by all ranks appears once, without them."""
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
     said = {outcome.failure for outcome in failed}
     if len(failed) == len(outcomes) and len(said) == 1:
@@ -33,10 +29,10 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 
 
 def may_have_changed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether a request that failed may have changed something on some rank."""
+    """Whether a failed request may have had an effect."""
     return any(outcome.failure is None or outcome.raised for outcome in outcomes)
 
 
 def first_value(outcomes: Sequence[Outcome]) -> Any:
-    """The answer of the first stage that has one."""
+    """The answer of the first stage with one."""
     return next((outcome.value for outcome in outcomes if outcome.value is not None), None)

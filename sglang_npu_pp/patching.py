@@ -1,12 +1,8 @@
-"""What a patch is: a replacement with a reason, checked against the release, applied all or nothing.
+"""A patch: a replaced function with a reason, checked against the release, applied all or nothing.
 
-A patch names the upstream function it replaces and says why, how, from which upstream work the idea comes and
-when it can go. A contract is what is known of one release: the fingerprint of every upstream function that is
-replaced, or whose behaviour a replacement relies on, and which of them the release does not have. What of an
-SGLang is known, and which patches it gets for that, says builds.py.
-
-Releases differ. A patch that not every release needs says so by naming functions (`optional`, `unless`); the
-contract says which of these a release has, so no version numbers are compared.
+A contract holds the fingerprints of one release: of every function replaced or relied on, or its absence.
+builds.py compares an SGLang with all contracts and picks its patches. Existing functions (`optional`,
+`unless`), not version numbers, decide whether a release needs a patch.
 """
 
 from __future__ import annotations
@@ -37,10 +33,9 @@ Contracts = Mapping[str, Contract]
 class Patch:
     """One replaced (or added) function.
 
-    `wrapper(original, *args, **kwargs)` runs in the place of the function at `target`
-    ("module:Class.method"); `original` is what was there, None for an added method. `relies_on` lists
-    further targets whose behaviour the wrapper depends on. `when` gets the arguments of a call and says
-    whether the wrapper runs; where it says no, the original runs with these very arguments.
+    `wrapper(original, *args, **kwargs)` replaces the function at `target` ("module:Class.method"); `original`
+    is None for an added method. `relies_on`: further targets whose behaviour matters. `when` gets the
+    arguments of a call; if false, the original runs.
     """
 
     target: str
@@ -63,11 +58,11 @@ class Patch:
 
     @property
     def _decisive_targets(self) -> tuple[str, ...]:
-        """Whether these exist decides whether a release needs the patch."""
+        """Their existence decides whether a release needs the patch."""
         return (*((self.target,) if self.optional else ()), *((self.unless,) if self.unless else ()))
 
     def checked_targets(self, contract: Contract) -> tuple[str, ...]:
-        """What must be as the contract says before an SGLang of that release is touched."""
+        """Targets to compare with the contract."""
         return self.contract_targets if self.is_needed(contract) else self._decisive_targets
 
     def is_needed(self, contract: Contract) -> bool:
@@ -78,11 +73,10 @@ class Patch:
 
 
 def fingerprint(target: str) -> str | None:
-    """Fingerprint of the function that is at `target` in this process, None if there is none.
+    """Fingerprint of the function at `target` in this process, None if absent.
 
-    A module that nobody has imported yet is read, and stays so: some of SGLang's import what must not be
-    imported before it has set it up (prometheus_client before its directory, for one). Raises
-    ContractError when its source cannot be read, or is not all that runs.
+    A module not imported yet is read from its file: some imports must wait for SGLang's set-up
+    (prometheus_client's directory). Raises ContractError for unreadable or wrapped source.
     """
     folder = _folder_of_unloaded(target)
     if folder is not None:
@@ -97,7 +91,7 @@ def fingerprint(target: str) -> str | None:
     if function is None:
         return None
     try:
-        source = inspect.getsource(function)  # of what its decorators wrap
+        source = inspect.getsource(function)  # of the function inside its decorators
     except (OSError, TypeError) as error:
         raise ContractError(f"The source of {target} cannot be read: {error}.") from None
     if _layers(function) > decorators_in_source(source):
@@ -110,7 +104,7 @@ def fingerprint(target: str) -> str | None:
 
 
 def _folder_of_unloaded(target: str) -> Path | None:
-    """Of its package. None if the module is imported already, or does not come from a package's file."""
+    """Folder of its package. None for an imported module, or one outside a file of its package."""
     module, _, _ = target.partition(":")
     package = None if module in sys.modules else importlib.util.find_spec(module.partition(".")[0])
     if package is None or not package.submodule_search_locations:
@@ -119,7 +113,7 @@ def _folder_of_unloaded(target: str) -> Path | None:
 
 
 def _layers(function: Any) -> int:
-    """How many functions are wrapped around the one whose source `inspect` finds."""
+    """Number of wrappers around the source that `inspect` finds."""
     layers = 0
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
@@ -128,22 +122,22 @@ def _layers(function: Any) -> int:
 
 
 def contract_targets(patches: Iterable[Patch]) -> list[str]:
-    """Every target that a contract must know, sorted."""
+    """All targets of a contract, sorted."""
     return sorted({target for patch in patches for target in patch.contract_targets})
 
 
 def import_what_is_replaced(patches: Iterable[Patch]) -> None:
-    """It is about to be imported anyway, and a function that is loaded is looked at faster than a file."""
+    """Needed soon anyway; a loaded function is read faster than a file."""
     for patch in patches:
-        with suppress(ImportError):  # what is missing is found when it is looked at
+        with suppress(ImportError):  # reading reports a missing one
             importlib.import_module(patch.target.partition(":")[0])
 
 
 class AppliedPatches:
-    """Patches that are in force; `undo()` puts everything back."""
+    """Patches in force; `undo()` restores everything."""
 
     def __init__(self, patches: Sequence[Patch]) -> None:
-        """Apply all of `patches`. If one fails, none is in force. Raises ContractError."""
+        """Apply all of `patches`, or none if one fails (ContractError)."""
         self._restore: list[Callable[[], None]] = []
         for patch in patches:
             try:
@@ -171,7 +165,7 @@ class AppliedPatches:
 
 
 def with_names(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """A copy of an upstream function in which these global names mean something else."""
+    """A copy of an upstream function with these global names replaced."""
     assert isinstance(function, FunctionType)
     copy = FunctionType(
         function.__code__,
@@ -185,7 +179,7 @@ def with_names(function: Callable[..., Any], **names: Any) -> Callable[..., Any]
 
 
 def bind(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of `original` while `patch` is applied."""
+    """The replacement of `original` while `patch` is applied."""
     wrapper, when = patch.wrapper, patch.when
 
     @functools.wraps(original)
@@ -198,7 +192,7 @@ def bind(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _resolve(target: str) -> tuple[Any, str]:
-    """The object that holds the target, and the target's name in it."""
+    """The object with the target, and the target's name in it."""
     module_name, _, qualname = target.partition(":")
     *path, name = qualname.split(".")
     try:

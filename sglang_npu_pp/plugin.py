@@ -1,7 +1,7 @@
-"""Activation: settings, then contracts, then patches; the same by plugin and by hand.
+"""Activation, by plugin or by hand: settings, then contracts, then patches.
 
-SGLang calls `register` in the engine process and in every scheduler process. It only logs what a plugin
-raises and goes on without it, so where the user said `require` the process is ended instead.
+SGLang calls `register` in engine and scheduler processes and only logs its exceptions; with
+`SGLANG_NPU_PP=require` the process therefore ends.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def register() -> None:
 
 
 def activate(settings: Settings | None = None) -> bool:
-    """Patch the SGLang of this process; True if it is patched now. Calling it again changes nothing.
+    """Patch the SGLang of this process; True if it is patched now. Idempotent.
 
-    Raises SettingsError, and with `SGLANG_NPU_PP=require` ContractError; otherwise an SGLang that is
-    not known is left untouched and the reason is logged.
+    Raises SettingsError, and with `SGLANG_NPU_PP=require` ContractError; otherwise an unknown SGLang is
+    logged and left untouched.
     """
     global _applied, _decision
     if _decision is not None:
@@ -67,7 +67,7 @@ def activate(settings: Settings | None = None) -> bool:
 
 
 def deactivate() -> None:
-    """Put back every patched function of this process. For tests; a running server needs a restart."""
+    """Undo all patches of this process, for tests."""
     global _applied, _decision
     if _applied is not None:
         _applied.undo()
@@ -75,13 +75,12 @@ def deactivate() -> None:
 
 
 def decision() -> str | None:
-    """What `activate` decided in this process, as a sentence; None before it ran."""
+    """The decision of `activate`, as a sentence; None before."""
     return _decision
 
 
 def _decide(sentence: str, problem: bool = False) -> None:
-    """One line a process. A patched scheduler says it later, when it knows its stage and rank and its
-    log is set up."""
+    """One log line a process; a patched scheduler logs it later, with its stage and rank."""
     global _decision
     _decision = sentence
     line = f"sglang-npu-pp: {sentence}"

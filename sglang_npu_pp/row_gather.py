@@ -1,13 +1,11 @@
-"""One row of numbers from every rank of a group, gathered while the ranks go on working.
+"""Asynchronous gather of one row of integers from every rank of a group.
 
-Before a forward, data-parallel ranks must know of each other how many tokens they run, and in what kind of
-batch. Each posts its row; the rows of all are waited for where the first of them is read. One collective a
-step, on buffers that are made once: the row is written into (pinned) memory in place, and on an accelerator
-goes there and comes back on a stream and a communicator of its own, so that it is not queued behind the
-collectives of the forwards that were launched before. An event of its own marks every copy to the host.
+For data-parallel attention: token counts and kind of batch before a forward. One collective a step, on
+preallocated (pinned) buffers; on an accelerator with its own stream and communicator, so not after launched
+forwards.
 
-Ideas from vllm-ascend #2582 (one packed collective on the device, preallocated; there on the group of the
-model) and vllm #39115 (a reused event races).
+Ideas: vllm-ascend #2582 (one packed collective on the device, preallocated; there on the model's group), vllm
+#39115 (a reused event races, so a fresh one a copy).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from .errors import PeerLostError, PipelineError
 from .observe.telemetry import ChannelCounters
 from .streams import DeviceStreams
 
-# HCCL takes twice so much memory of the device for a communicator, 200 MB unless it is told otherwise, and
+# HCCL takes twice so much memory of the device for a communicator, 200 MB by default, and
 # these rows have a few bytes. vllm-ascend gives 50 to the group of its own metadata.
 _HCCL_BUFFER_MB = 50
 
@@ -31,10 +29,9 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 
 def create_row_group(ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
-    """A process group of its own for the rows of `ranks`, which are the ones that call this.
+    """A process group for the rows of `ranks`, which all call this.
 
-    gloo where `device` is the CPU, else what the default group uses. As in `create_neighbour_groups`, all of
-    them must have made equally many groups before.
+    gloo for CPU, else the default group's backend. All ranks must have made equally many groups before.
     """
     return dist.new_group(
         list(ranks),
@@ -53,11 +50,10 @@ def _hccl_options() -> Any:
 
 
 class RowGather:
-    """Gathers rows of `width` int64, one of every rank of `group`; one gather at a time.
+    """Gathers rows of `width` int64 from all ranks of `group`; one gather at a time.
 
-    All ranks post equally often, whatever they have to say, in the order of the program. `device` is where
-    the collective runs: an accelerator, or the CPU (over gloo, whose threads move the rows meanwhile).
-    `where` names the stage and rank in errors. Owned by the scheduler thread.
+    All ranks post equally often. `device`: an accelerator, or CPU (gloo). `where`: stage and rank, for
+    errors. Owned by the scheduler thread.
     """
 
     def __init__(
@@ -94,7 +90,7 @@ class RowGather:
         return self._streams.asynchronous
 
     def warm_up(self) -> None:
-        """Make the communicator, and see that every rank can be heard. Blocks until all ranks do the same."""
+        """Create the communicator and check every rank. Blocks until all ranks call it."""
         self.post([self._group.rank()] * self._rows.shape[1])
         heard = self.wait()[:, 0].tolist()
         if heard != list(range(self.ranks)):
@@ -104,7 +100,7 @@ class RowGather:
             )
 
     def post(self, row: Sequence[int]) -> None:
-        """Begin to gather; `row` is this rank's. Nothing is waited for."""
+        """Start a gather with this rank's `row`, without waiting."""
         if self._arrival is not None:
             raise PipelineError(
                 f"{self.where}: a row is posted before the rows of the last step were read; report this."
@@ -116,9 +112,9 @@ class RowGather:
         self._arrival = self._post_on_device() if self._streams.asynchronous else self._post_on_host()
 
     def wait(self) -> torch.Tensor:
-        """The rows of all ranks in their order: int64, (ranks, width), on the host, until the next post.
+        """Rows of all ranks: int64, (ranks, width), on the host, valid until the next post.
 
-        Raises PeerLostError when a rank cannot be heard.
+        Raises PeerLostError for a lost rank.
         """
         if self._arrival is None:
             raise PipelineError(f"{self.where}: rows are read that were not posted; report this.")

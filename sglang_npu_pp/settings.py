@@ -1,4 +1,4 @@
-"""Every environment variable of this package, parsed once, with an error that names it."""
+"""All environment variables of this package, parsed once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _optional_path(text: str) -> Path | None:
 def _setting(
     suffix: str, default: str, parse: Callable[[str], Any], meaning: str, *, shared: bool = False
 ) -> Any:
-    """A field read from SGLANG_NPU_PP<suffix>; `shared` ones must be equal on all ranks."""
+    """A field from SGLANG_NPU_PP<suffix>; `shared`: must be equal on all ranks."""
     metadata = {
         "variable": PREFIX + suffix,
         "default": default,
@@ -173,13 +173,13 @@ class Settings:
         "_TRACE",
         "",
         _optional_path,
-        "write each rank's timeline (posts, waits, launches) into this directory at exit and on SIGUSR2",
+        "write each rank's trace (posts, waits, launches) into this directory at exit and on SIGUSR2",
     )
     telemetry_dir: Path | None = _setting(
         "_TELEMETRY_DIR",
         "",
         _optional_path,
-        "write each rank's counters here at exit and on SIGUSR2",
+        "write each rank's telemetry into this directory at exit and on SIGUSR2",
     )
 
     @property
@@ -187,7 +187,7 @@ class Settings:
         return self.window_mb << 20
 
     def shared_values(self) -> dict[str, str]:
-        """The settings that all ranks of one server must agree on, by variable name."""
+        """Settings that must be equal on all ranks, by variable."""
         return {
             f.metadata["variable"]: str(getattr(self, f.name)) for f in fields(self) if f.metadata["shared"]
         }
@@ -196,8 +196,8 @@ class Settings:
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Parse `environ` (default: the process environment).
 
-    Raises SettingsError, naming the variable, for a value that cannot be used and for a variable
-    with our prefix that does not exist: a misspelt setting must not be ignored in silence.
+    Raises SettingsError for an invalid value, and for an unknown variable with our prefix (probably
+    misspelt).
     """
     environ = os.environ if environ is None else environ
     by_variable = {f.metadata["variable"]: f for f in fields(Settings)}

@@ -1,8 +1,4 @@
-"""Streams and events of the accelerator, with the same words where there is none.
-
-On CPU everything has already happened when a call returns, so a stream orders nothing and an event has always
-passed. `DeviceStreams` says that once, and no other module asks which device it is on.
-"""
+"""Streams and events of an accelerator, with the same interface on CPU, where calls return complete."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ class PassedEvent:
 
 
 class DeviceStreams:
-    """Stream operations for one device; `asynchronous` is False where there are no streams (CPU)."""
+    """Stream operations of one device; `asynchronous` is False on CPU."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -42,8 +38,7 @@ class DeviceStreams:
         return self._module.Stream() if self.asynchronous else None
 
     def adopt_thread(self) -> None:
-        """Give the calling thread this device: events are waited for in the context of a device, and a new
-        thread has none (NPU) or the first one (CUDA)."""
+        """Set this device for the calling thread: new threads have none (NPU) or the first (CUDA)."""
         if self.asynchronous:
             self._module.set_device(self.device)
 
@@ -52,14 +47,13 @@ class DeviceStreams:
         return self._module.stream(stream) if self.asynchronous else nullcontext()
 
     def record(self) -> Event:
-        """A fresh event at the tail of the current stream. Never reused: one event for two steps
-        races (vllm #39115)."""
+        """A fresh event in the current stream; a reused one races (vllm #39115)."""
         if not self.asynchronous:
             return PassedEvent()
         return self._record(self._module.Event())
 
     def record_time(self) -> Any:
-        """As `record`, with an event that knows when it passed: `earlier.elapsed_time(later)` is in ms."""
+        """As `record`, with timing: `earlier.elapsed_time(later)` in ms."""
         return self._record(self._module.Event(enable_timing=True))
 
     def _record(self, event: Any) -> Any:

@@ -1,13 +1,10 @@
-"""Sampled token ids come home: device to pinned memory, and from the last stage to every stage.
+"""Sampled token ids: device to pinned memory, last stage to every stage.
 
-The copy to the host is asynchronous and marked by an event of its own; the only thing that ever waits for
-it is whoever is about to read the ids. On an accelerator a sending thread does that for the other stages, so
-that tokens leave the moment they exist, whatever the scheduler is doing; on CPU they exist already
-when the launch returns and are sent at once.
+Asynchronous copies, each with its event. On an accelerator a thread waits and sends; on CPU the caller sends
+at launch.
 
-Ideas from vllm-ascend #2788 (pinned copy and event instead of `tolist()`; reverted because its buffer was
-sized from an undefined attribute: here every buffer is made for its tensor) and vllm #39115 (a reused
-event races: here every step has its own).
+Ideas: vllm-ascend #2788 (pinned copy, not `tolist()`; reverted, its buffer sized from an undefined
+attribute), vllm #39115 (a reused event races).
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from typing import Any
 
 import torch
 
-from .errors import PipelineError
 from .streams import DeviceStreams, Event
 from .transport.message import Kind
 from .transport.outbox import Outbox
@@ -41,10 +37,9 @@ ABANDON_LIMIT_S = 1.0  # then, for a sender that waits for room
 
 @dataclass
 class HostCopy:
-    """Outputs of one microbatch on their way to the host.
+    """Outputs of one microbatch in flight to the host: `values`, valid after `wait()`.
 
-    `values` may be read after `wait()`. `sources` keeps the device tensors alive until then: an
-    allocator that does not know of the copy stream must not hand their memory out.
+    `sources`: the device tensors, held because the allocator ignores the copy stream.
     """
 
     values: dict[str, Any]
@@ -53,19 +48,17 @@ class HostCopy:
 
     def wait(self) -> dict[str, Any]:
         self.ready.synchronize()
-        self.sources = {}
         return self.values
 
 
 def copy_to_host(
     outputs: Mapping[str, Any], streams: DeviceStreams, copy_stream: Any, produced: Any
 ) -> HostCopy:
-    """Start copying every device tensor in `outputs`, nested lists included, to pinned memory.
-
-    Runs on `copy_stream` behind the event `produced`. On CPU nothing is copied.
-    """
+    """Start copying device tensors, also in lists, to pinned memory, on `copy_stream` behind `produced`; not
+    on CPU."""
     if not streams.asynchronous:
-        return HostCopy(dict(outputs), streams.record())
+        values = dict(outputs)
+        return HostCopy(values, streams.record(), sources=values)
     with streams.use(copy_stream):
         streams.wait_for(produced)
         values = {name: _to_pinned(value) for name, value in outputs.items()}
@@ -84,13 +77,10 @@ def _to_pinned(value: Any) -> Any:
 
 
 def upload(tensor: torch.Tensor, streams: DeviceStreams) -> torch.Tensor:
-    """`tensor` on the device, ordered on the current stream, without blocking. On CPU `tensor` itself.
-
-    Through pinned memory, because an unpinned copy blocks the host. Every upload has memory of its own,
-    which torch's allocator of pinned memory does not hand out again before the copy has passed.
-    """
+    """`tensor` on the device, ordered on the current stream, without blocking; on CPU itself."""
     if not streams.asynchronous:
         return tensor
+    # An unpinned copy blocks the host. Pinned memory of its own: torch reuses it only behind the copy.
     return tensor.pin_memory().to(streams.device, non_blocking=True)
 
 
@@ -102,12 +92,11 @@ class _Outgoing:
 
 
 class TokenReturn:
-    """The last stage's side: sends outputs to every other stage and keeps its own.
+    """Sender of outputs, on the last stage, to all others.
 
-    `outboxes` are connections for the sending thread (device outputs), which watches and closes them; None
-    sends at once, from the caller's thread, which needs the copies to be complete (CPU). `adopt_thread` is
-    called first in the sending thread. What ends the thread is raised by the next call, and by a wait
-    for a message meanwhile (`HostLane.watch`).
+    `outboxes`: owned by the sending thread (device outputs); None sends complete copies on the caller's
+    thread (CPU). `adopt_thread` runs first in the thread. Its failure is raised by the next call or wait for
+    a message (`HostLane.watch`).
     """
 
     def __init__(
@@ -117,41 +106,27 @@ class TokenReturn:
         adopt_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self._link, self._outboxes, self._adopt_thread = link, outboxes, adopt_thread
-        self._own: dict[int, _Outgoing] = {}
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if outboxes is not None:
-            link.host_lane.watch(self._raise_failure, outboxes.values())
+            link.host_lane.watch(self.check, outboxes.values())
             self._thread = threading.Thread(target=self._run, name="token-return", daemon=True)
             self._thread.start()
 
     def post(self, copy: HostCopy, slot: int, iteration: int) -> None:
-        """Send the outputs of a microbatch to all other stages as soon as they are on the host."""
-        self._raise_failure()
+        """Send to all other stages, once on the host."""
+        self.check()
         outgoing = _Outgoing(copy, slot, iteration)
-        self._own[slot] = outgoing
         if self._thread is None:
             self._send(outgoing)
         else:
             self._queue.put(outgoing)
 
-    def own(self, slot: int, iteration: int) -> HostCopy:
-        """This stage's own outputs of a microbatch."""
-        self._raise_failure()
-        outgoing = self._own.pop(slot)
-        if outgoing.iteration != iteration:
-            raise PipelineError(
-                f"stage {self._link.stage} rank {self._link.rank}: the outputs kept for microbatch "
-                f"slot {slot} are of iteration {outgoing.iteration}, not {iteration}; report this."
-            )
-        return outgoing.copy
-
     def close(self) -> None:
-        """Send what is queued and end the thread, which closes its connections; at most some seconds.
+        """Send the queue and end the thread, within seconds.
 
-        A thread that waits for a device which does not answer cannot be ended: its connections stay, and go
-        with the process.
+        A thread blocked on a device keeps its connections.
         """
         if self._thread is None:
             return
@@ -162,9 +137,8 @@ class TokenReturn:
         self._thread.join(ABANDON_LIMIT_S)
         if self._thread.is_alive():
             logger.warning(
-                "stage %d rank %d: outputs are not on the host after %g s, so they were not sent at the end.",
-                self._link.stage,
-                self._link.rank,
+                "%s: outputs are not on the host after %g s, so they were not sent at the end.",
+                self._link.context.where,
                 CLOSE_LIMIT_S,
             )
 
@@ -172,15 +146,22 @@ class TokenReturn:
         assert self._outboxes is not None
         try:
             self._adopt_thread()
-            while (outgoing := self._next()) is not None:
-                self._send(outgoing)
+            while self._send_next():
+                pass
         except BaseException as error:
             self._failure = error
         for outbox in self._outboxes.values():
             outbox.close()
 
+    def _send_next(self) -> bool:
+        """False at the end. Keeps no reference to tensors."""
+        outgoing = self._next()
+        if outgoing is not None:
+            self._send(outgoing)
+        return outgoing is not None
+
     def _next(self) -> _Outgoing | None:
-        """What is to be sent; looks at the connections until then. None at the end."""
+        """Blocks, checking the connections. None at the end."""
         assert self._outboxes is not None
         while True:
             with suppress(queue.Empty):
@@ -203,6 +184,7 @@ class TokenReturn:
                     outboxes=self._outboxes,
                 )
 
-    def _raise_failure(self) -> None:
+    def check(self) -> None:
+        """Raise the failure of the sending thread."""
         if self._failure is not None:
             raise self._failure

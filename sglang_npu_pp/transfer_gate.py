@@ -1,13 +1,10 @@
-"""KV chunks that are queued before they are computed: whoever takes one waits, whoever queues it does not.
+"""KV chunks queued before they are computed: the transfer thread waits, not the scheduler.
 
-A prefill server queues a chunk right behind the launch of the forward that writes it. A thread of the
-transfer engine takes it from there, and must not read before the forward has run: on a device that is
-later. So an event of the forward goes with the chunk, and the thread waits for it (`TransferGate`). Which
-pages hold the chunk stands on the device, too; their numbers go with it as a copy on its way
+Each chunk has an event of its forward (`TransferGate`) and an asynchronous copy of its page numbers
 (`LateIndices`).
 
-Ideas from SGLang 0.5.22, which has an event for prefixes under overlap scheduling, and 0.5.23, which has
-one for page numbers on CUDA; each event is fresh, since a reused one races (vllm #39115).
+Ideas: SGLang 0.5.22 (event for prefixes under overlap scheduling), 0.5.23 (event for page numbers on CUDA);
+fresh events, since a reused one races (vllm #39115).
 """
 
 from __future__ import annotations
@@ -28,13 +25,10 @@ _EVENT = "sglang_npu_pp_written"  # attribute of a queued chunk until its event 
 
 
 class LateIndices:
-    """Whole numbers on their way to the host: their count is known, `wait` gives the values.
-
-    Anything that needs the values waits for them, so it also works where an array is expected.
-    """
+    """Integers being copied to the host: known count; `wait`, and any use as an array, returns the values."""
 
     def __init__(self, indices: torch.Tensor, streams: DeviceStreams) -> None:
-        """Begins the copy of `indices`, of shape (count,), behind what the current stream has to do."""
+        """Start copying `indices`, shape (count,), on the current stream."""
         self._source: torch.Tensor | None = indices  # lives until it is copied
         self._on_host = torch.empty(indices.shape, dtype=indices.dtype, device="cpu", pin_memory=True)
         self._on_host.copy_(indices, non_blocking=True)
@@ -57,7 +51,7 @@ class LateIndices:
 
 
 class TransferGate:
-    """Ties an event to every chunk that is queued inside `behind`; whoever takes the chunk waits for it."""
+    """Attaches an event to every chunk queued inside `behind`; its taker waits."""
 
     def __init__(self, streams: DeviceStreams, trace: Trace) -> None:
         self.streams, self._trace = streams, trace
@@ -66,7 +60,7 @@ class TransferGate:
 
     @contextmanager
     def behind(self, written: Event) -> Iterator[None]:
-        """Chunks that this thread queues in the block must not be read before `written` has passed."""
+        """Chunks queued by this thread inside are not read before `written` has passed."""
         before = getattr(self._queuing, "event", None)
         self._queuing.event = written
         try:
@@ -75,14 +69,14 @@ class TransferGate:
             self._queuing.event = before
 
     def queued(self, chunk: Any) -> None:
-        """Called for everything that is about to be queued."""
+        """Called before a chunk is queued."""
         event = getattr(self._queuing, "event", None)
         if event is not None:
             setattr(chunk, _EVENT, event)
             self._trace.record("chunk_queued")
 
     def taken(self, chunk: Any) -> None:
-        """Called with everything that was taken from the queue, in the thread that did. Waits."""
+        """Called in the taking thread. Waits."""
         event = getattr(chunk, _EVENT, None)
         if event is None:
             return

@@ -1,3 +1,3 @@
-"""The version of this package; a module of its own, so that all others can import it."""
+"""The version, in a module without imports."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from sglang_npu_pp.ending import Node, Watch, end_node, is_resource_tracker, speak
+from sglang_npu_pp.ending import Node, Watch, best_effort, end_node, is_resource_tracker
 from sglang_npu_pp.errors import PeerLostError
 
 LIMIT_S = 1.0
@@ -23,7 +23,7 @@ def child(orders: Connection) -> None:
     orders.send(segment.name)
     order = orders.recv()
     if order == "end unheard":  # a log that is closed, one whose reader is stopped
-        speak(lambda: json.loads(""), lambda: time.sleep(3600))
+        best_effort(lambda: json.loads(""), lambda: time.sleep(3600))
     if order.startswith("end"):
         node = Node.of_this_process()
         assert node is not None
@@ -42,7 +42,7 @@ def end_as_sglang_does() -> None:
 def main() -> None:
     node = Node(psutil.Process(), (Path(sys.argv[1]),))
     node.files[0].touch()
-    node.tell_children()
+    node.export_to_children()
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
     children = [context.Process(target=child, args=(theirs,)) for _, theirs in pipes]

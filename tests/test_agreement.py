@@ -66,14 +66,14 @@ def test_the_store_is_asked_a_few_times_a_rank() -> None:
 def test_the_first_rank_of_a_bad_verdict_ends_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process has the store, from which the others read what was wrong."""
     ended: list[int] = []
-    let_others_hear = agreement._let_others_hear
+    wait_for_readers = agreement._wait_for_readers
 
     def noted(*arguments: Any) -> None:
-        let_others_hear(*arguments)
-        assert sum(arguments[0].check([agreement._HEARD.format(rank)]) for rank in (1, 2)) == 2
+        wait_for_readers(*arguments)
+        assert sum(arguments[0].check([agreement._READ.format(rank)]) for rank in (1, 2)) == 2
         ended.append(0)
 
-    monkeypatch.setattr(agreement, "_let_others_hear", noted)
+    monkeypatch.setattr(agreement, "_wait_for_readers", noted)
     errors = run([SAME, {**SAME, "path": "upstream"}, SAME])
     assert all(isinstance(error, AgreementError) for error in errors)
     assert ended == [0]

@@ -182,7 +182,7 @@ def test_no_modules_import_each_other() -> None:
         ("transport.host_lane", "from ..tools.doctor.findings import Level"),
         ("patches.startup", "import sglang_npu_pp"),
         ("patches.startup", "from ..plugin import decision"),
-        ("patches", "from sglang_npu_pp.tools.doctor import contracts"),
+        ("patches", "from sglang_npu_pp.tools.doctor import versions"),
         ("plugin", "from . import __version__"),
         ("plugin", "import importlib\nimportlib.import_module('sglang_npu_pp.tools.ledger')"),
         ("tools.timeline.states", "from ...patches.pipeline import current"),

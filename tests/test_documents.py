@@ -41,6 +41,8 @@ RUN_BY = {
     "test_the_command_prints_the_table_and_draws_the_picture",
     "python -m sglang_npu_pp timeline DIR --iterations 100:140": "tests/test_timeline.py::"
     "test_the_command_can_look_at_a_part",
+    "python -m sglang_npu_pp timeline DIR --against DIR2 --output both.svg": "tests/test_timeline.py::"
+    "test_two_pipelines_are_drawn_to_one_scale",
     # Servers, which other tests start.
     "python -m sglang.launch_server --model-path Qwen/Qwen3-VL-8B-Instruct --tp-size 2 --pp-size 2": ""
     "tests/server/test_demo.py::test_demo_answers_and_shows_where_the_time_went",
@@ -147,10 +149,11 @@ def test_make_knows_what_to_do(command: str) -> None:
 
 
 def source_of(script: str) -> str:
-    """The text of a script, or of a package's command line."""
+    """The text of a script, a module, or a package's command line."""
     if script.endswith(".py"):
         return (ROOT / script).read_text()
-    return (ROOT / script.replace(".", "/") / "__main__.py").read_text()
+    path = ROOT / script.replace(".", "/")
+    return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
 @pytest.mark.parametrize("command", ["doctor", "ledger", "settings", "timeline"])

@@ -180,5 +180,5 @@ def test_only_an_ancestor_may_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     for pid, expected in ((os.getpid(), False), (os.getppid(), True)):
         node = ending.Node(psutil.Process(pid), (Path("/dev/shm/one"),))
         monkeypatch.setenv(ending.LAUNCHER, "")
-        node.tell_children()
+        node.export_to_children()
         assert ending.Node.of_this_process() == (node if expected else None)

@@ -202,7 +202,7 @@ def test_what_is_told_arrives_or_says_why_not(quick: Lookups, server: BootstrapS
     url = f"http://{server.address}/register_dp_rank"
     failures: list[str] = []
     told = threading.Event()
-    quick.tell(HttpRequest(url, '{"bootstrap_room": 7, "dp_rank": 1}'), failures.append)
+    quick.send(HttpRequest(url, '{"bootstrap_room": 7, "dp_rank": 1}'), failures.append)
     server.wait_seen(1)
     server.behaviour = "error"
 
@@ -210,7 +210,7 @@ def test_what_is_told_arrives_or_says_why_not(quick: Lookups, server: BootstrapS
         failures.append(text)
         told.set()
 
-    quick.tell(HttpRequest(url, '{"bootstrap_room": 8, "dp_rank": 1}'), failed)
+    quick.send(HttpRequest(url, '{"bootstrap_room": 8, "dp_rank": 1}'), failed)
     assert told.wait(LIMIT_S), "nobody was told of the failure"
     assert server.registered[7] == 1
     (text,) = failures

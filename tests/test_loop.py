@@ -54,7 +54,7 @@ def test_pytest_selects_what_is_computed_here(
 def test_the_makefile_and_ci_run_these_selections_once() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in SELECTIONS:
-        assert len(re.findall(rf'-m pytest -m "\$\({name}\)"', makefile)) == 1
+        assert len(re.findall(rf'-m pytest (?:-n 2 --dist loadscope )?-m "\$\({name}\)"', makefile)) == 1
     assert re.search(r"^test-all: test test-rest ", makefile, re.MULTILINE)
     assert re.findall(r"^make ([a-z-]+)", (ROOT / ".ci/run").read_text(), re.MULTILINE) == [
         "test",

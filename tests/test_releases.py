@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rig import battery
 from rig.releases import IN_VENV, RELEASES
@@ -162,11 +165,15 @@ def test_the_script_says_what_is_no_release(
 
 def test_the_table_shows_what_changed_where() -> None:
     target = "sglang.srt.distributed.parallel_state:GroupCoordinator.send_recv_tensor_dict"
-    head, *lines, last = script.differences(CONTRACTS)
-    assert head.split() == [*CONTRACTS, "function"]
-    (line,) = (line for line in lines if line.endswith(target.rpartition("srt.")[2]))
-    assert line.split()[:-1] == [*["-"] * 8, *["A"] * 4]
-    assert last.startswith(f"{len(contract_targets(PATCHES)) - len(lines)} more functions")
+    table = script.differences(CONTRACTS)
+    console = Console(record=True, width=240, file=io.StringIO())
+    console.print(table)
+    cells = [re.sub("[│┃]", " ", line).split() for line in console.export_text().splitlines()]
+    assert cells[1] == [*CONTRACTS, "function"]
+    (line,) = (each for each in cells if each[-1:] == [target.rpartition("srt.")[2]])
+    assert line[:-1] == [*["-"] * 8, *["A"] * 4]
+    left = len(contract_targets(PATCHES)) - table.row_count
+    assert " ".join(cells[-1]).startswith(f"{left} more functions")
 
 
 # --- helpers ------------------------------------------------------------------------------------

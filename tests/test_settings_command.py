@@ -9,7 +9,7 @@ import pytest
 
 from sglang_npu_pp.__main__ import main
 from sglang_npu_pp.settings import Settings
-from sglang_npu_pp.tools.text import WIDTH
+from sglang_npu_pp.text import WIDTH
 
 ROOT = Path(__file__).parents[1]
 

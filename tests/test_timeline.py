@@ -241,6 +241,22 @@ def test_on_a_device_the_forward_is_what_counts_and_waits_beneath_it_are_hidden(
     ]
 
 
+def test_outputs_that_go_round_a_ring_are_pushed_by_the_stage_before() -> None:
+    """As upstream sends them: the last stage waits for its own, which stage 0 passes on."""
+    first = [*FIRST[:12], (30.0, "push", "output", 0), (31.0, "iteration", "", 2)]
+    second = [
+        *SECOND[:9],
+        (27.0, "wait", "output", 0),
+        (33.0, "ready", "output", 0),
+        (33.0, "launch", "", 1),
+        (37.0, "launched", "", 1),
+    ]
+    timeline = analyse([trace(0, first), trace(1, second)])
+    assert (24, 26, BUBBLE, "output") in states(timeline, 0)  # until the last stage pushed them
+    assert (27, 30, BUBBLE, "output") in states(timeline, 1)
+    assert (30, 33, EXPOSED, "output") in states(timeline, 1)
+
+
 def test_every_stage_has_a_push_of_its_own_when_outputs_go_to_several() -> None:
     def waiting(stage: int) -> RankTrace:
         lines = [
@@ -402,3 +418,64 @@ def test_without_matplotlib_the_table_is_printed_and_a_sentence_says_how_to_get_
     expected = "The picture needs matplotlib; install it with: pip install 'sglang-npu-pp[tools]'\n"
     assert printed.err == expected
     assert not (folder / "timeline.png").exists()
+
+
+# --- two pipelines in one picture ----------------------------------------------------------------
+
+
+@pytest.fixture
+def slower(tmp_path: Path) -> Path:
+    """A folder of traces in which everything took twice as long."""
+    directory = tmp_path / "slower"
+    directory.mkdir()
+    for stage, lines in enumerate((FIRST, SECOND)):
+        slow = [(2 * time, name, kind, iteration) for time, name, kind, iteration in lines]
+        trace(stage, slow).write(directory)
+    return directory
+
+
+def test_two_pipelines_are_drawn_to_one_scale(
+    folder: Path, slower: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = folder / "both.svg"
+    command = ["timeline", str(folder), "--against", str(slower), "--output", str(output)]
+    assert main([*command, "--from", "0", "--heading", "made by hand"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{slower}: 0.072 s" in printed
+    assert f"{folder}: 0.036 s" in printed
+    assert printed.count("bubble ratio") == 2
+    text = output.read_text()
+    above = f"{slower.name}: 2 microbatches, 57 % of the time computing"
+    below = f"{folder.name}: 2 microbatches, 57 % of the time computing"
+    assert "made by hand" in text
+    assert text.index(above) < text.index(below)
+    assert text.count(">stage 0<") == text.count(">stage 1<") == 2
+    assert text.count(">bubble<") == 1  # one legend
+    assert ">70<" in text  # on the axis of both
+
+
+def test_without_a_part_the_middle_of_both_is_drawn(folder: Path, slower: Path) -> None:
+    output = folder / "both.svg"
+    assert main(["timeline", str(folder), "--against", str(slower), "--output", str(output)]) == 0
+    assert ">40<" in output.read_text()  # the forwards of stage 0 end after 44 ms, or 22
+    assert ">50<" not in output.read_text()
+
+
+def test_the_same_time_is_chosen_of_both(
+    folder: Path, slower: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["timeline", str(folder), "--against", str(slower), "--from", "1", "--to", "21"]) == 0
+    assert capsys.readouterr().out.count("0.020 s") == 2
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_a_folder_without_traces_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without: bool
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    directory, against = (empty, folder) if without else (folder, empty)
+    assert main(["timeline", str(directory), "--against", str(against)]) == 1
+    assert capsys.readouterr().err == (
+        f"{empty}: The traces of all stages are needed, from 0 on, but there are those of: none.\n"
+    )

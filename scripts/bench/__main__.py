@@ -26,6 +26,7 @@ from rich.console import Console
 
 from rig.folders import new_folder
 from rig.server import ServerError
+from scripts.output import plain_console
 
 from . import figure, report
 from .competitors import ROOT, VARIABLES, VLLM, Competitor
@@ -47,7 +48,7 @@ def main() -> int:
         return on_simulated_ascend(sys.argv[3:])
     options = parse_command_line(sys.argv[1:])
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = plain_console()
     folder = new_folder(options.logs, "bench")
     try:
         right = run(options, folder, console)

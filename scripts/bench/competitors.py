@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import psutil
 
+from rig.probes import probe_variables
 from rig.server import Server, ServerError
 
 from . import load
@@ -20,7 +22,6 @@ from .link import Link
 from .vllm import VllmDialect, VllmServer, vllm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
-_PLUGIN = Path(__file__).with_name("plugin")
 _NODES = 2
 FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
@@ -85,12 +86,22 @@ class Idle:
 
 
 class Contestant:
-    """A competitor's server on two nodes, resident while others are measured: frozen except in `awake`."""
+    """A competitor's server on two nodes, resident while others are measured: frozen except in `awake`.
+
+    `variables`: of the environment, in addition to those of its design.
+    """
 
     def __init__(
-        self, competitor: Competitor, pp: int, model: Path, link: Link, folder: Path, vllm: Path | None = None
+        self,
+        competitor: Competitor,
+        pp: int,
+        model: Path,
+        link: Link,
+        folder: Path,
+        vllm: Path | None = None,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.competitor, self.pp = competitor, pp
+        self.competitor, self.pp, self._variables = competitor, pp, variables
         self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
         self._folder.mkdir(parents=True)
         common: dict[str, Any] = {
@@ -103,15 +114,16 @@ class Contestant:
             self.server = self._sglang(model, link, common)
         else:
             assert vllm is not None, "vLLM takes part where --vllm names its interpreter"
-            variables = {node: vllm_variables(link, node) for node in range(_NODES)}
-            self.server = VllmServer(model, 1, pp, python=vllm, node_env=variables, **common)
+            of_nodes = {node: vllm_variables(link, node) for node in range(_NODES)}
+            self.server = VllmServer(model, 1, pp, python=vllm, node_env=of_nodes, **common)
         self._dialect: load.Dialect = load.SGLANG if competitor.is_sglang else VllmDialect(model)
         self._stages: list[StageFile] = []
 
     def _sglang(self, model: Path, link: Link, common: dict[str, Any]) -> Server:
         environment = {
             **VARIABLES[self.competitor.design],
-            "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
+            **self._variables,
+            **probe_variables("scripts.bench.probe", paths=[ROOT]),
             "BENCH_FOLDER": str(self._folder),
         }
         arguments = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))

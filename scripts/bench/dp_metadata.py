@@ -24,16 +24,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
+from rig.probes import probe_variables
+from rig.probes.dp_metadata_probe import KINDS, SIGNAL
 from rig.server import Server
 from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
-from scripts.bench.dp_metadata_plugin.dp_metadata_probe import KINDS, SIGNAL
 from scripts.bench.load import DECODE, Load, Request
 from scripts.bench.load import run as run_load
+from scripts.output import number_table, plain_console
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "rig/assets/random_moe"
-PLUGIN = Path(__file__).parent / "dp_metadata_plugin"
 ON, OFF = {"SGLANG_NPU_PP": "require"}, {"SGLANG_NPU_PP": "0"}
 HOST = {"SGLANG_NPU_PP_DP_METADATA": "host"}
 COMPETITORS = {
@@ -58,7 +61,7 @@ def configure(name: str, variables: Mapping[str, str], folder: Path, device: str
         **variables,
         "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S,
         "DP_METADATA_DIR": str(folder),
-        "PYTHONPATH": str(PLUGIN),
+        **probe_variables("dp_metadata_probe"),
     }
     args = (*ARGUMENTS, "--dtype", DTYPES[device])
     return Server(MODEL, 2, 2, log=folder / "log", device=device, env=environment, args=args)
@@ -106,13 +109,14 @@ def tokens_are_equal(rows: list[dict[str, Any]]) -> bool:
     return all(each == tokens[0] for tokens in by_round.values() for each in tokens)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> Table:
     """Over all steps of both ranks of a stage, in microseconds: wall median and 90 %, median of CPU time."""
     names = list(dict.fromkeys(row["competitor"] for row in rows))
-    lines = [f"{'us blocked a step':20}" + "".join(f"{f'{name}: median  90 %   CPU':>36}" for name in names)]
+    columns = [f"{name}: {what}" for name in names for what in ("steps", "median", "90 %", "CPU")]
+    found = number_table(None, "us blocked a step", *columns)
     for stage in ("stage0", "stage1"):
         for kind in KINDS:
-            cells = []
+            texts: list[str] = []
             for name in names:
                 steps = [
                     step
@@ -122,17 +126,20 @@ def table(rows: list[dict[str, Any]]) -> str:
                     if rank.startswith(stage)
                     for step in kinds.get(kind, [])
                 ]
-                cells.append(cell(steps))
-            lines.append(f"{stage + ' ' + kind:20}" + "".join(f"{each:>36}" for each in cells))
-    return "\n".join(lines)
+                texts += cells(steps)
+            found.add_row(f"{stage} {kind}", *texts)
+    return found
 
 
-def cell(steps: list[tuple[int, int]]) -> str:
+def cells(steps: list[tuple[int, int]]) -> list[str]:
     if len(steps) < 2:
-        return f"{len(steps)} steps"
+        return [f"({len(steps)})", "", "", ""]
     wall, cpu = ([ns / 1e3 for ns in values] for values in zip(*steps, strict=True))
     ninety = statistics.quantiles(wall, n=10)[8]
-    return f"({len(steps)}) {statistics.median(wall):7.0f} {ninety:7.0f} {statistics.median(cpu):5.0f}"
+    return [
+        f"({len(steps)})",
+        *(f"{us:.0f}" for us in (statistics.median(wall), ninety, statistics.median(cpu))),
+    ]
 
 
 def main() -> None:
@@ -143,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = run(arguments.rounds, arguments.device, Path(folder))
-    print(table(rows))
+    plain_console(200).print(table(rows))
     print("all tokens are equal:", tokens_are_equal(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows) + "\n")

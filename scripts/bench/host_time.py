@@ -23,16 +23,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rig.probes import probe_variables
+from rig.probes.host_time_probe import SIGNAL
 from rig.server import Server
 from scripts.bench.asked import ask_schedulers
 from scripts.bench.competitors import FROZEN_LIMIT_S
-from scripts.bench.host_time_plugin.host_time_probe import SIGNAL
 from scripts.bench.load import DECODE
 from scripts.bench.load import run as run_load
+from scripts.output import number_table, plain_console
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "rig/assets/random_vl"
-PLUGIN = Path(__file__).parent / "host_time_plugin"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 COUNTED = range(10, 23)  # requests in a decode that counts
 CLOCKS = {"cpu": "scheduler thread", "process": "all threads", "wall": "wall, with waiting"}
@@ -47,7 +48,7 @@ def start(name: str, folder: Path, parts: bool) -> Server:
         "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S,
         "HOST_TIME_DIR": str(folder),
         "HOST_TIME_PARTS": "1" if parts else "0",
-        "PYTHONPATH": str(PLUGIN),
+        **probe_variables("host_time_probe"),
     }
     args = ("--max-total-tokens", "16384", "--dtype", "float32", "--skip-server-warmup")
     return Server(MODEL, 1, 2, log=folder / "log", env=environment, args=(*args, "--disable-radix-cache"))
@@ -106,15 +107,17 @@ def median(rows: list[Row], stage: int, value: str) -> float:
 
 
 def print_table(rows: list[Row]) -> None:
+    console = plain_console()
     of = {name: [row for row in rows if row["competitor"] == name] for name in COMPETITORS}
     for stage in range(2):
         parts = {part for row in rows for part in row["stages"][stage]["parts"]}
         names = [*CLOCKS, *sorted(parts, key=lambda part: -max(median(of[n], stage, part) for n in of))]
-        print(f"\nstage {stage}, us an iteration outside run_batch{'upstream':>33}{'ours':>9}{'ratio':>8}")
+        table = number_table(None, f"stage {stage}, us an iteration outside run_batch", *COMPETITORS, "ratio")
         for name in names:
             upstream, ours = median(of["upstream"], stage, name), median(of["ours"], stage, name)
-            ratio = f"{ours / upstream:8.2f}" if upstream else ""
-            print(f"{CLOCKS.get(name, name):72}{upstream:9.0f}{ours:9.0f}{ratio}")
+            ratio = f"{ours / upstream:.2f}" if upstream else ""
+            table.add_row(CLOCKS.get(name, name), f"{upstream:.0f}", f"{ours:.0f}", ratio)
+        console.print(table)
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ class EmulatedLink:
         """One-way delay and rate of the link; what the nodes `lost_from` send is lost."""
         if self._line is not None:
             lost = " ".join(str(int(node in lost_from)) for node in range(len(self._names)))
-            self._tell_delay_line(f"{delay_ms * 1e3:.0f} {rate_mbit:g} {lost}")
+            self._configure_delay_line(f"{delay_ms * 1e3:.0f} {rate_mbit:g} {lost}")
             return
         shape = ["delay", f"{delay_ms}ms", "limit", "100000"]
         shape += ["rate", f"{rate_mbit}mbit"] if rate_mbit else []
@@ -170,7 +170,7 @@ class EmulatedLink:
         for setting in _SYSCTLS:
             _run("nsenter", f"--net=/run/netns/{name}", "sysctl", "-qw", setting)
 
-    def _tell_delay_line(self, command: str) -> None:
+    def _configure_delay_line(self, command: str) -> None:
         assert self._line is not None
         assert self._line.stdin is not None
         self._line.stdin.write(command + "\n")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ascend_sim.controls import Simulator
 from rig.folders import new_folder
+from rig.probes import probe_variables
 from rig.server import Server, ServerError
 
 from . import load, npu_sim_report
@@ -35,7 +36,6 @@ from .npu_sim_probe import Control, control_path, notes_path
 from .npu_sim_report import Cell, Measurements, Run
 from .resident import Say, resident, turns
 
-_PLUGIN = Path(__file__).with_name("npu_sim_plugin")
 _START_LIMIT_S = 600.0
 _WARM_UP_LIMIT_S = 90.0  # some seconds are usual; who has not answered by then hangs
 _PRIORITY = -15  # of threads, as `nice` counts
@@ -75,7 +75,7 @@ class Contestant:
         self._control = Control.create(control_path(self._folder))
         variables = {
             **VARIABLES[competitor.design],
-            "PYTHONPATH": os.pathsep.join([str(_PLUGIN), str(ROOT)]),
+            **probe_variables("scripts.bench.npu_sim_probe", paths=[ROOT]),
             "BENCH_FOLDER": str(self._folder),
         }
         self.server = Server(

@@ -1,4 +1,4 @@
-"""SGLang plugin of the benchmark on the simulated Ascend: pads forwards with device time, takes notes.
+"""The probe (rig/probes) of the benchmark on the simulated Ascend: device time for forwards, and notes.
 
 It is loaded into every server that is measured, upstream's as well, and does the same in each. A forward
 takes at least as long as the benchmark sets (`Control`), on its stream and not on the host: the host launches
@@ -86,7 +86,7 @@ def notes_path(folder: Path, stage: int) -> Path:
 
 
 def register() -> None:
-    """Entry point `sglang.srt.plugins`; runs in the engine and in every scheduler."""
+    """Runs in the engine and in every scheduler."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if os.environ.get("BENCH_DESIGN") == "pr19582":
@@ -195,9 +195,9 @@ def _slot_of(scheduler: Any, batch: Any) -> int:
 
 def _waits_of_ours() -> list[int]:
     """Requests, proxies, outputs, back-pressure."""
-    from sglang_npu_pp.patches.pipeline import current
+    from sglang_npu_pp.patches.pipeline import current_or_none
 
-    pipeline = current()
+    pipeline = current_or_none()
     if pipeline is None:
         return [0, 0, 0, 0]
     telemetry = pipeline.link.telemetry

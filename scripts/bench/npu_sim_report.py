@@ -11,8 +11,9 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from scripts.output import number_table, plain_console
 
 from . import load
 from .competitors import Competitor
@@ -195,7 +196,7 @@ def _median_ms(nanoseconds: object) -> float:
 
 
 def show(made: Sequence[Row], hung: Sequence[str]) -> None:
-    console = Console(width=None if os.isatty(1) else 150)
+    console = plain_console(150)
     for pp in dict.fromkeys(row.pp for row in made):
         console.print(_table(pp, [row for row in made if row.pp == pp]))
     for name in hung:
@@ -205,7 +206,6 @@ def show(made: Sequence[Row], hung: Sequence[str]) -> None:
 
 
 def _table(pp: int, made: Sequence[Row]) -> Table:
-    table = Table(title=f"pp {pp}, {DEVICE}; ms an iteration")
     columns: dict[str, Callable[[Row], str]] = {
         "forward": lambda row: f"{row.forward_ms:g}",
         "link": lambda row: f"{row.latency_ms:g} ms {row.gb_per_s:g} GB/s",
@@ -222,8 +222,7 @@ def _table(pp: int, made: Sequence[Row]) -> Table:
         "in receives": lambda row: f"{row.in_receives_ms:.2f}",
         "tokens": lambda row: "equal" if row.tokens_equal else "OTHER",
     }
-    for title in columns:
-        table.add_column(title, justify="left" if title == "server" else "right")
+    table = number_table(f"pp {pp}, {DEVICE}; ms an iteration", *columns, left=3)
     for row in made:
         table.add_row(*(text(row) for text in columns.values()))
     return table

@@ -1,10 +1,11 @@
-"""SGLang plugin of the benchmark: counts what each stage does, and stands in for an accelerator.
+"""The probe of the benchmark (rig/probes): counts what each stage does, and stands in for an accelerator.
 
 It is loaded into every server that is measured, upstream's as well, and does the same in each: the forward
 (`Scheduler.run_batch`) is padded to a duration that the benchmark sets while the server runs. All designs
 wait for their messages before it begins.
 
 BENCH_FOLDER: where the counters go. BENCH_DESIGN=pr19582: also load that design.
+BENCH_UPSTREAM_TRACE: a folder, into which an unpatched server then writes traces (upstream_trace.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from .counters import Counted, StageFile, stage_path
 
 
 def register() -> None:
-    """Entry point `sglang.srt.plugins`; runs in the engine and in every scheduler."""
+    """Runs in the engine and in every scheduler."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if os.environ.get("BENCH_DESIGN") == "pr19582":
         from . import pr19582
 
         pr19582.register()
+    if folder := os.environ.get("BENCH_UPSTREAM_TRACE"):
+        from . import upstream_trace
+
+        upstream_trace.register(Path(folder))
     stage = Stage(Path(os.environ["BENCH_FOLDER"]))
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.run_batch", stage.run_batch, HookType.AROUND

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scripts.output import number_table
+
 from .competitors import FLAGS, ROOT, Competitor, Run
 from .load import LOADS
 from .measure import Cell, Measurements
@@ -212,11 +214,8 @@ def show(console: Console, found: Sequence[Measurements]) -> None:
 
 def _ratio_table(made: Sequence[Row]) -> Table:
     links = list(dict.fromkeys(LinkSetting(row.delay_ms, row.rate_mbit) for row in made))
-    table = Table(title=f"pp {made[0].pp}: throughput, times that of upstream at depth 0 (median of pairs)")
-    table.add_column("load")
-    table.add_column("server")
-    for link in links:
-        table.add_column(str(link), justify="right")
+    title = f"pp {made[0].pp}: throughput, times that of upstream at depth 0 (median of pairs)"
+    table = number_table(title, "load", "server", *map(str, links), left=2)
     by_place = {(_work(row), _name(row), LinkSetting(row.delay_ms, row.rate_mbit)): row for row in made}
     for work in dict.fromkeys(_work(row) for row in made):
         for name in dict.fromkeys(_name(row) for row in made):
@@ -234,9 +233,8 @@ def _cell_text(row: Row | None) -> str:
 
 
 def _server_table(made: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="servers: schedulers only, without requests")
-    for title in ("server", "memory", "CPU when idle", "first token after idling"):
-        table.add_column(title, justify="left" if title == "server" else "right")
+    columns = ("server", "memory", "CPU when idle", "first token after idling")
+    table = number_table("servers: schedulers only, without requests", *columns)
     for server in made:
         name = Competitor(server["competitor"], server["depth"]).name
         table.add_row(
@@ -258,10 +256,9 @@ def _name(row: Row) -> str:
 
 def _delay_table(made: Sequence[Row]) -> Table:
     """What a delay costs each server, against itself without delay."""
-    table = Table(title=f"pp {made[0].pp}: what the link costs a server, against itself without delay")
-    titles = ("load", "link", "server", "tokens/s", "kept", "iteration", "delays an iteration", "exposed")
-    for title in (*titles, "delays a token", "host CPU"):
-        table.add_column(title, justify="left" if title in titles[:3] else "right")
+    title = f"pp {made[0].pp}: what the link costs a server, against itself without delay"
+    columns = ("load", "link", "server", "tokens/s", "kept", "iteration", "delays an iteration", "exposed")
+    table = number_table(title, *columns, "delays a token", "host CPU", left=3)
     for row in made:
         table.add_row(
             str(_work(row)),

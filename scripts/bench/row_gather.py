@@ -26,6 +26,7 @@ from ascend_sim import sglang_on_sim
 from ascend_sim.kernels import occupy
 from rig.harness import Here, results
 from rig.npu_ranks import start_team
+from scripts.output import number_table, plain_console
 from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.row_gather import RowGather, create_row_group
 
@@ -132,11 +133,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every step to this file")
     arguments = parser.parse_args()
     found = measure(arguments.rounds, arguments.steps)
-    print(f"{'us blocked':24}{'median':>9}{'90 %':>9}{'CPU':>9}")
+    table = number_table(None, "us blocked", "median", "90 %", "CPU")
     for name, steps in sorted(found.items(), key=lambda item: item[0].rpartition(", ")[::-1]):
         wall, cpu = ([ns / 1e3 for ns in values] for values in zip(*steps, strict=True))
         ninety = statistics.quantiles(wall, n=10)[8]
-        print(f"{name:24}{statistics.median(wall):9.0f}{ninety:9.0f}{statistics.median(cpu):9.0f}")
+        table.add_row(
+            name, *(f"{each:.0f}" for each in (statistics.median(wall), ninety, statistics.median(cpu)))
+        )
+    plain_console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(found) + "\n")
 

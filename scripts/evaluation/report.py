@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scripts.output import number_table
+
 from .checks import LOGPROB_TOLERANCE, Difference, Finding, compare, pairs
 from .results import Result, Side
 
@@ -63,10 +65,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def results_table(report: Report) -> Table:
-    table = Table()
-    for title in TITLES:
-        numeric = title not in TITLES[:3]
-        table.add_column(title, justify="right" if numeric else "left", no_wrap=not numeric)
+    table = number_table(None, *TITLES, left=3)
     for row in rows(report.results):
         table.add_row(*row)
     return table

@@ -17,15 +17,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rig.probes import probe_variables
+
 from .checks import Check, Finding, by_check, check_all, compare
 from .direct import TWIN, TWIN_PICTURES, TWIN_TOKENS, ask_pictures, load_weights
-from .gate import RANDOM_MODEL, ROOT, SHIPPED_FLOOR, SHIPPED_MODEL
+from .gate import RANDOM_MODEL, SHIPPED_FLOOR, SHIPPED_MODEL
 from .lmms import Target
 from .pictures import PLAIN, pictures
 from .results import Layout, Result, Side
 from .servers import configure, running
 
-PROBE = ROOT / "rig/probe"
 FAULT_FILE_VARIABLE = "PP_PROBE_FAULT_FILE"
 LAYOUT = Layout(1, 2)
 CONCURRENCY = 16
@@ -87,7 +88,7 @@ def run(folder: Path, console: Console, trained_pictures: int = TRAINED_PICTURES
         server = configure(SHIPPED_MODEL, LAYOUT, Side.UNPATCHED, folder / "unpatched.log")
         with running(server, LAYOUT, Side.UNPATCHED, CONCURRENCY) as target:
             reference = ask(target, trained_pictures)
-        env = {FAULT_FILE_VARIABLE: str(fault_file), "PYTHONPATH": str(PROBE)}
+        env = {FAULT_FILE_VARIABLE: str(fault_file), **probe_variables("sglang_pp_probe")}
         server = configure(SHIPPED_MODEL, LAYOUT, Side.PATCHED, folder / "patched.log", env=env)
         rounds = []
         status.update(f"{LAYOUT}, patched: starting")

@@ -18,10 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rig.server import ServerError
 from scripts.bench.link import EmulatedLink, LinkError, reason_for_loopback
+from scripts.output import plain_console
 from sglang_npu_pp.settings import Settings
 
 from .episode import Episode, Outcome, describe, on_two_nodes
@@ -39,7 +38,7 @@ _OURS, _UPSTREAM = "sglang-npu-pp", "upstream"
 def main() -> int:
     """0: as it should be; 1: something was left, lost or wrong; 2: not run."""
     options = parse_command_line()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = plain_console(160)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(130))
     reason = reason_for_loopback()
     if reason:

@@ -27,14 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from rig import battery
 from rig.agreement import MARKER, disagreement, states
-from rig.launcher import ARGUMENTS, PROBE, RANDOM_MODEL
+from rig.launcher import ARGUMENTS, RANDOM_MODEL
 from rig.ports import free_ports
+from rig.probes import probe_variables
 from rig.server import Server, ServerError
 from scripts.bench.link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
+from scripts.output import number_table, plain_console
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 
 from .checks import GROWTH_LIMIT_MIB, Sample, Trend, errors_in, in_flight, trends
@@ -51,7 +52,7 @@ _SHOWN = 10  # wrong answers, lines of a log
 def main() -> int:
     """0: all is well; 1: something is wrong; 2: not run."""
     options = parse_command_line()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = plain_console()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(130))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
@@ -103,7 +104,7 @@ def parse_command_line() -> argparse.Namespace:
 
 def on_two_nodes(pp: int, lane: str, folder: Path, link: Link, port: int) -> Server:
     """Not started. Float32 and small chunks; three times as many microbatches as stages need (depth 2)."""
-    probe = {"PP_PROBE_STATES": "1", "PP_PROBE_DIR": str(folder), "PYTHONPATH": str(PROBE)}
+    probe = {"PP_PROBE_STATES": "1", "PP_PROBE_DIR": str(folder), **probe_variables("sglang_pp_probe")}
     ours = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_TELEMETRY_DIR": str(folder)}
     ours |= {"SGLANG_NPU_PP_PROXY_LANE": lane, "SGLANG_NPU_PP_PORT": str(port)}
     if isinstance(
@@ -170,7 +171,7 @@ class Soak:
                 self.samples += [
                     Sample.of(pid, stage, at_s) for stage, pid in enumerate(self.server.scheduler_pids())
                 ]
-                self._say(at_s)
+                self._print_status(at_s)
                 time.sleep(generator.uniform(*_GAP_S))
 
     def _rest(self) -> None:
@@ -223,7 +224,7 @@ class Soak:
 
     # --- what is shown -------------------------------------------------------------------------
 
-    def _say(self, at_s: float) -> None:
+    def _print_status(self, at_s: float) -> None:
         memory = ", ".join(f"{sample.rss_mib:.0f}" for sample in self.samples[-self.server.pp :])
         self.console.print(
             f"{at_s / 60:5.1f} min  {self.tally.asked.total():6} requests, {len(self.tally.wrong)} wrong; "
@@ -232,10 +233,9 @@ class Soak:
         )
 
     def show(self, complaints: list[str]) -> None:
-        table = Table(title=f"memory behind the warm-up; growth may be {GROWTH_LIMIT_MIB:g} MiB a minute")
         names = ("stage", "first MiB", "last", "most", "growth a minute", "descriptors", "threads")
-        for name in names:
-            table.add_column(name, justify="right")
+        title = f"memory behind the warm-up; growth may be {GROWTH_LIMIT_MIB:g} MiB a minute"
+        table = number_table(title, *names, left=0)
         for one in self.trends():
             table.add_row(
                 str(one.stage),

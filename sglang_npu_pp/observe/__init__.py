@@ -1,1 +1,1 @@
-"""What watches a rank and never steers it: counters, metrics, traces, reports, measured times."""
+"""Passive observation of a rank: telemetry, metrics, trace, reporting, measuring."""

@@ -1,31 +1,11 @@
-"""Which `--pp-async-batch-depth` would hide the link between the stages, and what it would cost.
+"""Advice on `--pp-async-batch-depth`: the depth that hides the link between stages, and its cost.
 
-How the loop runs. Stage 0 launches the forward of iteration i and then waits for the outputs of the
-microbatch that has been under way longest, iteration i + 1 - S, where S = pp_size + depth is the number of
-slots. Only behind that does it schedule the same slot again. Every other wait is weaker: a later stage
-waits for its proxies as the last thing before its forward, their request list has left before them (by a
-forward, in which it does its own host work), and its wait for outputs begins behind what stage 0 waits for.
-So beside the work of the slowest stage one thing limits how long an iteration takes, a round of stage 0,
+Derivation and limits in docs/measuring.md. With S = pp_size + depth slots,
 
-    round = forwards of all stages + hops, the one back to stage 0 included + host work of stage 0
-
-in which S iterations fit:
-
+    round  = forwards of all stages + hops, back to stage 0 included + host work of stage 0
     period = max(work of the slowest stage, round / S)
 
-The link is hidden when the second is not the larger one. With equal stages T, equal hops L and no host work
-that is depth * T >= pp_size * L: a depth of d covers a one-way latency of d * T / pp_size. Stages that
-differ need less, because the slowest one leaves the others time. Host work between two launches needs less
-on CPU, where it keeps the stage busy, and more on a device, where it comes on top of the round.
-
-What a slot costs. All S microbatches share the requests that may run at once, so each holds fewer of them.
-In prefill that costs nothing: a chunk has as many tokens as before, and throughput goes as 1 / period. In
-decoding a token of every request takes one round, however many slots there are: more of them bring
-something only if a forward gets shorter with fewer requests, or if more requests may run.
-
-Measured: hops as half the shortest round trip of a small message on the host lane at start, forwards and
-host work by `stage_times.py`. Not measured: the time that the bytes of a proxy need, the latency of the
-device lane, and how a forward changes with fewer requests.
+and the link is hidden when round / S is not the larger.
 """
 
 from __future__ import annotations
@@ -53,17 +33,17 @@ class StageTimes:
 
 
 def round_s(stages: Sequence[StageTimes]) -> float:
-    """Seconds from a launch of stage 0 until it can launch the same slot again; `stages` in order."""
+    """Seconds between two launches of a slot on stage 0; `stages` in order."""
     return sum(stage.forward_s + stage.hop_s for stage in stages) + stages[0].host_s
 
 
 def shortest_period_s(stages: Sequence[StageTimes]) -> float:
-    """Seconds that an iteration takes at any depth: the work of the slowest stage."""
+    """Lower bound of an iteration at any depth, in seconds."""
     return max(stage.work_s for stage in stages)
 
 
 def period_s(stages: Sequence[StageTimes], depth: int) -> float:
-    """Seconds that an iteration takes when all slots are busy."""
+    """Seconds of an iteration with all slots busy."""
     return max(shortest_period_s(stages), round_s(stages) / (len(stages) + depth))
 
 
@@ -73,14 +53,14 @@ def is_hidden(stages: Sequence[StageTimes], depth: int) -> bool:
 
 
 def needed_depth(stages: Sequence[StageTimes]) -> int:
-    """The smallest depth at which the link is hidden."""
+    """The smallest depth that hides the link."""
     slots = math.ceil((1 - HIDDEN) * round_s(stages) / shortest_period_s(stages) - 1e-9)
     return max(0, slots - len(stages))
 
 
 def microbatch_size(max_requests: int, slots: int, limit: int | None) -> int:
-    """Requests of one microbatch when `slots` share `max_requests` evenly, at least 1 and at most `limit`
-    (the user's --pp-max-micro-batch-size, None where there is none)."""
+    """Requests of a microbatch when `slots` share `max_requests`: at least 1, at most `limit`
+    (--pp-max-micro-batch-size, None if unset)."""
     return max(1, min(max_requests // slots, limit or max_requests))
 
 
@@ -92,10 +72,10 @@ def advise(
     limit: int | None,
     proxy_bytes: int,
 ) -> str:
-    """What to tell the operator, in a few sentences.
+    """Advice for the operator, in a few sentences.
 
-    `measured`: the stages in order, for "prefill" and "decode" or one of them. `depth`: the present one.
-    `max_requests`: requests that may run at once in all slots. `proxy_bytes`: of the largest proxy message.
+    `measured`: stages in order, for "prefill", "decode" or both. `depth`: the present one. `max_requests`:
+    running requests of all slots. `proxy_bytes`: the largest proxy message.
     """
     stages = next(iter(measured.values()))
     hops = _milliseconds(stage.hop_s for stage in stages)
@@ -137,7 +117,7 @@ def _waited(stages: Sequence[StageTimes], depth: int) -> str:
 
 
 def _less(needed: int, depth: int, sizes: Mapping[int, int]) -> str:
-    """That a smaller depth would do, if so."""
+    """Whether a smaller depth is enough, as a sentence or ""."""
     if needed >= depth:
         return ""
     return f", and {needed} would, with {sizes[needed]} instead of {sizes[depth]} requests a microbatch"

@@ -1,13 +1,9 @@
-"""The counters of a rank as Prometheus metrics, for the /metrics of the engine.
+"""Metrics: the telemetry of a rank in Prometheus' format, on the engine's /metrics.
 
-The engine uses prometheus_client's multiprocess mode: every process maps a file of values in a directory that
-the engine made, and whoever serves /metrics adds the files up. So a value is visible as soon as it is
-written here, and nobody asks this process for it.
-
-The program never touches these values: a thread copies them from `Telemetry` once a second. Counting in
-prometheus_client itself would cost a lock and a write for each of ten counters of an iteration. Copying every
-so many iterations would go wrong when it matters: the scheduler of an idle server, or of one that waits for
-another stage, runs no iterations, and its last counts would stay invisible.
+In prometheus_client's multiprocess mode every process maps a file of values, and the /metrics handler adds
+the files up. A thread copies the values from `Telemetry` once a second: counting in prometheus_client would
+cost a lock and a write for each of ten counters of an iteration, and copying every n iterations would hide
+the last counts of an idle or blocked scheduler.
 """
 
 from __future__ import annotations
@@ -23,13 +19,13 @@ from .telemetry import ChannelCounters, Telemetry
 logger = logging.getLogger("sglang_npu_pp")
 
 PREFIX = "sglang_npu_pp_"
-COPY_EVERY_S = 1.0  # a fraction of what Prometheus' shortest usual scrape interval, 5 s, could show
+COPY_EVERY_S = 1.0  # a fraction of Prometheus' shortest usual scrape interval, 5 s
 RANK_LABELS = ("stage", "rank")
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A family of series. `name` is what /metrics shows; `labels` are those beside `RANK_LABELS`."""
+    """A metric family. `name`: as on /metrics; `labels`: besides `RANK_LABELS`."""
 
     name: str
     meaning: str
@@ -89,7 +85,7 @@ Series = tuple[Metric, tuple[str, ...]]
 
 
 def read_counters(telemetry: Telemetry) -> Iterator[tuple[Series, float]]:
-    """Every counter of the rank: metric, values of its labels, total since the start."""
+    """All counters of the rank: metric, label values, total since the start."""
     yield (REFUSED, ()), telemetry.refused
     yield (REFUSED_CONNECTIONS, ()), telemetry.refused_connections
     for phase, seconds in list(telemetry.phases_s.items()):
@@ -110,7 +106,7 @@ def _traffic(kind: str, direction: str, counters: ChannelCounters) -> Iterator[t
 
 
 class Exporter:
-    """Copies the counters of one rank to prometheus_client until the process ends."""
+    """Copies the telemetry of one rank to prometheus_client."""
 
     def __init__(
         self,
@@ -121,9 +117,8 @@ class Exporter:
         labels: Mapping[str, str] | None = None,
         registry: Any = None,
     ) -> None:
-        """`limits`: values of metrics in `LIMITS`, which do not change; `features`: whether each is in force.
-        `labels`: more labels for all series, where stage and rank do not tell the ranks apart. `registry`:
-        None for prometheus_client's own."""
+        """`limits`: constant values of the metrics in `LIMITS`. `features`: which are in force. `labels`:
+        further labels, where stage and rank are not unique. `registry`: None for prometheus_client's own."""
         # Imported late: where its values live is decided by the environment at the first import, and the
         # engine process has not set it yet when it loads plugins.
         import prometheus_client
@@ -157,7 +152,7 @@ class Exporter:
             gauges[metric].labels(*self._own.values(), *values).set(value)
 
     def copy(self) -> None:
-        """Bring every series up to date: 0.3 us for each, and 1 us more for each that has grown."""
+        """Update every series: 0.3 us each, 1 us more if it has grown."""
         for series, total in read_counters(self._telemetry):
             grown = total - self._copied.get(series, 0.0)
             if series not in self._series:
@@ -168,7 +163,7 @@ class Exporter:
                 self._copied[series] = total
 
     def start(self) -> None:
-        """Copy now, and then once a second in a thread that ends with the process."""
+        """Copy now, then every second in a daemon thread."""
         self.copy()
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
@@ -180,5 +175,5 @@ class Exporter:
         try:
             while not self._end.wait(COPY_EVERY_S):
                 self.copy()
-        except Exception:  # a full disk, say; the server goes on without these metrics
+        except Exception:  # for example a full disk; the server goes on without these metrics
             logger.exception("sglang-npu-pp: metrics of this rank are not updated any more")

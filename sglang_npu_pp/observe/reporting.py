@@ -1,7 +1,4 @@
-"""When a rank tells what it counted: once at its end, and whenever it is asked (SIGUSR2).
-
-Nothing here may raise: a report is never worth a server.
-"""
+"""Reporting: files and log lines with telemetry and trace, at the end and on SIGUSR2. Never raises."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ logger = logging.getLogger("sglang_npu_pp")
 
 
 class Reporter:
-    """Writes telemetry and trace of one rank to where the settings say, and to the log."""
+    """Reports one rank: to the directories of the settings, and to the log."""
 
     def __init__(
         self, settings: Settings, telemetry: Telemetry, trace: Trace, clock: LinkClock = UNMEASURED
@@ -31,8 +28,8 @@ class Reporter:
         self._finished = False
 
     def report(self) -> None:
-        """Never raises: it is called by signal handlers and on the way to the end, which goes on."""
-        with suppress(Exception):  # a log that is closed, say
+        """Never raises: called by signal handlers and at the end."""
+        with suppress(Exception):  # for example a closed log
             self._report()
 
     def _report(self) -> None:
@@ -44,7 +41,7 @@ class Reporter:
                 self._trace, snapshot.stage, snapshot.rank, self._clock.offset_ns, snapshot.replica
             )
             self._write(trace, self._settings.trace_dir, "SGLANG_NPU_PP_TRACE")
-        # Last: with it the report of this rank is there.
+        # Last: it marks the report of this rank as complete.
         self._write(snapshot, self._settings.telemetry_dir, "SGLANG_NPU_PP_TELEMETRY_DIR")
 
     def _write(self, what: Snapshot | RankTrace, directory: Path | None, variable: str) -> None:
@@ -72,10 +69,9 @@ class Reporter:
             self.report()
 
     def install(self) -> None:
-        """Report at exit and on SIGUSR2 (and go on); on SIGTERM, where there is something to write.
+        """Report at exit, on SIGUSR2 (and go on), and on SIGTERM if there are files to write.
 
-        Signals belong to the main thread and to whoever took them first: a handler that is already
-        there stays.
+        Handlers need the main thread; an existing handler stays.
         """
         atexit.register(self.finish)
         if threading.current_thread() is not threading.main_thread():

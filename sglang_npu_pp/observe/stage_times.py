@@ -1,15 +1,18 @@
-"""How long a stage works on an iteration: measured on the first busy batches, told to stage 0, said once.
+"""Times of forwards: when they ran, for the trace; work per iteration, for the depth advice.
 
-Only launches in a row of one kind (prefill, decode) count, one more than there are slots: then every slot
-was taken, which is when the depth matters, and the launch before tells how long the host worked in between.
-What is measured is the forward: wall time on CPU, two events on a device, which are asked and never waited
-for.
+Timing events around a launch, polled once an iteration, give begin and end on the device.
+
+The advice is from the first busy batches, sent to stage 0, logged once. A launch counts behind as many of its
+kind (prefill, decode) in a row as there are slots: all taken, and host time since the last launch known.
+Measured: device time; wall time on CPU.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -18,11 +21,57 @@ from ..transport.message import Kind
 from ..transport.stage_link import StageLink
 from .depth import StageTimes, advise
 from .telemetry import Telemetry
+from .trace import Trace
+
+_NEW_ANCHOR_MS = 60_000.0  # elapsed times are 32-bit floats: a minute is good to 4 us
 
 KINDS = ("prefill", "decode")
 WARM_UP = 4  # busy launches of a kind that are not counted: first use of memory, kernels, caches
 SAMPLES = 16
 LAUNCH_LIMIT = 1000  # busy launches after which a kind that did not come is not waited for
+
+
+class _Forward(NamedTuple):
+    begin: Any
+    end: Any
+    slot: int
+    iteration: int
+
+
+class ForwardTimer:
+    """Records "run" and "ran", in host time, while tracing. Owned by the scheduler thread."""
+
+    def __init__(
+        self, streams: DeviceStreams, trace: Trace, now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        """Waits for the device once, to anchor its clock."""
+        self._streams, self._trace = streams, trace
+        self._pending: deque[_Forward] = deque()
+        self._anchor: Any = streams.record_time()
+        self._anchor.synchronize()
+        self._anchor_ns = now_ns()
+
+    @contextmanager
+    def around(self, stream: AbstractContextManager[Any], slot: int, iteration: int) -> Iterator[None]:
+        """Time launches in the block, on the stream of `stream`."""
+        with stream:
+            begin = self._streams.record_time()
+        yield
+        with stream:
+            self._pending.append(_Forward(begin, self._streams.record_time(), slot, iteration))
+
+    def collect(self) -> None:
+        """Record ended forwards, without waiting."""
+        while self._pending and self._pending[0].end.query():
+            forward = self._pending.popleft()
+            for name, event in (("run", forward.begin), ("ran", forward.end)):
+                self._trace.record_at(self._host_ns(event), name, forward.slot, forward.iteration)
+            if self._anchor.elapsed_time(forward.end) > _NEW_ANCHOR_MS:
+                self._anchor_ns = self._host_ns(forward.end)
+                self._anchor = forward.end
+
+    def _host_ns(self, event: Any) -> int:
+        return self._anchor_ns + round(1e6 * self._anchor.elapsed_time(event))
 
 
 class _Launch(NamedTuple):
@@ -33,7 +82,7 @@ class _Launch(NamedTuple):
 
 
 class StageTimer:
-    """Times the launches of one rank. Costs a few microseconds for each; drop it when it has been read."""
+    """Times the launches of one rank (microseconds each); drop it after reading."""
 
     def __init__(self, streams: DeviceStreams, telemetry: Telemetry, slots: int) -> None:
         self._streams, self._telemetry, self._slots = streams, telemetry, slots
@@ -45,8 +94,7 @@ class StageTimer:
         self.busy_launches = 0
 
     def begin(self, kind: str, iteration: int) -> None:
-        """Just before a launch, behind all waits. `kind`: one of `KINDS`, or another word for a batch that
-        does not count."""
+        """Just before a launch, behind all waits. `kind`: of `KINDS`, else not counted."""
         follows = iteration == self._iteration + 1 and kind == self._kind
         self._in_a_row = self._in_a_row + 1 if follows else 1
         self._kind, self._iteration = kind, iteration
@@ -66,7 +114,7 @@ class StageTimer:
             self._samples[launch.kind].append((seconds, launch.host_s))
 
     def read(self, kind: str, hop_s: float) -> StageTimes | None:
-        """Medians of the first `SAMPLES` behind the warm-up; None while there are fewer."""
+        """Medians of `SAMPLES` launches after the warm-up, or None."""
         samples = self._samples[kind][WARM_UP : WARM_UP + SAMPLES]
         if len(samples) < SAMPLES:
             return None
@@ -77,7 +125,7 @@ class StageTimer:
         return self._streams.record_time() if self._streams.asynchronous else time.monotonic()
 
     def _seconds(self, launch: _Launch) -> float | None:
-        """None while the device has not come to the end."""
+        """None while the device is busy."""
         if not self._streams.asynchronous:
             return float(launch.ended - launch.began)
         return launch.began.elapsed_time(launch.ended) / 1e3 if launch.ended.query() else None
@@ -87,7 +135,7 @@ class StageTimer:
 
 
 class DepthAdviser:
-    """One rank of each stage measures; that of stage 0 hears the others and then knows what to say."""
+    """Times of one rank a stage, and stage 0's advice."""
 
     def __init__(self, link: StageLink, streams: DeviceStreams, depth: int) -> None:
         self._link, self._depth = link, depth
@@ -103,7 +151,7 @@ class DepthAdviser:
         self._timer.begin(kind, iteration)
 
     def end(self) -> None:
-        """See `StageTimer.end`; passes on what is new."""
+        """See `StageTimer.end`; sends new times."""
         self._timer.end()
         for kind in KINDS:
             if self._link.stage not in self._known[kind]:
@@ -114,16 +162,16 @@ class DepthAdviser:
                         self._link.push(Kind.STAGE_TIMES, 0, (kind, vars(times)))
         if self._link.stage == 0:
             self._note_proxy()
-            self._hear()
+            self._receive_times()
 
     @property
     def finished(self) -> bool:
-        """Whether there is no more to measure: `advice` can be read (stage 0), or everything was told."""
+        """Nothing left to measure: `advice` is ready (stage 0), all is sent (others)."""
         known = [kind for kind in KINDS if self._is_known(kind)]
         return len(known) == len(KINDS) or (bool(known) and self._timer.busy_launches >= LAUNCH_LIMIT)
 
     def advice(self, max_requests: int, limit: int | None) -> str:
-        """See `advise`; on stage 0, once it has `finished`."""
+        """See `advise`; on stage 0, once `finished`."""
         measured = {
             kind: [times for _, times in sorted(self._known[kind].items())]
             for kind in KINDS
@@ -141,9 +189,9 @@ class DepthAdviser:
         stages = self._link.stages if self._link.stage == 0 else 1
         return len(self._known[kind]) == stages
 
-    def _hear(self) -> None:
+    def _receive_times(self) -> None:
         for source in range(1, self._link.stages):
-            while self._link.host_lane.inbox.oldest(source, Kind.STAGE_TIMES) is not None:
+            while self._link.has_arrived(Kind.STAGE_TIMES, source):
                 kind, times = self._link.post(Kind.STAGE_TIMES, source).wait_values()
                 self._known[kind][source] = StageTimes(**times)
 

@@ -1,7 +1,7 @@
-"""Where the time of a stage goes: counters per message kind and per phase of the scheduler.
+"""Telemetry: counters per message kind and per phase of the scheduler.
 
-One `Telemetry` belongs to one rank. Counters are plain additions on the thread that does the work; a
-reader may see a count one message ahead of its bytes, never a torn value.
+One `Telemetry` per rank. Counters are plain additions on the working thread; a reader may see a count one
+message ahead of its bytes, never a torn value.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..text import number_table
 from .whole_file import write_whole
 
 
@@ -24,16 +25,16 @@ class ChannelCounters:
     """Messages of one kind in one direction."""
 
     messages: int = 0
-    bytes: int = 0  # header and frames, and what went over the device lane
-    waits: int = 0  # how often the scheduler thread asked for a message
-    wait_s: float = 0.0  # how long it was blocked until the message was there
-    backpressure: int = 0  # how often a send found its window or its slots full
-    backpressure_s: float = 0.0  # how long it was blocked for that
+    bytes: int = 0  # header, frames, and tensors of the device lane
+    waits: int = 0  # receives by the scheduler thread
+    wait_s: float = 0.0  # time blocked until the message was there
+    backpressure: int = 0  # sends that found their window or slots full
+    backpressure_s: float = 0.0  # time blocked for that
 
 
 @dataclass
 class Telemetry:
-    """Counters of one rank since its start; `snapshot()` is safe to call from any thread."""
+    """Counters of one rank since its start; `snapshot()` is thread-safe."""
 
     stage: int
     rank: int
@@ -41,7 +42,7 @@ class Telemetry:
     received: dict[str, ChannelCounters] = field(default_factory=dict)
     phases_s: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # frames from unauthenticated clients and messages that could not be read
-    refused_connections: int = 0  # from the network, of which nobody showed a key of this server
+    refused_connections: int = 0  # from the network, without a key of this server
     started: float = field(default_factory=time.monotonic)
     replica: int | None = None  # where data-parallel replicas each have a stage 0 and a rank 0
 
@@ -53,7 +54,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall time of the block to the phase `name`, in seconds."""
+        """Add the wall time of the block, in seconds, to the phase `name`."""
         begin = time.monotonic()
         try:
             yield
@@ -92,18 +93,18 @@ class Snapshot:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Replica (-1: there are none), stage, rank."""
+        """Replica (-1 without replicas), stage, rank."""
         return -1 if self.replica is None else self.replica, self.stage, self.rank
 
     def write(self, directory: Path) -> Path:
-        """Write `file_name(...).json`, whole or not at all, and return its path."""
+        """Write `file_name(...).json` atomically; return its path."""
         path = directory / f"{file_name(self.stage, self.rank, self.replica)}.json"
         write_whole(path, json.dumps(asdict(self), indent=1).encode())
         return path
 
 
 def file_name(stage: int | str, rank: int, replica: int | None) -> str:
-    """What the files of a rank are called, and those of no other rank of the server: without the suffix."""
+    """File name of a rank, unique in the server, without suffix."""
     name = f"stage{stage}-rank{rank}"
     return name if replica is None else f"replica{replica}-{name}"
 
@@ -112,16 +113,14 @@ _A_SNAPSHOT = re.compile(r"(replica\d+-)?stage\d+-rank\d+\.json")
 
 
 def read_snapshots(directory: Path) -> list[Snapshot]:
-    """What the ranks wrote into `directory`, by replica, stage and rank."""
+    """Snapshots of all ranks in `directory`, by replica, stage and rank."""
     paths = [path for path in directory.iterdir() if _A_SNAPSHOT.fullmatch(path.name)]
     return sorted((Snapshot(**json.loads(path.read_text())) for path in paths), key=lambda one: one.place)
 
 
 def render_table(snapshots: Sequence[Snapshot]) -> str:
-    """Plain-text table: where the scheduler thread of each stage was, in ms, and what it moved.
-
-    Data-parallel replicas are told apart by a column of their own, where there are any.
-    """
+    """Plain-text table: time of each stage's scheduler thread in ms, and its messages; with a column for
+    data-parallel replicas, if any."""
     replicas = any(snapshot.replica is not None for snapshot in snapshots)
     kinds = ("requests", "proxy", "output")
     head = [
@@ -149,6 +148,4 @@ def render_table(snapshots: Sequence[Snapshot]) -> str:
                 f"{sum(channel['bytes'] for channel in channels) / 2**20:.2f}",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return number_table(rows)

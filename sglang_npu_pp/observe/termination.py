@@ -1,15 +1,14 @@
-"""SIGTERM, for a process that has something to report before it ends.
+"""SIGTERM of a process with a report to write.
 
-Without a handler SIGTERM ends a process at once, whatever it does, and with nothing to write it is left like
-that. A handler of Python's runs only when the main thread is back from the C code that it is in, and
-no Python at all runs while that code holds the interpreter's lock. So there are three who may end it:
+With nothing to write, SIGTERM keeps its default action. A Python handler waits for the main thread to leave C
+code, and for the GIL. So three parts may end the process:
 
-1. the handler, at once where the main thread runs Python;
-2. a thread, where the main thread is in C code that has released the lock: it reports and ends the process;
-3. a small process beside it, where neither has begun within BEGIN_S, or not ended within REPORT_S: it sends
-   SIGTERM again, which finds the default action, because the kernel has reset it when the first one came.
+1. the handler, where the main thread runs Python;
+2. a thread, where the main thread is in C code without the GIL;
+3. a helper process, if the report has not begun within BEGIN_S or ended within REPORT_S: it repeats SIGTERM,
+   whose default action the kernel has restored.
 
-All hear of the signal by the byte that Python's handler in C writes at once, wherever the main thread is.
+CPython's C handler wakes all by a byte on the wakeup fd.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 
 TURN_S = 0.2  # until the thread takes the place of a handler that does not run
 BEGIN_S = 1.0  # until the report has begun: Python does not run at all
-REPORT_S = 8.0  # for the report; who stops containers sends SIGKILL after ten seconds
+REPORT_S = 8.0  # for the report; container runtimes send SIGKILL after ten seconds
 _BEGUN = b"\0"  # no signal has this number
 
 _BESIDE = """
@@ -39,14 +38,14 @@ def is_ending():
     with open(f"/proc/{parent}/status") as status:
         caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
     return not caught >> (signal.SIGTERM - 1) & 1
-told = None
-while told is None and os.getppid() == parent:
+received = None
+while received is None and os.getppid() == parent:
     if select.select([0], [], [], 5.0)[0]:
         byte = os.read(0, 1)
         if not byte or (byte[0] == signal.SIGTERM and is_ending()):
-            told = byte
-if told:
-    os.write(1, told)
+            received = byte
+if received:
+    os.write(1, received)
     end = time.monotonic() + begin_s
     while os.getppid() == parent and time.monotonic() < end:
         if select.select([0], [], [], 0.02)[0] and os.read(0, 1) == bytes(1):
@@ -57,7 +56,7 @@ if told:
 
 
 class Termination:
-    """Calls `report`, which must not raise, when SIGTERM comes, and then lets it end the process."""
+    """On SIGTERM calls `report`, which must not raise, then ends the process."""
 
     def __init__(self, report: Callable[[], None]) -> None:
         self._report = report
@@ -65,12 +64,12 @@ class Termination:
         self._writer, self._pid = -1, os.getpid()  # to the process beside this one
 
     def install(self) -> bool:
-        """To be called by the main thread. False, with nothing changed, where it cannot be or is not ours."""
+        """For the main thread. False, with nothing changed, if SIGTERM cannot be handled or is not ours."""
         reset_by_kernel = getattr(ctypes.CDLL(None), "sysv_signal", None)
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or reset_by_kernel is None:
             return False
         taken = signal.set_wakeup_fd(-1)
-        if taken != -1:  # an event loop, which has to hear of its own signals
+        if taken != -1:  # an event loop, which needs its own signals
             signal.set_wakeup_fd(taken)
             return False
         reader, writer = os.pipe()
@@ -122,7 +121,7 @@ class Termination:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _forget(self) -> None:
-        """In a child that goes on without another program: what ends it is not about this process."""
+        """After fork, in the child: the helper belongs to the parent."""
         if signal.getsignal(signal.SIGTERM) != self._on_signal:
             return  # something else has set its own
         with suppress(ValueError):
@@ -134,7 +133,7 @@ class Termination:
 
 
 def _reset_when_it_comes(install: Any) -> None:
-    """Have the kernel put the default action back before it calls Python's handler for SIGTERM.
+    """Let the kernel restore SIGTERM's default action before CPython's handler runs.
 
     `install`: sysv_signal(3), which differs from signal(3) in this alone.
     """
@@ -143,7 +142,7 @@ def _reset_when_it_comes(install: Any) -> None:
 
 
 def _set_action(number: int, action: int | None) -> int | None:
-    """signal(2): the address of a function, None for the default. Returns what was there."""
+    """signal(2): `action` is a function's address, None for the default. Returns the previous one."""
     function = ctypes.CDLL(None).signal
     function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
     before: int | None = function(number, action)

@@ -1,21 +1,18 @@
-"""The recorded order of posts, waits and launches, for tests and timelines.
+"""Trace: recorded order of posts, waits and launches, for tests and timelines; never payload.
 
-Off by default: `Trace.record` then costs one attribute test. What is recorded is order and time, never
-payload. Asynchrony is a claim about order, so order is what the tests assert.
-
-What a rank recorded becomes one file that Perfetto and chrome://tracing load. The events stand in it as
-they were recorded, too; that is what `read_trace` reads.
+Off by default; `Trace.record` then costs one attribute test. One file per rank, for Perfetto and
+`read_trace`.
 
 | event | when |
 |---|---|
-| iteration | the scheduler begins an iteration, before it receives requests |
-| post, wait, ready | a receive is posted; the program waits for it; it has the message, tensors included |
-| arrive | a message has come in, whatever the program does |
-| push, full | a message has left on the host lane; its window or its slots are full, and the sender waits |
-| post_send, post_receive | tensors have been handed to the device lane; their receive has been posted |
-| launch, launched | a forward is about to be launched, and has been; on CPU it has then been computed |
-| chunk_queued, chunk_taken | a KV chunk was handed to the transfer engine; it may be read now |
-| run, ran | a device began and ended the forward; recorded later, with the time at which it was |
+| iteration | start of a scheduler iteration, before requests are received |
+| post, wait, ready | a receive is posted; its wait begins; message and tensors are there |
+| arrive | a message has arrived, independent of any wait |
+| push, full | a message was pushed on the host lane; window or slots are full |
+| post_send, post_receive | device lane: tensors handed over; receive posted |
+| launch, launched | before and after the launch of a forward (on CPU: its computation) |
+| chunk_queued, chunk_taken | a KV chunk was handed to the transfer engine; it may be read |
+| run, ran | begin and end of the forward on the device, recorded later |
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ SUFFIX = ".trace.json"
 
 
 class Event(NamedTuple):
-    """One thing that a rank did."""
+    """One recorded event."""
 
     time_ns: int  # time.monotonic_ns of this node
     name: str  # see the table above
@@ -46,7 +43,7 @@ class Event(NamedTuple):
 
 
 class Trace:
-    """A bounded list of events of one rank, the oldest dropped first."""
+    """Ring buffer of one rank's events."""
 
     def __init__(self, enabled: bool = False, capacity: int = 1 << 18) -> None:
         self.enabled = enabled
@@ -58,7 +55,7 @@ class Trace:
             self._events.append((time.monotonic_ns(), name, kind, slot, iteration))
 
     def record_at(self, time_ns: int, name: str, slot: int, iteration: int) -> None:
-        """Record something of which the time is only known later."""
+        """Record an event whose time is known only later."""
         if self.enabled:
             self._events.append((time_ns, name, "", slot, iteration))
 
@@ -68,7 +65,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class RankTrace:
-    """What one rank recorded until it was written."""
+    """The trace of one rank, as written."""
 
     stage: int
     rank: int
@@ -82,11 +79,11 @@ class RankTrace:
         return cls(stage, rank, offset_ns, time.monotonic_ns(), trace.events(), replica)
 
     def on_stage_0(self) -> list[Event]:
-        """The events, with the times of stage 0's clock."""
+        """The events, in times of stage 0's clock."""
         return [event._replace(time_ns=event.time_ns + self.offset_ns) for event in self.events]
 
     def write(self, directory: Path) -> Path:
-        """Write `file_name(...).trace.json`, whole or not at all, and return its path."""
+        """Write `file_name(...).trace.json` atomically; return its path."""
         path = directory / f"{file_name(self.stage, self.rank, self.replica)}{SUFFIX}"
         # Perfetto reads no further than the first key that it does not know: the recorded events come last.
         content = {"traceEvents": chrome_events(self), "recorded": self}
@@ -102,7 +99,7 @@ _DECODER = msgspec.json.Decoder(_File)
 
 
 def read_trace(path: Path) -> RankTrace:
-    """What `RankTrace.write` wrote. Raises ValueError, naming the file, when it is something else."""
+    """Trace from a file of `RankTrace.write`. Raises ValueError, naming the file, for another."""
     try:
         return _DECODER.decode(path.read_bytes()).recorded
     except msgspec.DecodeError as error:
@@ -110,9 +107,9 @@ def read_trace(path: Path) -> RankTrace:
 
 
 def read_traces(directory: Path, rank: int = 0, replica: int = 0) -> list[RankTrace]:
-    """The traces of one rank of every stage, by stage.
+    """Traces of one rank of every stage, by stage.
 
-    `replica`: of which data-parallel one. A server without them is its own replica 0.
+    `replica`: the data-parallel one; 0 for a server without.
     """
     paths = list(directory.glob(file_name("*", rank, replica) + SUFFIX))
     if not paths and replica == 0:
@@ -153,7 +150,7 @@ _ENDS = {
 
 
 def chrome_events(trace: RankTrace) -> list[dict[str, Any]]:
-    """Metadata ("M") that names the rows, slices ("X") and instants ("i"); `ts` and `dur` in microseconds."""
+    """Metadata ("M"), slices ("X") and instants ("i"); `ts` and `dur` in microseconds."""
     slices = [*_slices(trace), *_slots(trace), *_instants(trace)]
     used = {event["tid"] for event in slices}
     return [*_names(trace, used), *slices]
@@ -192,8 +189,7 @@ def _instants(trace: RankTrace) -> Iterator[dict[str, Any]]:
 
 
 def _slices(trace: RankTrace) -> Iterator[dict[str, Any]]:
-    """From a beginning to its end. What has not ended goes on until the trace was written: a stage that hangs
-    shows where."""
+    """From begin to end; open ones (a hanging stage) until the trace was written."""
     begun: dict[tuple[str, str], Event] = {}
     for event in trace.events:
         ends = _ENDS.get(event.name, "")
@@ -208,8 +204,8 @@ def _slices(trace: RankTrace) -> Iterator[dict[str, Any]]:
 
 
 def _slots(trace: RankTrace) -> Iterator[dict[str, Any]]:
-    """How long a microbatch was in flight here: from its launch until its outputs were here, which on the
-    last stage is when they left; a chunk of a prompt that has none, until the next launch in its slot."""
+    """Microbatches in flight, from launch until outputs (on the last stage: sent); a prompt chunk without
+    outputs until the next launch in its slot."""
     launched: dict[int, Event] = {}
     for event in trace.events:
         began = launched.get(event.slot)

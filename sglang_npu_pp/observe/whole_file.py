@@ -1,4 +1,4 @@
-"""Files that a reader finds whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ _numbers = itertools.count()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so a reader never sees half a file, and a full disk keeps the old one.
+    """Write beside `path`, then rename: never half a file, and a full disk keeps the old one.
 
-    The name beside it is of this call alone: a signal may come in the middle, and write the same file.
-    Raises OSError, and then leaves nothing of its own.
+    The temporary name is unique, for reentrancy from signal handlers. Raises OSError, leaving no file.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{next(_numbers)}.partial")
     try:

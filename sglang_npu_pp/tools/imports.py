@@ -1,4 +1,4 @@
-"""How tools import torch: without its device backends."""
+"""Import of torch for tools, without device backends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 @contextmanager
 def without_device_backends() -> Iterator[None]:
-    """Around the import of a module that imports torch: torch does not load torch_npu on the way.
+    """Around an import of torch: without torch_npu, which fails where CANN is missing or broken.
 
-    Where CANN is missing or broken that would fail, and a tool should say so instead. Nothing changes for a
-    process that has imported torch already, nor for those that it starts.
+    No effect if torch is imported already, nor on child processes.
     """
     before = os.environ.get(_AUTOLOAD)
     os.environ[_AUTOLOAD] = "0"

@@ -1,7 +1,7 @@
-"""`python -m sglang_npu_pp ledger`: every patch with its reason, where the idea comes from, and its end.
+"""`python -m sglang_npu_pp ledger`: every patch with its reason, source and end.
 
-Nothing is written by hand: it is all on the `Patch` objects, and the contracts say which releases need
-them. docs/patches.md is what `--markdown` prints. SGLang is not imported and need not be installed.
+Printed from the `Patch` objects and the contracts, without SGLang; docs/patches.md is the output of
+`--markdown`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from itertools import groupby
 from typing import Any
 
 from ..patching import Contracts, Patch
+from ..text import table
 from .imports import without_device_backends
-from .text import table
 
 REPOSITORIES = {
     "sglang": "sgl-project/sglang",
@@ -32,12 +32,12 @@ _REFERENCE = re.compile(r"(?:([\w-]+) )?#(\d+)")
 
 @dataclass(frozen=True)
 class Entry:
-    """What is said of one patch."""
+    """The facts of one patch."""
 
     target: str  # "module:Class.method" of SGLang
     adds: bool  # the function is new; otherwise it is replaced
     code: str  # "patches/module.py:function"
-    seam: str  # what that module is about, its first paragraph
+    seam: str  # subject of that module: its first paragraph
     why: str
     how: str
     upstream: str
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def entries(patches: Iterable[Patch], contracts: Contracts) -> list[Entry]:
-    """One for every patch, in the order in which they are applied."""
+    """One for each patch, in order of application."""
     return [_entry(patch, contracts) for patch in patches]
 
 
@@ -102,9 +102,9 @@ def _entry(patch: Patch, contracts: Contracts) -> Entry:
 
 
 def _references(upstream: str) -> list[tuple[str, str]]:
-    """The numbers of issues and pull requests as they are written, each with its address.
+    """Issue and pull request numbers as written, each with its address.
 
-    One without a repository in front of it belongs to the one before: "sglang #19582, #22747".
+    A number without a repository belongs to the one before: "sglang #19582, #22747".
     """
     found: list[tuple[str, str]] = []
     repository = ""
@@ -117,7 +117,7 @@ def _references(upstream: str) -> list[tuple[str, str]]:
     return found
 
 
-# --- what is printed -----------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------
 
 
 def text(found: list[Entry], releases: tuple[str, ...]) -> str:
@@ -203,7 +203,7 @@ def _short(target: str) -> str:
 
 
 def _anchor(entry: Entry) -> str:
-    """As GitHub makes it of the heading."""
+    """As GitHub derives it from the heading."""
     return re.sub(r"[^\w -]", "", entry.name.lower()).replace(" ", "-")
 
 

@@ -1,6 +1,6 @@
 """`python -m sglang_npu_pp settings`: every environment variable, its default and its meaning.
 
-All of it comes from the `Settings` dataclass; docs/settings.md is the output of `--markdown`.
+From the `Settings` dataclass; docs/settings.md is the output of `--markdown`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..settings import Settings
-from .text import table
+from ..text import table
 
 _HEADER = ("variable", "default", "meaning")
 
@@ -57,7 +57,7 @@ def markdown() -> str:
 
 
 def _rows() -> list[tuple[str, str, str]]:
-    """Variable, default (empty: unset) and meaning of each setting, in their order."""
+    """Variable, default (empty: unset) and meaning of each setting."""
     return [
         (
             setting.metadata["variable"],

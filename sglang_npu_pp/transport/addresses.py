@@ -1,11 +1,8 @@
-"""At which addresses of this machine other nodes may find it, in the order in which they should try them.
+"""The addresses of this machine for other nodes, in the order of their connection attempts.
 
-The host lane has to come up wherever the process groups of the engine do, and those do not tell which address
-they use. So the addresses that could be right are collected, the one that gloo itself would use first; the
-lane listens on all of them and the peers try them in this order.
-
-That is more than one network, but not more than is safe: each connection is asked for a key that only the
-ranks of this start know (CURVE), before Python reads a byte. SGLANG_NPU_PP_HOST narrows it to one network.
+The address used by the engine's process groups is unknown, and the host lane must come up wherever they do.
+So it listens on all plausible ones, gloo's first choice first. CURVE checks each connection for a key known
+only to this start's ranks, before Python reads a byte. SGLANG_NPU_PP_HOST limits it to one network.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ Interfaces = Mapping[str, Sequence[str]]
 
 
 def own_interfaces() -> dict[str, list[str]]:
-    """The interfaces that are up and have addresses."""
+    """Interfaces that are up."""
     states = psutil.net_if_stats()
     found: dict[str, list[str]] = {}
     for label, entries in psutil.net_if_addrs().items():
@@ -53,13 +50,12 @@ def listening_addresses(
     where: str,
     environ: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Where to listen, in the order in which peers should try.
+    """Where to listen, in the order of the peers' attempts.
 
     Args:
-        host: an address, an interface or a host name of this node; empty, "*", "0.0.0.0" or "::" for all
-            addresses of it that could be right.
-        master: host and port that the nodes were given; None on a single node.
-        one_node: no peer is on another machine.
+        host: an own address, interface or host name; empty, "*", "0.0.0.0" or "::": all plausible addresses.
+        master: host and port given to the nodes; None on a single node.
+        one_node: all peers are on this machine.
         where: stage and rank, for errors.
 
     Raises:
@@ -81,7 +77,7 @@ def listening_addresses(
 
 
 def towards(master: str | None) -> list[str]:
-    """The addresses of this node from which `master` (host and port) is reached; none if it cannot be."""
+    """The addresses of this node on the route to `master` (host and port); none without a route."""
     if not master:
         return []
     found = []
@@ -97,8 +93,9 @@ def towards(master: str | None) -> list[str]:
 
 
 def matching(text: str, names: Iterable[str]) -> list[str]:
-    """Which of `names` a variable like HCCL_SOCKET_IFNAME means: "eth" all that begin so, "=eth0" exactly,
-    "^docker" and "^=eth1" all but those; several separated by commas."""
+    """The `names` selected by a variable like HCCL_SOCKET_IFNAME: "eth" by prefix, "=eth0" exactly, "^docker"
+    and "^=eth1" all but those; commas separate several.
+    """
     excluded, exact = text.startswith("^"), "=" in text[:2]
     wanted = [part.strip() for part in text.lstrip("^=").split(",") if part.strip()]
     if not wanted:
@@ -111,7 +108,7 @@ def matching(text: str, names: Iterable[str]) -> list[str]:
 
 
 def _everywhere(interfaces: Interfaces, master: str | None, environ: Mapping[str, str]) -> list[str]:
-    """All that could be right, the most probable first; the loopback only if it is named or all there is."""
+    """All plausible addresses, most probable first; the loopback only if named or the only one."""
     local = [address for addresses in interfaces.values() for address in addresses]
     named = [
         address
@@ -152,7 +149,7 @@ def _of_interfaces(text: str, interfaces: Interfaces) -> list[str]:
 
 
 def _given(environ: Mapping[str, str], *variables: str) -> list[str]:
-    """Addresses in variables; what is none is left out, and may be one of the machine around a container."""
+    """Addresses in variables, perhaps of a container's host; others are left out."""
     found = (_literal(environ.get(variable, "").strip()) for variable in variables)
     return [address for address in found if address is not None]
 

@@ -1,9 +1,8 @@
-"""How far away the other stages are, and whose clock is whose: measured once, at start, over the host lane.
+"""Round-trip times and clock offsets between stages, measured once at start over the host lane.
 
-Each pair of stages plays ping-pong for itself, one pair after another in an order that all stages follow, so
-that nothing waits in a circle and no pair disturbs another one of the same stage. Of every pair the shortest
-round trip counts: the others were held up by something that has nothing to do with the distance. The peer's
-clock is taken to have been read in the middle of it, so an offset is wrong by at most half a round trip.
+Pairs of stages play ping-pong in the same order on all stages: no circular wait, no disturbance within a
+stage. The shortest round trip counts, the peer's clock reading in its middle: the offset error is half a
+round trip at most.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ ROUNDS = 12
 
 @dataclass(frozen=True)
 class LinkClock:
-    """What one rank knows about the same rank of the other stages."""
+    """Round trips and clock offset between one rank and the same rank of other stages."""
 
     round_trip_s: Mapping[int, float]
     """By stage: the shortest time, in seconds, from the push of a small message until its answer was in hand.
@@ -36,11 +35,10 @@ UNMEASURED = LinkClock({}, 0)
 
 
 def measure_clock(lane: HostLane, limit_s: float, now_ns: Callable[[], int] = time.monotonic_ns) -> LinkClock:
-    """Measure against all other stages; every stage calls it once, behind `HostLane.open`.
+    """Measure against all other stages; every stage calls it once, after `HostLane.open`.
 
-    Takes `ROUNDS` round trips a pair of stages; pairs without a stage in common go on at the same time.
-    Raises WaitLimitError, naming stage and rank, when a peer does not answer within `limit_s` seconds, and
-    PeerLostError when it is gone.
+    `ROUNDS` round trips a pair; disjoint pairs run at the same time. Raises WaitLimitError, naming stage and
+    rank, after `limit_s` seconds without an answer; PeerLostError for a lost peer.
     """
     round_trip_s: dict[int, float] = {}
     offset_ns = 0
@@ -56,12 +54,12 @@ def measure_clock(lane: HostLane, limit_s: float, now_ns: Callable[[], int] = ti
 
 
 def _lead(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) -> int:
-    """Ping `peer` and tell it the result: the shortest round trip, in ns."""
+    """Ping `peer` and send it the result. Returns the shortest round trip in ns."""
     samples = []
-    for number in range(ROUNDS):
+    for _ in range(ROUNDS):
         began = now_ns()
         lane.send(peer, Message(Kind.CLOCK))
-        theirs = lane.wait(peer, Kind.CLOCK, number, limit_s).values
+        theirs = lane.receive(peer, Kind.CLOCK, limit_s).values
         ended = now_ns()
         samples.append((ended - began, (began + ended) // 2 - theirs))
     best = min(samples)
@@ -70,9 +68,9 @@ def _lead(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) 
 
 
 def _follow(lane: HostLane, peer: int, limit_s: float, now_ns: Callable[[], int]) -> tuple[int, int]:
-    """Answer the pings of `peer`. Its result: the shortest round trip and what to add to our time, in ns."""
-    for number in range(ROUNDS):
-        lane.wait(peer, Kind.CLOCK, number, limit_s)
+    """Answer the pings. Returns the shortest round trip and the offset to add to our time, in ns."""
+    for _ in range(ROUNDS):
+        lane.receive(peer, Kind.CLOCK, limit_s)
         lane.send(peer, Message(Kind.CLOCK, values=now_ns()))
-    round_trip_ns, offset_ns = lane.wait(peer, Kind.CLOCK, ROUNDS, limit_s).values
+    round_trip_ns, offset_ns = lane.receive(peer, Kind.CLOCK, limit_s).values
     return round_trip_ns, offset_ns

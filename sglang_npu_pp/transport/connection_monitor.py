@@ -1,4 +1,4 @@
-"""Counts the connections to a socket of the network that were not let in."""
+"""Counts refused connections to a TCP socket."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ _STOPPED = zmq.EVENT_MONITOR_STOPPED
 
 
 class ConnectionMonitor:
-    """Listens to what ZeroMQ says about the connections of one socket, in a thread of its own.
+    """Reads the ZeroMQ connection events of one socket, in a thread of its own."""
 
-    In a thread, because ZeroMQ waits for whoever listens: a scheduler in a long forward must not hold up the
-    connections of its peers when unauthenticated clients come in their hundreds.
-    """
+    # ZeroMQ blocks on a slow listener: with hundreds of unauthenticated clients a scheduler in a long forward
+    # would hold up its peers' connections.
 
     def __init__(self, socket: zmq.Socket, telemetry: Telemetry) -> None:
         """Before `socket` is bound."""
@@ -39,7 +38,7 @@ class ConnectionMonitor:
         self._thread.join(timeout=10)
 
     def check(self) -> None:
-        """Raise what has ended the thread."""
+        """Raise the error that ended the thread."""
         if self._failure is not None:
             raise self._failure
 
@@ -52,7 +51,8 @@ class ConnectionMonitor:
             self._monitor.close()
 
     def _count(self) -> None:
-        """An event does not say whose it is: of those who left, as many as came and were not let in."""
+        """Refused: disconnections, up to accepted minus authenticated ones."""
+        # Events carry no identity.
         counted: Counter[int] = Counter()
         while (event := recv_monitor_message(self._monitor)["event"]) != _STOPPED:
             counted[event] += 1

@@ -1,12 +1,10 @@
 """The device lane: packed device tensors from one stage to the next, over torch.distributed P2P.
 
-It flows in one direction only, on process groups of its own (one for each pair of neighbours), so a ring of
-rendezvous sends that wait for each other cannot form. One message is one contiguous buffer. Sends are
-packed into a ring of slots and therefore own their bytes; receives land in a ring of slots and are posted as
-soon as the header on the host lane announces them. Sends and receives are issued on a stream each, so
-that a receive never waits for the forward that a send is waiting for. `Work.wait()` is only ever called
-where it makes a stream wait (HCCL, NCCL), and on gloo, which has no streams, at the one place where the
-program needs the data.
+One direction only, a process group for each pair of neighbours: no ring of rendezvous sends can form. One
+message is one contiguous buffer. Sends are packed into a ring of slots and own their bytes; receives, into a
+ring of slots, are posted at the header's arrival on the host lane. Each has its own stream, so that no
+receive waits for the forward before a send. `Work.wait()` is called only where a stream waits (HCCL, NCCL)
+or, on gloo (no streams), where the data is needed.
 """
 
 from __future__ import annotations
@@ -14,17 +12,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from ..errors import TransportError
 from ..observe.telemetry import ChannelCounters
 from ..streams import DeviceStreams, Event
-from .message import TensorSpec, dtype_name, torch_dtype
+from .context import RankContext
+from .message import Message, TensorSpec, sizes_of
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -38,11 +38,11 @@ def create_neighbour_groups(
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """Process groups (from the previous stage, to the next stage) of one pipeline.
 
-    `ranks` are the global ranks of the pipeline by stage. Each group has two members and only they
-    take part in making it: first stages 0-1, 2-3, ..., then 1-2, 3-4, ... torch names such a group
-    after the number of groups that a member has made so far, so both members must have made equally
-    many; a stage without a partner makes one with itself.
+    `ranks`: global ranks by stage. Only its two members make a group: first stages 0-1, 2-3, ..., then 1-2,
+    3-4, ...
     """
+    # torch names a group after the number of groups that a member has made so far, so both members must have
+    # made equally many; a stage without a partner makes one with itself.
     neighbours: dict[int, dist.ProcessGroup] = {}
     for parity in (0, 1):
         partner = stage + 1 if stage % 2 == parity else stage - 1
@@ -55,32 +55,33 @@ def create_neighbour_groups(
     return previous, following
 
 
-def pack_layout(
-    tensors: Mapping[str, torch.Tensor], slices: Mapping[str, tuple[int, tuple[int, ...]]]
-) -> tuple[tuple[TensorSpec, ...], int]:
-    """Where each tensor lies in the buffer of a message: specs and total bytes."""
-    specs = []
-    offset = 0
-    for name, tensor in tensors.items():
-        count, shape = slices.get(name, (1, tuple(tensor.shape)))
-        specs.append(TensorSpec(name, dtype_name(tensor.dtype), shape, tensor.device.type, count, offset))
-        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return tuple(specs), offset
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def unpack(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-    """Views into `buffer`, one a spec; a slice comes as a flat tensor of its elements."""
+def pack_layout(specs: Iterable[TensorSpec]) -> tuple[list[TensorSpec], int]:
+    """The specs with offsets in the message's buffer, and its bytes."""
+    placed, end = [], 0
+    for spec in specs:
+        placed.append(msgspec.structs.replace(spec, offset=end))
+        end += _aligned(sizes_of(spec.dtype, spec.shape, spec.sliced).nbytes)
+    return placed, end
+
+
+def unpack(buffer: torch.Tensor, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
+    """Views into `buffer` of this lane's tensors; a slice is a flat tensor."""
     tensors = {}
     for spec in specs:
-        shape = spec.shape if spec.sliced == 1 else (spec.elements,)
-        raw = buffer[spec.offset : spec.offset + spec.nbytes]
-        tensors[spec.name] = raw.view(torch_dtype(spec.dtype)).view(shape)
+        if spec.offset >= 0:
+            dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
+            raw = buffer[spec.offset : spec.offset + nbytes]
+            tensors[spec.name] = raw.view(dtype).view(spec.shape if spec.sliced == 1 else (elements,))
     return tensors
 
 
 @dataclass
 class _Slot:
-    """A buffer that is reused."""
+    """A reused buffer."""
 
     buffer: torch.Tensor
     work: Any = None  # the transfer that last used it
@@ -88,16 +89,13 @@ class _Slot:
 
 
 def slot_bytes_for(tokens: int, hidden_size: int, item_bytes: int, ranks: int = 1) -> int:
-    """Bytes of a message with the hidden states and the residual of `tokens` tokens.
-
-    `ranks`: tensor-parallel ranks that send a slice each.
-    """
+    """Bytes of hidden states and residual of `tokens` tokens, sliced over `ranks` tensor-parallel ranks."""
     tensor = -(-tokens * hidden_size * item_bytes // ranks)
-    return PROXY_TENSORS * (-(-tensor // ALIGNMENT) * ALIGNMENT)
+    return PROXY_TENSORS * _aligned(tensor)
 
 
 class Receive:
-    """A posted receive. `wait()` orders the current stream behind it and gives the buffer."""
+    """A posted receive. `wait()` orders the current stream after it and returns the buffer."""
 
     def __init__(self, lane: DeviceLane, slot: _Slot, buffer: torch.Tensor, work: Any) -> None:
         self._lane, self._slot, self._buffer, self._work = lane, slot, buffer, work
@@ -107,7 +105,7 @@ class Receive:
         return self._buffer
 
     def release(self, reader: Any) -> None:
-        """The message is used up once the event `reader` has passed; its slot may then be reused."""
+        """Free the slot for reuse after the event `reader`."""
         self._slot.freed = reader
         self._lane.free_receive_slots.append(self._slot)
 
@@ -117,24 +115,24 @@ class DeviceLane:
 
     def __init__(
         self,
+        context: RankContext,
+        device: torch.device | str,
         *,
         previous: dist.ProcessGroup | None,
         following: dist.ProcessGroup | None,
-        device: torch.device | str,
         slots: int,
-        where: str,
         slot_bytes: int = 0,
     ) -> None:
-        """`previous` and `following` are groups of two: (previous stage, us) and (us, next stage).
+        """`previous`, `following`: groups of (previous stage, us) and (us, next stage).
 
-        `slot_bytes` are reserved for each slot, so that they are counted where the device's memory is
-        measured later. A slot grows to a message that is larger, and says so.
+        `slot_bytes`: reserved for each slot before device memory is measured. Larger messages grow it, with a
+        warning.
         """
         self._previous, self._following = previous, following
         self._streams = DeviceStreams(device)
         self.device_type = self._streams.device.type
         self._sending, self._receiving = self._streams.new_stream(), self._streams.new_stream()
-        self._where = where
+        self._where = context.where
         self._slot_bytes = self._said_bytes = slot_bytes
         self._outgrown: list[tuple[torch.Tensor, Event]] = []  # until the event behind their last use
         self._send_slots = self._reserve(slots if following is not None else 0)
@@ -149,14 +147,15 @@ class DeviceLane:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._streams.device)
 
     def _room(self, slot: _Slot, nbytes: int) -> torch.Tensor:
-        """The first bytes of a slot, for use on the current stream."""
+        """The first bytes of a slot, for the current stream."""
         if slot.buffer.numel() < nbytes:
             if nbytes > self._said_bytes:
                 self._say_too_large(nbytes)
             # Its memory would go back at once to the stream that it was made on, which may be another one.
             self._outgrown.append((slot.buffer, self._streams.record()))
             slot.buffer = self._new_buffer(nbytes)
-        self._outgrown = [each for each in self._outgrown if not each[1].query()]
+        if self._outgrown:
+            self._outgrown = [each for each in self._outgrown if not each[1].query()]
         return slot.buffer[:nbytes]
 
     def _say_too_large(self, nbytes: int) -> None:
@@ -172,8 +171,10 @@ class DeviceLane:
         )
 
     def warm_up(self) -> None:
-        """One small message each way of the chain, so that the communicators exist before the first
-        request. Blocks until the neighbours do the same; receives first, so the chain unwinds."""
+        """Make the communicators before the first request, by one small message each way.
+
+        Blocks for the neighbours; receives first, so the chain unwinds.
+        """
         token = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._streams.device)
         if self._previous is not None:
             dist.recv(token, group=self._previous, group_src=0)
@@ -181,15 +182,10 @@ class DeviceLane:
             dist.send(token, group=self._following, group_dst=1)
         self._streams.record().synchronize()
 
-    def send(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        specs: Sequence[TensorSpec],
-        nbytes: int,
-        counters: ChannelCounters,
-    ) -> None:
-        """Pack on the current stream, then send on the lane's. The sources may be overwritten by
-        whatever is next on the current stream."""
+    def send(self, tensors: Mapping[str, torch.Tensor], message: Message, counters: ChannelCounters) -> None:
+        """Pack this lane's `tensors` of `message` on the current stream, which may then overwrite them, and
+        send.
+        """
         if self._following is None:
             raise TransportError(
                 f"{self._where}: the last stage has no next one to send device tensors to; "
@@ -198,11 +194,11 @@ class DeviceLane:
         slot = self._send_slots.popleft()
         self._send_slots.append(slot)
         self._wait_until_sent(slot, counters)
-        buffer = self._room(slot, nbytes)
-        for spec in specs:
-            source = tensors[spec.name].reshape(-1)
-            target = buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype)
-            target.copy_(source)
+        buffer = self._room(slot, message.device_nbytes)
+        for spec in message.specs:
+            if spec.offset >= 0:
+                source = tensors[spec.name].reshape(-1)
+                buffer[spec.offset : spec.offset + source.nbytes].view(source.dtype).copy_(source)
         packed = self._streams.record()
         with self._streams.use(self._sending):
             self._streams.wait_for(packed)
@@ -217,7 +213,7 @@ class DeviceLane:
         return bool(self.free_receive_slots)
 
     def post_receive(self, nbytes: int) -> Receive:
-        """Post the receive of the next message; call in the order of the headers."""
+        """Post the next message's receive; call in header order."""
         slot = self.free_receive_slots.popleft()
         with self._streams.use(self._receiving):
             if slot.freed is not None:
@@ -229,11 +225,8 @@ class DeviceLane:
         return Receive(self, slot, buffer, work)
 
     def _wait_until_sent(self, slot: _Slot, counters: ChannelCounters) -> None:
-        """Back-pressure: the slot's last message must be out before it is packed again.
-
-        On an accelerator the current stream waits, not the host. Work that has completed is waited for
-        too: that costs nothing and makes a failed transfer raise here.
-        """
+        """Back-pressure: wait for the slot's last message; on accelerators only the current stream waits."""
+        # Completed work too: that costs nothing and makes a failed transfer raise here.
         if slot.work is None:
             return
         began = time.monotonic()

@@ -1,8 +1,7 @@
-"""Which of its addresses a peer is reached at.
+"""Finds the address at which a peer answers.
 
-Attempts start in the order of the addresses, a short time after each other, and go on together, as those
-of browsers do (RFC 8305): the first one that shows the peer's key wins. Another machine that has the same
-address, as with the bridges of containers, or a proxy that accepts everything, does not have the key.
+Attempts start in address order, staggered, and run together (RFC 8305, as in browsers); the first to prove
+the peer's key wins. Other machines with that address (container bridges) and catch-all proxies lack the key.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCON
 def reach(
     context: zmq.Context, peers: Iterable[EndpointRecord], keys: KeyPair, *, where: str, limit_s: float
 ) -> dict[int, str]:
-    """Stage -> the endpoint at which it answers with its key, for all `peers`; blocks until all do.
+    """Stage -> the endpoint that proved its key, for all `peers`; blocks until complete.
 
-    Raises TransportError, with everything that was tried, when `limit_s` seconds are over.
+    Raises TransportError, listing every attempt, after `limit_s` seconds.
     """
     dials = [_Dial(context, record, keys) for record in peers]
     found: dict[int, str] = {}
@@ -63,19 +62,19 @@ class _Dial:
     def __init__(self, context: zmq.Context, record: EndpointRecord, keys: KeyPair) -> None:
         self.stage = record.stage
         self.under_way: list[_Attempt] = []
-        self._context, self._card, self._keys = context, record, keys
+        self._context, self._record, self._keys = context, record, keys
         self._next = deque(record.tcp)
         self._started = 0
         self._due = 0.0
         self._accepted: set[str] = set()  # where somebody listens, if not the peer
 
     def step(self, now: float) -> str | None:
-        """Start what is due; the endpoint that has answered, the first one if several have."""
+        """Start due attempts; returns the endpoint that answered, the first of several."""
         if now >= self._due and self._next:
             self._start(now)
         for attempt in self.under_way:
             attempt.look()
-            if attempt.connected:
+            if attempt.accepted:
                 self._accepted.add(attempt.endpoint)
             if attempt.succeeded:
                 return attempt.endpoint
@@ -89,8 +88,8 @@ class _Dial:
             self.under_way.remove(worst)
             worst.close()
             self._next.append(worst.endpoint)
-        self.under_way.append(_Attempt(self._context, self._next.popleft(), self._keys, self._card.key))
-        self._due = now + STAGGER_S * 2 ** (self._started // len(self._card.tcp))
+        self.under_way.append(_Attempt(self._context, self._next.popleft(), self._keys, self._record.key))
+        self._due = now + STAGGER_S * 2 ** (self._started // len(self._record.tcp))
         self._started += 1
 
     def close(self) -> None:
@@ -100,18 +99,18 @@ class _Dial:
     def __str__(self) -> str:
         tried = (
             f"{endpoint} ({'it does not show its key' if endpoint in self._accepted else 'no connection'})"
-            for endpoint in self._card.tcp
+            for endpoint in self._record.tcp
         )
         return f"stage {self.stage} did not answer at {', '.join(tried)}"
 
 
 class _Attempt:
-    """A connection that is made only to see who answers; ZeroMQ repeats it by itself."""
+    """A trial connection; ZeroMQ repeats it by itself."""
 
     def __init__(self, context: zmq.Context, endpoint: str, keys: KeyPair, peer_key: bytes) -> None:
         self.endpoint = endpoint
         self.began = time.monotonic()
-        self.connected = self.succeeded = False
+        self.connected = self.accepted = self.succeeded = False
         self._socket = context.socket(zmq.DEALER)
         try:
             self._socket.setsockopt(zmq.LINGER, 0)
@@ -134,6 +133,7 @@ class _Attempt:
                 self.succeeded = True
             else:
                 self.connected = event == zmq.EVENT_CONNECTED
+                self.accepted |= self.connected  # and may have been closed again since the last look
 
     def close(self) -> None:
         self._socket.monitor(None, 0)
@@ -142,7 +142,7 @@ class _Attempt:
 
 
 def _wait(dials: Iterable[_Dial]) -> None:
-    """Until something happens to an attempt, a short time at most."""
+    """For an event of any attempt, `_POLL_MS` at most."""
     poller = zmq.Poller()
     for dial in dials:
         for attempt in dial.under_way:

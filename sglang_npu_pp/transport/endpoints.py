@@ -1,4 +1,4 @@
-"""Where a rank listens and how the others find it: nodes, ipc directories, TCP ports, keys."""
+"""Endpoint records: node, ipc directory, TCP ports and key, exchanged over the engine's process group."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import torch
+import torch.distributed as dist
 import zmq
 
 from ..errors import TransportError
 
 IPC_PATH_LIMIT = zmq.IPC_PATH_MAX_LEN  # bytes
+RECORD_BYTES = 2048  # more than a record with 16 addresses needs; a fixed size makes one round enough
+_LENGTH_BYTES = 2
 DIRECTORY_PREFIX = "npp-"  # short: what it adds to a long TMPDIR must stay within the limit
 _SOCKET = "lane"
 _TOO_LONG = f"is longer than {IPC_PATH_LIMIT} bytes"
@@ -27,7 +31,7 @@ logger = logging.getLogger("sglang_npu_pp")
 
 
 class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank tells the other stages of its pipeline about itself."""
+    """A rank's record for its pipeline's other stages."""
 
     stage: int
     node: str  # equal for two ranks exactly when a unix socket of one is visible to the other
@@ -37,9 +41,42 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     failure: str = ""  # why it cannot listen, in the sentence with which it fails itself
 
 
+Exchange = Callable[[bytes], list[bytes]]
+"""Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
+
+
+def process_group_exchange(group: dist.ProcessGroup) -> Exchange:
+    """An `Exchange` over a group of host tensors (gloo) in stage order: fixed-size uint8, no pickle."""
+    # The engine's group is not authenticated, so nothing that came over it is executed.
+
+    def exchange(data: bytes) -> list[bytes]:
+        if len(data) > RECORD_BYTES - _LENGTH_BYTES:
+            raise TransportError(
+                f"This rank's address record has {len(data)} bytes, more than {RECORD_BYTES}; "
+                "set SGLANG_NPU_PP_IPC_DIR or SGLANG_NPU_PP_HOST to something shorter."
+            )
+        framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
+        mine = torch.frombuffer(bytearray(framed.ljust(RECORD_BYTES, b"\0")), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        return [_unframe(tensor.numpy().tobytes()) for tensor in everyone]
+
+    return exchange
+
+
+def _unframe(framed: bytes) -> bytes:
+    length = int.from_bytes(framed[:_LENGTH_BYTES], "little")
+    return framed[_LENGTH_BYTES : _LENGTH_BYTES + length]
+
+
+def exchange_records(exchange: Exchange, mine: EndpointRecord) -> list[EndpointRecord]:
+    decoder = msgspec.msgpack.Decoder(EndpointRecord)
+    return [decoder.decode(record) for record in exchange(msgspec.msgpack.encode(mine))]
+
+
 @dataclass(frozen=True)
 class KeyPair:
-    """CURVE keys of one process, made anew at every start and never written anywhere."""
+    """CURVE keys of one process: new at every start, never written."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -51,7 +88,7 @@ class KeyPair:
 
 
 class KnownKeys:
-    """ZAP callback: only these public keys, which came over a way that is trusted, may connect."""
+    """ZAP callback: admits only these public keys, from a trusted path."""
 
     def __init__(self, *keys: bytes) -> None:
         self.keys: set[bytes] = set(keys)
@@ -61,11 +98,9 @@ class KnownKeys:
 
 
 def node_identity() -> str:
-    """Names the machine as unix sockets see it.
-
-    Two containers of one host may share the kernel but neither the file system nor the network, and two
-    network namespaces of one machine stand for two nodes in tests: both count as different nodes.
-    """
+    """The machine as unix sockets see it."""
+    # Two containers of one host may share the kernel but neither files nor network, and two network
+    # namespaces stand for two nodes in tests: both count as different nodes.
     boot = Path("/proc/sys/kernel/random/boot_id")
     parts = [boot.read_text().strip() if boot.exists() else os.uname().nodename, str(os.getuid())]
     for namespace in ("mnt", "net"):
@@ -75,16 +110,15 @@ def node_identity() -> str:
 
 
 class SocketDirectory:
-    """A directory that only this user can enter, for the ipc socket of one rank.
+    """A directory for one rank's ipc socket, accessible to this user only.
 
-    The files are needed only until every peer is connected: `HostLane.seal` then removes them, so that
-    not even a killed process leaves anything behind.
+    `HostLane.seal` removes it once every peer is connected: a killed process leaves no files.
     """
 
     def __init__(self, base: Path | None, where: str) -> None:
-        """In `base` and nowhere else; None: in the first usable one of `places()`.
+        """In `base`; None: in the first usable one of `places()`.
 
-        Raises TransportError, with what was wrong with each place, where none can hold a socket.
+        Raises TransportError, with each place's problem, if none can hold a socket.
         """
         problems = {}
         for place in [base] if base is not None else places():
@@ -111,10 +145,8 @@ class SocketDirectory:
 
 
 def places() -> list[Path]:
-    """Where the sockets of this user may be: the temporary directory first, as for SGLang's own.
-
-    The others are for a TMPDIR that is too long for a socket, or on a file system that has none.
-    """
+    """Candidates for socket directories: the temporary directory first, as for SGLang's own."""
+    # The others are for a TMPDIR that is too long for a socket, or on a file system that has none.
     found = []
     with suppress(OSError):  # there is none
         found.append(Path(tempfile.gettempdir()))
@@ -124,7 +156,7 @@ def places() -> list[Path]:
 
 
 def _made_in(place: Path) -> Path:
-    """A new private directory in `place`. Raises OSError where it cannot be, or cannot hold the socket."""
+    """A new private directory in `place`. Raises OSError if it cannot hold the socket."""
     path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=place))
     name = os.fsencode(path / _SOCKET)
     try:
@@ -140,10 +172,9 @@ def _made_in(place: Path) -> Path:
 
 
 def bind_tcp(socket: zmq.Socket, hosts: Sequence[str], port: int, where: str) -> tuple[str, ...]:
-    """Bind to `port` (0: any free one) of each address, and return the endpoints that peers connect to.
+    """Bind to `port` (0: any free one) of each address; returns the endpoints for peers.
 
-    Several addresses are several chances: one that cannot be bound is left out. Raises TransportError, with
-    every reason, if none can.
+    An address that fails is left out. Raises TransportError, with every reason, if all fail.
     """
     endpoints = []
     errors: dict[str, zmq.ZMQError] = {}

@@ -1,9 +1,8 @@
 """The host lane: eager messages between the stages of one pipeline, over ZeroMQ.
 
-Every rank binds one ROUTER socket for its node (ipc) and, when the pipeline spans nodes, one for the others
-(TCP with CURVE). It connects one DEALER to every other stage of its pipeline. A message is pushed when
-it exists and waits at the receiver; nothing is asked for. Rank r of a stage only ever talks to rank r of
-other stages: tensor-parallel ranks are not this lane's business.
+Every rank binds one ROUTER socket for its node (ipc) and, if needed, one for others (TCP with CURVE), and
+connects one DEALER to every other stage. Messages are pushed without a request and wait at the receiver. Rank
+r talks only to rank r of other stages, never to tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -13,30 +12,34 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 
-import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from ..errors import TransportError
-from ..observe.telemetry import Telemetry
-from ..observe.trace import Trace
-from ..settings import Settings
+from ..errors import TransportError, WaitLimitError
 from .addresses import LOOPBACK, listening_addresses
 from .connection_monitor import ConnectionMonitor
+from .context import RankContext
 from .dialing import reach
-from .endpoints import EndpointRecord, KeyPair, KnownKeys, SocketDirectory, bind_ipc, bind_tcp, node_identity
-from .inbox import Inbox
+from .endpoints import (
+    EndpointRecord,
+    Exchange,
+    KeyPair,
+    KnownKeys,
+    SocketDirectory,
+    bind_ipc,
+    bind_tcp,
+    exchange_records,
+    node_identity,
+)
+from .inbox import Inbox, ReceiveChannel
 from .liveness import Pulse
 from .message import Kind, Message
-from .outbox import Outbox
+from .outbox import POLL_MS, Outbox, Peer
 from .parts import refuse_longer_frames
 from .window import Bounds
-
-Exchange = Callable[[bytes], list[bytes]]
-"""Gives every stage's bytes in stage order; over the process group that SGLang has already made."""
 
 MAIN_PORT = "main"
 DESCRIPTORS = 32  # of sockets that listen, their monitors, the authenticator, ZeroMQ's own
@@ -52,30 +55,23 @@ class HostLane:
 
     def __init__(
         self,
+        context: RankContext,
         *,
-        stage: int,
-        stages: int,
-        rank: int,
-        settings: Settings,
-        telemetry: Telemetry,
-        trace: Trace,
         host: str = LOOPBACK,
         master: str | None = None,
         port: int = 0,
         slots: int = 1,
     ) -> None:
-        """`host`, `master` and `port` (0: any free one) say where TCP listens if a peer is on another node:
-        see `addresses.listening_addresses`.
+        """`host`, `master`, `port` (0: any free one): the TCP endpoint, see `addresses.listening_addresses`.
 
-        `slots`: microbatches of the loops that use the lane; equal on all stages.
+        `slots`: microbatches of the loops on this lane; equal on all stages.
         """
-        self.stage, self.stages, self.rank = stage, stages, rank
-        self._settings, self._telemetry, self._trace = settings, telemetry, trace
+        self.context = context
+        self.stage, self.stages = context.stage, context.stages
+        self._settings, self._where = context.settings, context.where
         self._host, self._master, self._port = host, master, port
-        self._where = f"stage {stage} rank {rank}"
-        self.bounds = Bounds.for_loops(settings.window, settings.window_bytes, slots)
-        self._check_all = settings.checksum == "full"
-        self._context = zmq.Context()
+        self.bounds = Bounds.for_loops(self._settings.window, self._settings.window_bytes, slots)
+        self._zmq = zmq.Context()
         self._keys = KeyPair.generate()
         self._known = KnownKeys()
         self._pulse = Pulse()
@@ -86,7 +82,7 @@ class HostLane:
         self._records: list[EndpointRecord] = []
         self._endpoints: dict[int, str] = {}  # at which the peers answered
         self._outboxes: dict[int, Outbox] = {}
-        self._inbox: Inbox | None = None
+        self._inbox: Inbox  # from `open` on
         self._watched: list[Callable[[], None]] = []
         self._watched_outboxes: list[Outbox] = []
         self._closed = False
@@ -94,22 +90,18 @@ class HostLane:
     # --- start ---------------------------------------------------------------------------------
 
     def open(self, exchange: Exchange) -> None:
-        """Bind, tell the other stages where, connect to all of them and wait until all are here.
+        """Bind, exchange endpoint records, and connect to all stages; every stage calls it.
 
-        Every stage of the pipeline calls it. Raises TransportError, naming who is missing.
+        Raises TransportError, naming the missing stages.
         """
         try:
             self._bind(exchange)
             self._inbox = Inbox(
                 self._sockets,
+                self.context,
                 in_parts=self._connection_monitors,
-                where=self._where,
                 bounds=self.bounds,
-                wait_limit_s=self._settings.wait_limit_s,
-                check_all=self._check_all,
                 authenticate=self._authenticate,
-                telemetry=self._telemetry,
-                trace=self._trace,
             )
             self._endpoints = self._find_endpoints()
             self._outboxes = self.open_port(MAIN_PORT, senders=range(self.stages))
@@ -118,7 +110,7 @@ class HostLane:
             raise
 
     def _check_descriptors(self) -> None:
-        """ZeroMQ aborts the process where some of its calls find none left."""
+        # ZeroMQ aborts the process where some of its calls find no descriptor left.
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         with suppress(FileNotFoundError):  # where there is no /proc
             left = limit - len(os.listdir("/proc/self/fd"))
@@ -130,10 +122,9 @@ class HostLane:
                 )
 
     def open_port(self, port: str, senders: Collection[int]) -> dict[int, Outbox]:
-        """Connections to all peers from each of the stages `senders`, for a thread of their own.
+        """Connections to all peers from each stage of `senders`, for a thread of their own.
 
-        Every stage calls it, at the same point of the program; a stage that is no sender gets none.
-        Connections may be handed to another thread afterwards.
+        Every stage calls it at the same point; other stages get none. They may then move to another thread.
         """
         outboxes: dict[int, Outbox] = {}
         expected = {f"{stage}/{port}".encode() for stage in senders if stage != self.stage}
@@ -142,7 +133,7 @@ class HostLane:
                 for record in self._records:
                     if record.stage != self.stage:
                         outboxes[record.stage] = self._connect(record, port)
-            self._greet(outboxes.values(), expected)
+            self._handshake(outboxes.values(), expected)
         except BaseException:
             for outbox in outboxes.values():
                 outbox.close()
@@ -150,20 +141,17 @@ class HostLane:
         return outboxes
 
     def seal(self) -> None:
-        """All ports are open: remove the files of the ipc socket, which nobody will need again.
-
-        Whoever connects to this rank has done so when `open` and `open_port` return. From here on not even
-        a killed process leaves files behind.
-        """
+        """Remove the ipc socket's files once all ports are open; a killed process then leaves none."""
+        # Peers are connected when `open` and `open_port` return.
         if self._directory is not None:
             self._directory.clear()
 
     def _bind(self, exchange: Exchange) -> None:
-        """Listen, and tell the other stages where, or why not: they wait for this record."""
+        """Listen, and send the other stages, which wait for it, the endpoints or the failure."""
         identity = node_identity()
         apart = self._settings.host_transport == "tcp"  # as if every stage were on another node
         node = f"{identity}|{self.stage}" if apart else identity
-        records = _exchange_records(
+        records = exchange_records(
             exchange, EndpointRecord(stage=self.stage, node=node, key=self._keys.public)
         )
         self._known.keys.update(record.key for record in records)  # before anyone learns where to connect to
@@ -177,7 +165,7 @@ class HostLane:
         except TransportError as error:
             failure = error
         said = str(failure)[:FAILURE_CHARACTERS] if failure else ""
-        self._records = _exchange_records(
+        self._records = exchange_records(
             exchange, EndpointRecord(self.stage, node, ipc, tcp, self._keys.public, said)
         )
         if failure is not None:
@@ -186,7 +174,7 @@ class HostLane:
             raise TransportError(f"{self._where}: another stage cannot listen. {' '.join(failures)}")
 
     def _listen(self, node: str, nodes: list[str], one_node: bool) -> tuple[str, tuple[str, ...]]:
-        """The endpoints for ranks of this node and of others, as far as there are any."""
+        """The endpoints for ranks of this node and of others, if any."""
         ipc: str = ""
         tcp: tuple[str, ...] = ()
         if self._settings.host_transport == "ipc" and len(set(nodes)) > 1:
@@ -200,26 +188,26 @@ class HostLane:
         if len(set(nodes)) > 1:
             hosts = listening_addresses(self._host, master=self._master, one_node=one_node, where=self._where)
             router = self._new_router()
-            self._authenticator = ThreadAuthenticator(self._context)
+            self._authenticator = ThreadAuthenticator(self._zmq)
             self._authenticator.start()
             self._authenticator.configure_curve_callback("*", self._known)
             router.setsockopt(zmq.CURVE_SERVER, 1)
             router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
             refuse_longer_frames(router)
-            self._connection_monitors[router] = ConnectionMonitor(router, self._telemetry)
+            self._connection_monitors[router] = ConnectionMonitor(router, self.context.telemetry)
             self.watch(self._connection_monitors[router].check)
             tcp = bind_tcp(router, hosts, self._port, self._where)
         return ipc, tcp
 
     def _new_router(self) -> zmq.Socket:
-        router = self._context.socket(zmq.ROUTER)
+        router = self._zmq.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)  # the windows of the senders bound what is queued
         self._sockets.append(router)
         return router
 
     def _find_endpoints(self) -> dict[int, str]:
-        """Stage -> endpoint of every peer; of those that told several addresses, the first that answers."""
+        """Stage -> endpoint of every peer: the first address that answers."""
         found, several = {}, []
         for record in self._records:
             if record.stage == self.stage:
@@ -231,7 +219,7 @@ class HostLane:
             else:
                 found[record.stage] = "".join(record.tcp)
         answered = reach(
-            self._context, several, self._keys, where=self._where, limit_s=self._settings.start_limit_s
+            self._zmq, several, self._keys, where=self._where, limit_s=self._settings.start_limit_s
         )
         for record in several:
             if (endpoint := answered[record.stage]) != record.tcp[0]:
@@ -245,39 +233,24 @@ class HostLane:
         return found | answered
 
     def _connect(self, record: EndpointRecord, port: str) -> Outbox:
-        local = record.node == self._records[self.stage].node
-        return Outbox(
-            self._context,
-            stage=self.stage,
-            rank=self.rank,
-            peer=record.stage,
-            port=port,
-            endpoint=self._endpoints[record.stage],
-            keys=None if local else self._keys,
-            peer_key=record.key,
-            bounds=self.bounds,
-            peer_timeout_s=self._settings.peer_timeout_s,
-            pulse=self._pulse,
-            wait_limit_s=self._settings.wait_limit_s,
-            check_all=self._check_all,
-            telemetry=self._telemetry,
-            trace=self._trace,
-        )
+        keys = None if self.is_local(record.stage) else self._keys
+        peer = Peer(record.stage, port, self._endpoints[record.stage], record.key, keys)
+        return Outbox(self.context, peer, sockets=self._zmq, bounds=self.bounds, pulse=self._pulse)
 
-    def _greet(self, outboxes: Iterable[Outbox], expected: set[bytes]) -> None:
-        """Introduce ourselves over `outboxes`; wait to be welcomed and for the `expected` to come."""
+    def _handshake(self, outboxes: Iterable[Outbox], expected: set[bytes]) -> None:
+        """Send hello over `outboxes`; wait for all welcomes and the `expected` connections."""
         outboxes = list(outboxes)
         for outbox in outboxes:
             outbox.send_control(Kind.HELLO)
         deadline = time.monotonic() + self._settings.start_limit_s
         while True:
             missing = [outbox for outbox in outboxes if not outbox.welcomed]
-            absent = expected - self.inbox.greeted
+            absent = expected - self._inbox.admitted
             if not missing and not absent:
                 return
             if time.monotonic() >= deadline:
                 raise self._not_connected(missing, absent)
-            self.inbox.pump(20)
+            self._inbox.pump(20)
             for outbox in missing:
                 outbox.read_welcome()
                 outbox.check()
@@ -295,11 +268,9 @@ class HostLane:
         )
 
     def _authenticate(self, identity: bytes, frame: zmq.Frame) -> int | None:
-        """The stage behind a connection that has not been seen before, None for an unauthenticated client.
-
-        ipc: who could reach the socket is this user. TCP: ZAP has admitted the key; it must be the key of
-        the stage that the connection claims to be.
-        """
+        """A new connection's stage; None for an unauthenticated client."""
+        # ipc: only this user reaches the socket. TCP: ZAP has admitted the key; it must be the claimed
+        # stage's.
         stage_text, _, _ = identity.partition(b"/")
         if not stage_text.isdigit() or int(stage_text) >= self.stages:
             return None
@@ -310,67 +281,83 @@ class HostLane:
             key = ""
         if key == record.key.decode():
             return record.stage
-        local = record.node == self._records[self.stage].node
-        return record.stage if local and not key else None
+        return record.stage if self.is_local(record.stage) and not key else None
 
     # --- use -----------------------------------------------------------------------------------
 
-    @property
-    def inbox(self) -> Inbox:
-        assert self._inbox is not None, "open() first"
-        return self._inbox
-
     def is_local(self, stage: int) -> bool:
-        """Whether that stage is on this node, where copying bytes is cheaper than a collective."""
+        """Whether `stage` is on this node."""
+        # There, copying bytes is cheaper than a collective.
         return self._records[stage].node == self._records[self.stage].node
 
     def endpoint_of(self, stage: int) -> str:
-        """Where that stage is reached."""
         return self._endpoints[stage]
 
     def send(self, peer: int, message: Message) -> None:
-        """Push `message` to stage `peer`. See Outbox.send."""
+        """See Outbox.send."""
         self._outboxes[peer].send(message)
 
-    def wait(
-        self,
-        source: int,
-        kind: Kind,
-        number: int,
-        limit_s: float | None = None,
-        check: Callable[[], None] = lambda: None,
-    ) -> Message:
-        """Message `number` of a channel. Raises PeerLostError, WaitLimitError, SequenceError.
+    def channel(self, source: int, kind: Kind) -> ReceiveChannel:
+        """One stage's messages of one kind; always the same object."""
+        return self._inbox.channel(source, kind)
 
-        `check` is called after everything that arrives meanwhile, and may raise what makes waiting useless.
+    def receive(self, source: int, kind: Kind, limit_s: float | None = None) -> Message:
+        """Wait for the next message, at most `limit_s` seconds (None: the setting).
+
+        Raises PeerLostError, WaitLimitError, SequenceError.
         """
+        channel = self._inbox.channel(source, kind)
+        number = channel.post()
+        for _ in self.wait_steps(channel, number, limit_s):
+            pass
+        return channel.take(number)
 
-        def check_all() -> None:
+    def wait_steps(
+        self, channel: ReceiveChannel, number: int, limit_s: float | None = None
+    ) -> Iterator[None]:
+        """Process arrivals until the message is here; yields every 0.1 s at most, where the caller may raise.
+
+        Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
+        """
+        counters = channel.counters
+        counters.waits += 1
+        if number in channel.waiting:
+            return
+        began = time.monotonic()
+        limit_s = self._settings.wait_limit_s if limit_s is None else limit_s
+        while True:
+            self._inbox.pump(POLL_MS)
+            if number in channel.waiting:
+                break
             self.check()
-            check()
+            yield
+            if time.monotonic() - began >= limit_s:
+                raise WaitLimitError(
+                    f"{self._where}: {channel.kind.label} message {number} of stage {channel.source} did "
+                    f"not come within {limit_s:g} s although that stage is alive; look at its log."
+                )
+        counters.wait_s += time.monotonic() - began
 
-        return self.inbox.wait(source, kind, number, check_all, limit_s)
+    def poll(self, timeout_ms: int = 0) -> None:
+        """Process arrivals; waits up to `timeout_ms` for the first."""
+        self._inbox.pump(timeout_ms)
 
-    def poll(self) -> None:
-        """Sort in what has arrived, without waiting."""
-        self.inbox.pump(0)
+    def on_announcement(self, function: Callable[[Message], None]) -> None:
+        """Call `function` with every arriving message that has device-lane tensors."""
+        self._inbox.on_announcement = function
 
     def watch(self, check: Callable[[], None], outboxes: Iterable[Outbox] = ()) -> None:
-        """Call `check` wherever the lane looks after its own connections; it raises what failed elsewhere.
+        """Run `check`, which raises failures from elsewhere, with the lane's own checks.
 
-        `outboxes`: connections of another thread, which looks after them, and is told here which stages have
-        left on purpose.
+        `outboxes`: another thread's connections, in which the lane marks departed stages.
         """
         self._watched.append(check)
         self._watched_outboxes += outboxes
 
     def check(self) -> None:
-        """Raise PeerLostError if any stage is gone: the others cannot go on without it.
-
-        Or what has ended one of our threads.
-        """
+        """Raise PeerLostError if any stage is gone (all are needed), or a thread's error."""
         for outbox in (*self._outboxes.values(), *self._watched_outboxes):
-            outbox.departed = outbox.peer in self.inbox.departed
+            outbox.departed = outbox.peer in self._inbox.departed
         for outbox in self._outboxes.values():
             outbox.check()
         for check in self._watched:
@@ -396,8 +383,8 @@ class HostLane:
             self._directory.clear()
 
     def _terminate(self) -> None:
-        """ZeroMQ waits until all sockets are closed, and one may belong to a thread that cannot be ended."""
-        ending = threading.Thread(target=self._context.term, name="host-lane-end", daemon=True)
+        # ZeroMQ waits until all sockets are closed, and one may belong to a thread that cannot be ended.
+        ending = threading.Thread(target=self._zmq.term, name="host-lane-end", daemon=True)
         ending.start()
         ending.join(TERMINATION_LIMIT_S)
         if ending.is_alive():
@@ -406,8 +393,3 @@ class HostLane:
                 self._where,
                 TERMINATION_LIMIT_S,
             )
-
-
-def _exchange_records(exchange: Exchange, mine: EndpointRecord) -> list[EndpointRecord]:
-    decoder = msgspec.msgpack.Decoder(EndpointRecord)
-    return [decoder.decode(record) for record in exchange(msgspec.msgpack.encode(mine))]

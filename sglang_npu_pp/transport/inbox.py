@@ -1,115 +1,98 @@
-"""Everything that arrives at one rank: authenticated, numbered, and sorted by sender and kind."""
+"""All arrivals of one rank: authenticated, numbered, sorted by sender and kind."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import zmq
 
-from ..errors import MessageError, SequenceError, WaitLimitError
-from ..observe.telemetry import ChannelCounters, Telemetry
-from ..observe.trace import Trace
+from ..errors import MessageError, SequenceError
+from ..observe.telemetry import ChannelCounters
+from .context import RankContext
 from .message import Buffer, Header, Kind, Message, decode, read_header
-from .outbox import CREDIT, POLL_MS, port_of
+from .outbox import CREDIT, port_of
 from .parts import Blocks, join
 from .window import Bounds, CreditMeter
 
+_BUFFER = attrgetter("buffer")
+
 
 @dataclass(slots=True)
-class _Channel:
-    """Messages of one kind from one stage."""
+class ReceiveChannel:
+    """Messages of one kind from one stage, numbered from 0 on both sides."""
 
-    meter: CreditMeter
+    source: int
+    kind: Kind
+    meter: CreditMeter  # counts what the program has taken
     counters: ChannelCounters
+    posted: int = 0  # the number that the program has to wait for next
     arrived: int = 0  # the number that the next message must carry
     waiting: dict[int, Message] = field(default_factory=dict)
     reply_to: tuple[zmq.Socket, bytes] | None = None
+
+    def post(self) -> int:
+        """The number of the next expected message."""
+        number = self.posted
+        self.posted = number + 1
+        return number
+
+    def oldest(self) -> Message | None:
+        """The first untaken message."""
+        return next(iter(self.waiting.values()), None)
+
+    def take(self, number: int) -> Message:
+        """Remove an arrived message and give its sender credit."""
+        message = self.waiting.pop(number)
+        meter = self.meter
+        if meter.take(message.nbytes) and self.reply_to is not None:
+            socket, identity = self.reply_to
+            credit = CREDIT.pack(self.kind, meter.reported_messages, meter.reported_bytes)
+            socket.send_multipart([identity, credit])
+        return message
 
 
 class Inbox:
     """Receives from all peers. Owned by one thread.
 
-    `authenticate(identity, frame)` decides whether the sender of a frame is the stage it claims to be. A
-    connection opens with a hello; before that nothing but a header is read from it. Over the sockets
-    `in_parts` long frames come in parts (`parts`).
+    `authenticate(identity, frame)`: the sender's stage, or None. Before a connection's hello only headers are
+    read. `in_parts`: sockets with frames in parts (`parts`). `on_announcement` gets messages with device-lane
+    tensors, in arrival order.
     """
 
     def __init__(
         self,
         sockets: Iterable[zmq.Socket],
+        context: RankContext,
         *,
         in_parts: Collection[zmq.Socket],
-        where: str,
         bounds: Bounds,
-        wait_limit_s: float,
-        check_all: bool,
         authenticate: Callable[[bytes, zmq.Frame], int | None],
-        telemetry: Telemetry,
-        trace: Trace,
     ) -> None:
-        self.on_arrival: Callable[[Message], None] = lambda message: None
-        self.greeted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
+        self.on_announcement: Callable[[Message], None] = lambda message: None
+        self.admitted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
         self._blocks = Blocks()
-        self._where, self._bounds, self._wait_limit_s = where, bounds, wait_limit_s
-        self._check_all, self._authenticate = check_all, authenticate
-        self._telemetry, self._trace = telemetry, trace
+        self._context, self._bounds, self._authenticate = context, bounds, authenticate
+        self._check_all, self._trace = context.check_all, context.trace
         self._stages: dict[bytes, int] = {}  # authenticated identities
-        self._channels: dict[tuple[int, Kind], _Channel] = {}
+        self._channels: dict[tuple[int, Kind], ReceiveChannel] = {}
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
 
-    def has(self, source: int, kind: Kind, number: int) -> bool:
-        return number in self._channel(source, kind).waiting
-
-    def oldest(self, source: int, kind: Kind) -> Message | None:
-        """The first message of a channel that has arrived and was not taken."""
-        return next(iter(self._channel(source, kind).waiting.values()), None)
-
-    def take(self, source: int, kind: Kind, number: int) -> Message:
-        """Remove a message that has arrived, and give its sender credit."""
-        channel = self._channel(source, kind)
-        message = channel.waiting.pop(number)
-        if channel.meter.take(message.nbytes) and channel.reply_to is not None:
-            socket, identity = channel.reply_to
-            meter = channel.meter
-            credit = CREDIT.pack(kind, meter.reported_messages, meter.reported_bytes)
-            socket.send_multipart([identity, credit])
-        return message
-
-    def wait(
-        self, source: int, kind: Kind, number: int, check: Callable[[], None], limit_s: float | None
-    ) -> Message:
-        """The message `number` of a channel, as soon as it is there.
-
-        `check` is called while waiting and raises when the peer is gone. Raises WaitLimitError after
-        `limit_s` seconds (None: the setting).
-        """
-        channel = self._channel(source, kind)
-        counters = channel.counters
-        counters.waits += 1
-        if number not in channel.waiting:
-            began = time.monotonic()
-            limit = self._wait_limit_s if limit_s is None else limit_s
-            while True:
-                self.pump(POLL_MS)
-                if number in channel.waiting:
-                    break
-                check()
-                if time.monotonic() - began >= limit:
-                    raise WaitLimitError(
-                        f"{self._where}: {kind.label} message {number} of stage {source} did not "
-                        f"come within {limit:g} s although that stage is alive; look at its log."
-                    )
-            counters.wait_s += time.monotonic() - began
-        return self.take(source, kind, number)
+    def channel(self, source: int, kind: Kind) -> ReceiveChannel:
+        channel = self._channels.get((source, kind))
+        if channel is None:
+            counters = self._context.telemetry.receiving(kind.label)
+            channel = ReceiveChannel(source, kind, CreditMeter(self._bounds), counters)
+            self._channels[source, kind] = channel
+        return channel
 
     def pump(self, timeout_ms: int) -> None:
-        """Sort in everything that has arrived; waits up to `timeout_ms` for a first message."""
+        """Process all arrivals; waits up to `timeout_ms` for the first."""
         for socket, _ in self._poller.poll(timeout_ms):
             more = True
             while more:
@@ -126,7 +109,7 @@ class Inbox:
             self._handshake(socket, identity, frames)
             return
         try:
-            buffers: list[Buffer] = [frame.buffer for frame in frames]
+            buffers: list[Buffer] = list(map(_BUFFER, frames))
             if socket in self._in_parts:
                 del frames  # which would keep every part until the last one is copied
                 buffers = join(buffers, self._blocks)
@@ -138,15 +121,16 @@ class Inbox:
                 return
             self._sort_in(header, buffers, (socket, identity))
         except MessageError as error:
-            self._telemetry.refused += 1
+            self._context.telemetry.refused += 1
             raise MessageError(
-                f"{self._where}: a message of stage {stage} cannot be used. {error} "
+                f"{self._context.where}: a message of stage {stage} cannot be used. {error} "
                 "Restart the server; if it happens again, look at the network between the stages."
             ) from None
 
     def _sort_in(self, header: Header, buffers: list[Buffer], sender: tuple[zmq.Socket, bytes]) -> None:
-        channel = self._channel(header.source, header.kind)
-        self._check_number(channel, header)
+        channel = self._channels.get((header.source, header.kind)) or self.channel(header.source, header.kind)
+        if header.number != channel.arrived or len(channel.waiting) >= self._bounds.messages:
+            raise self._out_of_order(channel, header)
         message = decode(header, buffers, check_all=self._check_all)
         channel.arrived += 1
         channel.reply_to = sender
@@ -154,38 +138,31 @@ class Inbox:
         channel.counters.messages += 1
         channel.counters.bytes += message.nbytes + message.device_nbytes
         self._trace.record("arrive", message.kind.label, message.slot, message.iteration)
-        self.on_arrival(message)
+        if message.device_nbytes:
+            self.on_announcement(message)
 
     def _handshake(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
-        """The first message of a connection: the hello of a stage, else it is dropped."""
+        """A connection's first message: a stage's hello, otherwise dropped."""
         stage = self._authenticate(identity, frames[-1])
         if stage is None or not _is_hello(frames, stage):
-            self._telemetry.refused += 1
+            self._context.telemetry.refused += 1
             return
         self._stages[identity] = stage
-        self.greeted.add(port_of(identity))
+        self.admitted.add(port_of(identity))
         socket.send_multipart([identity, CREDIT.pack(Kind.HELLO, 0, 0)])
 
-    def _check_number(self, channel: _Channel, header: Header) -> None:
+    def _out_of_order(self, channel: ReceiveChannel, header: Header) -> SequenceError:
         if header.number != channel.arrived:
-            raise SequenceError(
-                f"{self._where}: expected {header.kind.label} message {channel.arrived} of stage "
+            return SequenceError(
+                f"{self._context.where}: expected {header.kind.label} message {channel.arrived} of stage "
                 f"{header.source} but number {header.number} came: messages were lost or repeated; "
                 "restart the server."
             )
-        if len(channel.waiting) >= self._bounds.messages:
-            raise SequenceError(
-                f"{self._where}: stage {header.source} has more than {self._bounds.messages} "
-                f"{header.kind.label} messages "
-                "in flight, past the window it agreed to; install the same sglang-npu-pp everywhere."
-            )
-
-    def _channel(self, source: int, kind: Kind) -> _Channel:
-        channel = self._channels.get((source, kind))
-        if channel is None:
-            channel = _Channel(CreditMeter(self._bounds), self._telemetry.receiving(kind.label))
-            self._channels[source, kind] = channel
-        return channel
+        return SequenceError(
+            f"{self._context.where}: stage {header.source} has more than {self._bounds.messages} "
+            f"{header.kind.label} messages "
+            "in flight, past the window it agreed to; install the same sglang-npu-pp everywhere."
+        )
 
 
 def _is_hello(frames: list[zmq.Frame], stage: int) -> bool:

@@ -1,9 +1,8 @@
-"""Whether the process at the other end of a connection runs, judged so that our own pauses do not count.
+"""Whether a connection's peer process runs, not counting our own pauses.
 
-ZeroMQ's heartbeats end a connection when a timer runs out, and a timer also runs out while this process is
-stopped: a server whose processes were all suspended together, and continued, would have lost its peers. So
-heartbeats only make sure here that bytes come all the time, and silence is measured by the kernel, which goes
-on counting, and forgiven for as long as this process was not awake itself.
+ZeroMQ's heartbeat timeout also runs out while this process is stopped: servers suspended as a whole would
+lose their peers. So heartbeats only keep bytes flowing, the kernel measures silence, and time when this
+process was not awake is forgiven.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 
 
 class Pulse:
-    """For how long this process has been awake, by a thread that does nothing but come back."""
+    """The time since this process last woke up, measured by an otherwise idle thread."""
 
     def __init__(self) -> None:
         self._awake_since = self._last_beat = time.monotonic()
@@ -53,13 +52,13 @@ class Pulse:
 
 
 def keep_talking(connection: zmq.Socket, timeout_s: float) -> None:
-    """Let the other end answer several times in `timeout_s`, as long as it runs; no answer ends nothing."""
+    """Heartbeats, several per `timeout_s`, that never end the connection."""
     connection.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(timeout_s * 1000) // 8))
     connection.setsockopt(zmq.HEARTBEAT_TIMEOUT, NEVER_MS)
 
 
 class OtherEnd:
-    """The process at the other end of a connection of ours, whose descriptor ZeroMQ owns."""
+    """The peer process of a connection of ours; ZeroMQ owns the descriptor."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -70,10 +69,11 @@ class OtherEnd:
                 self._pid = _CREDENTIALS.unpack(self._option(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
     def silent_s(self) -> float:
-        """Seconds since it has shown that it runs: over TCP by its bytes, on this node by its state.
+        """Seconds without a sign of life: over TCP since its last bytes, on this node since it was stopped.
 
-        0 when that cannot be known, as of a connection that is ending; ZeroMQ tells that.
+        0 if unknown.
         """
+        # Unknown, as while the connection ends: ZeroMQ reports that.
         if self._pid:
             return self._stopped_s()
         with suppress(OSError, struct.error):
@@ -96,7 +96,7 @@ class OtherEnd:
         return int.from_bytes(self._option(socket.SOL_SOCKET, socket.SO_DOMAIN, 4), "little")
 
     def _option(self, level: int, name: int, length: int) -> bytes:
-        """Of the descriptor as it is: one of our own for it would keep the connection open."""
+        # Of the descriptor as it is: a duplicate would keep the connection open.
         borrowed = socket.socket(fileno=self._descriptor)
         try:
             return borrowed.getsockopt(level, name, length)

@@ -1,26 +1,25 @@
-"""What travels on the host lane: a typed, numbered header and the frames it describes.
+"""The wire format of the host lane: a typed, numbered msgpack header and the buffers it describes.
 
-A message is a msgpack header and the buffers it describes: the bytes of host tensors, and one pickle of
-other Python values with the buffers that it refers to (tensors and arrays nested in it: pickle protocol 5,
-out of band). Device tensors are only described; their bytes take the device lane.
+Buffers are the bytes of host tensors, and one pickle of other values with its out-of-band buffers (pickle
+protocol 5). Device tensors are only described; their bytes take the device lane.
 
-On the wire it is a list of frames. Frame 0 is a CRC-32 of all that follows in it, the length of the header,
-the header, and the small buffers; a large buffer is a frame of its own and is not copied on the way in or
-out. The header measures every buffer, so a truncated message is recognised before anything is read from
-it. Pickles are read only after the lane has authenticated the sender.
+Frame 0 holds a CRC-32 of its remainder, the header's length, the header, and small buffers; a large buffer is
+a frame of its own, without a copy. The header has all sizes: truncation is detected before anything is read.
+Pickles are read only after authentication of the sender.
 """
 
 from __future__ import annotations
 
 import enum
 import io
+import math
 import pickle
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -40,7 +39,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Kind(enum.IntEnum):
-    """What a message is for. Each kind between two ranks is a channel with its own numbering."""
+    """Purpose of a message. Between two ranks each kind is a channel with its own numbering."""
 
     HELLO = 0  # first message of a connection
     GOODBYE = 1  # the sender closes on purpose
@@ -54,16 +53,30 @@ class Kind(enum.IntEnum):
     STAGE_TIMES = 9  # what a stage measured of its first busy batches, told to stage 0
     OUTCOME = 10  # what became of a control request on one stage
 
-    @property
-    def label(self) -> str:
-        return _LABELS[self]
+    label: str  # its name in counters, traces and errors
+
+    def __init__(self, value: int) -> None:
+        self.label = self.name.lower()
 
 
-_LABELS = {kind: kind.name.lower() for kind in Kind}
+class Sizes(NamedTuple):
+    """Sizes of a tensor, from type and shape."""
+
+    dtype: torch.dtype
+    elements: int  # that travel: of the slice where there is one
+    nbytes: int
+
+
+@lru_cache(maxsize=4096)
+def sizes_of(dtype: str, shape: tuple[int, ...], sliced: int) -> Sizes:
+    """Raises MessageError."""
+    # Cached: the messages of a decode have tensors of the same few shapes.
+    torch_type, elements = torch_dtype(dtype), math.prod(shape) // sliced
+    return Sizes(torch_type, elements, elements * torch_type.itemsize)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of a message."""
+    """One tensor of a message, on either lane."""
 
     name: str
     dtype: str  # torch name without "torch."
@@ -73,20 +86,12 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     offset: int = -1  # byte offset in the device-lane buffer; -1: travels as a frame
 
     @property
-    def elements(self) -> int:
-        """Elements that travel in this message."""
-        total = 1
-        for extent in self.shape:
-            total *= extent
-        return total // self.sliced
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * torch_dtype(self.dtype).itemsize
+    def sizes(self) -> Sizes:
+        return sizes_of(self.dtype, self.shape, self.sliced)
 
 
 class Header(msgspec.Struct, array_like=True):
-    """What a message is and what it holds."""
+    """Identity and contents of a message."""
 
     protocol: int
     kind: Kind
@@ -105,10 +110,10 @@ class Header(msgspec.Struct, array_like=True):
 
 @dataclass
 class Message:
-    """A message as the program sees it.
+    """A message in the program.
 
-    `tensors` are the entries of a tensor dict that are host tensors (and, once the device lane has
-    delivered, device tensors); `values` is the rest of the dict, or any object when `keys` is empty.
+    `tensors`: host-lane entries of a tensor dict; `values`: the rest, or any object if `keys` is empty.
+    `specs` describe all tensors, device lane last; without them, `tensors` are whole host tensors.
     """
 
     kind: Kind
@@ -118,10 +123,8 @@ class Message:
     keys: tuple[str, ...] = ()
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     values: Any = None
-    device_specs: tuple[TensorSpec, ...] = ()
-    device_nbytes: int = 0
-    slices: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    devices: Mapping[str, str] = field(default_factory=dict)
+    specs: tuple[TensorSpec, ...] = ()
+    device_nbytes: int = 0  # of the message's buffer on the device lane
     source: int = -1
     number: int = -1
     nbytes: int = 0  # of all frames; filled in where it is sent and where it is received
@@ -142,7 +145,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a host tensor, any dtype, without a copy when it is contiguous."""
+    """The bytes of a host tensor, any dtype; a copy only if not contiguous."""
     dense = tensor.detach() if tensor.requires_grad else tensor
     if dense.dtype.is_complex:
         dense = dense.resolve_conj().resolve_neg()
@@ -153,7 +156,7 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """A writable tensor over received bytes; copied only when the bytes are not aligned."""
+    """A writable tensor over received bytes; a copy only if not aligned."""
     if len(buffer) == 0:
         return torch.empty(tuple(shape), dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=dtype)
@@ -175,7 +178,8 @@ _DTYPES_OF_NUMPY = {
 
 
 def _bytes_of(tensor: torch.Tensor) -> Buffer:
-    """The bytes of a host tensor. A few are copied, in one call; making a view takes six."""
+    """The bytes of a host tensor."""
+    # A few are copied, in one call; a view takes six.
     if tensor.nbytes < INLINE_BYTES and tensor.dtype in _DTYPES_OF_NUMPY and not tensor.requires_grad:
         return tensor.numpy().tobytes()
     return byte_view(tensor)
@@ -185,7 +189,7 @@ def _bytes_of(tensor: torch.Tensor) -> Buffer:
 
 
 class _ValuePickler(pickle.Pickler):
-    """Pickles tensors as out-of-band buffers instead of torch's own nested archive."""
+    """Pickles tensors as out-of-band buffers instead of torch's nested archive."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not torch.Tensor or value.layout is not torch.strided:
@@ -205,7 +209,7 @@ def _rebuild_tensor(buffer: Any, dtype: str, shape: tuple[int, ...], device: str
 
 
 def dump_values(values: Any) -> list[Buffer]:
-    """The pickle of `values` and behind it the buffers it refers to."""
+    """The pickle of `values`, then its out-of-band buffers."""
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     _ValuePickler(stream, protocol=5, buffer_callback=buffers.append).dump(values)
@@ -220,21 +224,23 @@ def load_values(frames: Sequence[Buffer]) -> Any:
 
 
 def encode(message: Message, *, source: int, number: int, check_all: bool) -> list[Buffer]:
-    """The frames of `message`; `message.nbytes` becomes their size.
+    """The frames of `message`; sets `message.nbytes` to their size.
 
-    Frames behind the first refer to the memory of the tensors: whoever sends must own it until they are sent.
+    Later frames refer to tensor memory, which the sender must own until they are sent.
     """
-    specs: list[TensorSpec] = []
+    specs = message.specs
+    if message.tensors and not specs:
+        specs = describe(message.tensors)
     buffers: list[Buffer] = []
-    for name, tensor in message.tensors.items():
-        count, shape = message.slices.get(name) or (1, tuple(tensor.shape))
-        device = message.devices.get(name, "cpu")
-        specs.append(TensorSpec(name, dtype_name(tensor.dtype), shape, device, count))
+    for tensor in message.tensors.values():
         if tensor.numel():
             buffers.append(_bytes_of(tensor))
     value_buffers = [] if message.values is None else dump_values(message.values)
     buffers += value_buffers
-    frames = [buffer for buffer in buffers if len(buffer) >= INLINE_BYTES]
+    inline: list[Buffer] = []
+    frames: list[Buffer] = []
+    for buffer in buffers:
+        (inline if len(buffer) < INLINE_BYTES else frames).append(buffer)
     header = Header(
         protocol=PROTOCOL,
         kind=message.kind,
@@ -244,20 +250,27 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         iteration=message.iteration,
         batch=message.batch,
         keys=message.keys,
-        tensors=(*specs, *message.device_specs),
-        sizes=tuple(len(buffer) for buffer in buffers),
+        tensors=specs,
+        sizes=tuple(map(len, buffers)),
         values=len(value_buffers),
         device_nbytes=message.device_nbytes,
-        crc=_checksum(frames, check_all),
+        crc=_checksum(frames, check_all) if frames else 0,
     )
-    inline = buffers if not frames else [buffer for buffer in buffers if len(buffer) < INLINE_BYTES]
     head = _seal(_HEADER_ENCODER.encode(header), inline)
-    message.nbytes = len(head) + sum(len(frame) for frame in frames)
+    message.nbytes = len(head) + sum(map(len, frames))
     return [head, *frames]
 
 
+def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
+    """Specs of whole tensors, not placed on the device lane."""
+    return tuple(
+        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.device.type)
+        for name, tensor in tensors.items()
+    )
+
+
 def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
-    """Frame 0: an encoded header and the small buffers."""
+    """Frame 0: encoded header and small buffers."""
     parts = (_LENGTH.pack(len(body)), body, *inline)
     crc = 0
     for part in parts:
@@ -266,7 +279,7 @@ def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
 
 
 def read_header(head: Buffer) -> Header:
-    """The header in frame 0, which is checked as a whole. Raises MessageError."""
+    """The header in frame 0, after its checksum. Raises MessageError."""
     if len(head) <= _PREFIX.size:
         raise MessageError(f"A message of {len(head)} bytes is too short to hold a header.")
     crc, length = _PREFIX.unpack_from(head)
@@ -290,9 +303,10 @@ _HEADER_DECODER = msgspec.msgpack.Decoder(Header)
 
 
 def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Message:
-    """The message of `frames`, of which `read_header` accepted the first. Raises MessageError."""
-    buffers = _find_buffers(header, frames)
-    if _checksum(frames[1:], check_all) != header.crc:
+    """The message of `frames` with this `header`. Raises MessageError."""
+    large = frames[1:]
+    buffers = _find_buffers(header, frames[0], large)
+    if (_checksum(large, check_all) if large else 0) != header.crc:
         raise MessageError(f"The frames of message {header.number} do not match their checksum.")
     message = Message(
         kind=header.kind,
@@ -300,12 +314,13 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
         iteration=header.iteration,
         batch=header.batch,
         keys=header.keys,
+        specs=header.tensors,
         device_nbytes=header.device_nbytes,
         source=header.source,
         number=header.number,
-        nbytes=sum(len(frame) for frame in frames),
+        nbytes=sum(map(len, frames)),
     )
-    used = _read_tensors(message, header.tensors, buffers) if header.tensors else 0
+    used = _read_tensors(message, buffers) if header.tensors else 0
     if used + header.values != len(buffers):
         raise MessageError(
             f"Message {header.number} has {len(buffers)} buffers, but its header describes "
@@ -316,19 +331,21 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
     return message
 
 
-def _find_buffers(header: Header, frames: Sequence[Buffer]) -> list[Buffer]:
-    """The buffers in their order: copies of those in frame 0, and the other frames as they are."""
-    head, *rest = frames
-    inline = sum(size for size in header.sizes if size < INLINE_BYTES)
-    at = len(head) - inline
-    length = _PREFIX.unpack_from(head)[1]
-    large = [size for size in header.sizes if size >= INLINE_BYTES]
-    if at != _PREFIX.size + length or [len(frame) for frame in rest] != large:
+def _find_buffers(header: Header, head: Buffer, frames: Sequence[Buffer]) -> list[Buffer]:
+    """The buffers in order: copies from frame 0, other frames themselves."""
+    at = _PREFIX.size + _PREFIX.unpack_from(head)[1]
+    inline, large = 0, []
+    for size in header.sizes:
+        if size < INLINE_BYTES:
+            inline += size
+        else:
+            large.append(size)
+    if at + inline != len(head) or list(map(len, frames)) != large:
         raise MessageError(
-            f"Message {header.number} is truncated: {len(head) - length - _PREFIX.size} bytes and frames of "
-            f"{[len(frame) for frame in rest]} bytes arrived where its header announces {inline} and {large}."
+            f"Message {header.number} is truncated: {len(head) - at} bytes and frames of "
+            f"{list(map(len, frames))} bytes arrived where its header announces {inline} and {large}."
         )
-    view, following = memoryview(head), iter(rest)
+    view, following = memoryview(head), iter(frames)
     buffers: list[Buffer] = []
     for size in header.sizes:
         if size < INLINE_BYTES:
@@ -348,18 +365,13 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
         ) from error
 
 
-def _read_tensors(message: Message, specs: Sequence[TensorSpec], buffers: Sequence[Buffer]) -> int:
-    """Fill in the tensors and what is said about them; returns how many buffers they took.
-
-    An empty tensor takes none. Those on the device lane are only described.
-    """
+def _read_tensors(message: Message, buffers: Sequence[Buffer]) -> int:
+    """Fill in host-lane tensors; returns the number of buffers used (an empty tensor: none)."""
     used = 0
-    slices, devices = {}, {}
-    for spec in specs:
+    for spec in message.specs:
         if spec.offset >= 0:
             continue
-        dtype, elements = torch_dtype(spec.dtype), spec.elements
-        nbytes = elements * dtype.itemsize
+        dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
         buffer: Buffer = buffers[used] if nbytes and used < len(buffers) else b""
         if len(buffer) != nbytes:
             raise MessageError(
@@ -367,14 +379,8 @@ def _read_tensors(message: Message, specs: Sequence[TensorSpec], buffers: Sequen
                 f"{spec.dtype} of {elements} elements needs {nbytes}."
             )
         used += bool(nbytes)
-        whole = spec.sliced == 1
-        message.tensors[spec.name] = tensor_over(buffer, dtype, spec.shape if whole else (elements,))
-        if not whole:
-            slices[spec.name] = (spec.sliced, spec.shape)
-        if spec.device != "cpu":
-            devices[spec.name] = spec.device
-    message.slices, message.devices = slices, devices
-    message.device_specs = tuple(spec for spec in specs if spec.offset >= 0)
+        shape = spec.shape if spec.sliced == 1 else (elements,)
+        message.tensors[spec.name] = tensor_over(buffer, dtype, shape)
     return used
 
 

@@ -1,4 +1,4 @@
-"""What ZeroMQ says about the connections of a socket."""
+"""ZeroMQ connection events."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import zmq
 
 
 def open_monitor(socket: zmq.Socket, events: int) -> zmq.Socket:
-    """A socket on which `events` of `socket` arrive (`zmq.utils.monitor.recv_monitor_message`).
-
-    Without a high-water mark: ZeroMQ's network thread waits for the listener, and with it all connections
-    of this process and their heartbeats, while the listener may wait for Python's lock. An event takes some
-    hundred bytes until it is read.
-    """
+    """A socket that receives `events` of `socket` (`zmq.utils.monitor.recv_monitor_message`)."""
+    # No high-water mark: ZeroMQ's network thread would wait for the listener, and with it all connections of
+    # this process and their heartbeats, while the listener may wait for the GIL. An unread event takes some
+    # hundred bytes.
     address = f"inproc://monitor-{socket.FD}"
     socket.monitor(address, events)
     monitor = socket.context.socket(zmq.PAIR)

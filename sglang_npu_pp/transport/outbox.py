@@ -1,7 +1,6 @@
-"""One connection from this rank to one peer: numbered messages out, credit back.
+"""One connection to one peer: numbered messages out, credit back.
 
-ZeroMQ gives the connection and its encryption. What is added here is numbering, the window, and noticing
-that the peer is gone.
+Adds numbering, the window and detection of a lost peer to ZeroMQ's connection and encryption.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import PeerLostError, TransportError, WaitLimitError
-from ..observe.telemetry import ChannelCounters, Telemetry
-from ..observe.trace import Trace
+from ..observe.telemetry import ChannelCounters
+from .context import RankContext
 from .endpoints import KeyPair
 from .liveness import OtherEnd, Pulse, keep_talking
 from .message import Buffer, Kind, Message, encode
@@ -46,53 +45,54 @@ def connection_identity(stage: int, port: str, attempt: int) -> bytes:
 
 
 def port_of(identity: bytes) -> bytes:
-    """What a stage says which connection this is, whichever attempt: b"STAGE/PORT"."""
+    """The connection's name, b"STAGE/PORT", without the attempt."""
     return b"/".join(identity.split(b"/")[:2])
 
 
 @dataclass(slots=True)
 class _Channel:
-    """Messages of one kind to this peer."""
+    """Messages of one kind to this peer; the next number is the count sent."""
 
+    kind: Kind
     window: Window
     counters: ChannelCounters
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The stage at the other end of a connection, and its endpoint."""
+
+    stage: int
+    port: str  # name of the connection: each thread that sends has its own
+    endpoint: str
+    key: bytes = b""  # its CURVE public key
+    keys: KeyPair | None = None  # our own; None on one node
 
 
 class Outbox:
     """Sends to one peer. Owned by one thread.
 
-    Until the peer has welcomed it a connection that ends is made again: a peer that cannot have Python's lock
-    for long, while it loads something, lets the time for a handshake pass. From then on its end is the end of
-    the lane, because messages may be lost with it.
+    A broken connection is made again until the peer's welcome; later it ends the lane, as messages may be
+    lost.
     """
+
+    # A peer without the GIL for long, while it loads something, misses the time for a handshake.
 
     def __init__(
         self,
-        context: zmq.Context,
+        context: RankContext,
+        peer: Peer,
         *,
-        stage: int,
-        rank: int,
-        peer: int,
-        port: str,
-        endpoint: str,
-        keys: KeyPair | None,
-        peer_key: bytes,
+        sockets: zmq.Context,
         bounds: Bounds,
-        peer_timeout_s: float,
-        wait_limit_s: float,
-        check_all: bool,
         pulse: Pulse,
-        telemetry: Telemetry,
-        trace: Trace,
     ) -> None:
-        self.peer = peer
-        self.endpoint = endpoint
+        self.peer, self.endpoint = peer.stage, peer.endpoint
         self.departed = False  # the peer said goodbye
         self.welcomed = False  # the peer has accepted our hello
-        self._where = f"stage {stage} rank {rank}"
-        self._stage, self._bounds, self._check_all = stage, bounds, check_all
-        self._peer_timeout_s, self._wait_limit_s = peer_timeout_s, wait_limit_s
-        self._telemetry, self._trace = telemetry, trace
+        self._context, self._peer, self._sockets, self._bounds = context, peer, sockets, bounds
+        self._check_all, self._trace = context.check_all, context.trace
+        self._peer_timeout_s = context.settings.peer_timeout_s
         self._channels: dict[Kind, _Channel] = {}
         self._lost_at: float | None = None
         self._connected = self._was_connected = False  # now, ever
@@ -100,17 +100,14 @@ class Outbox:
         self._other_end: OtherEnd | None = None
         self._pulse = pulse
         self._refused: str | None = None
-        self._last_sent: tuple[Kind, int] | None = None
+        self._last_sent: _Channel | None = None
         self._next_check = 0.0
         self._abandoned = False
-        self._context, self._port = context, port
-        self._keys, self._peer_key = keys, peer_key
-        self._in_parts = keys is not None  # between nodes
         self._open_socket()
 
     def _open_socket(self) -> None:
         try:
-            self._socket = self._context.socket(zmq.DEALER)
+            self._socket = self._sockets.socket(zmq.DEALER)
         except zmq.ZMQError as error:
             raise self._cannot_connect(error) from None
         try:
@@ -124,18 +121,18 @@ class Outbox:
     def _connect(self) -> None:
         socket = self._socket
         # Of each attempt its own: the peer may not know yet that the one before has ended.
-        identity = connection_identity(self._stage, self._port, self._attempt)
+        identity = connection_identity(self._context.stage, self._peer.port, self._attempt)
         socket.setsockopt(zmq.ROUTING_ID, identity)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued, in bytes too
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a broken connection has lost messages
         socket.setsockopt(zmq.IPV6, 1)
         keep_talking(socket, self._peer_timeout_s)
-        if self._keys is not None:
+        if (keys := self._peer.keys) is not None:
             refuse_longer_frames(socket)
-            socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public)
-            socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
-            socket.setsockopt(zmq.CURVE_SERVERKEY, self._peer_key)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+            socket.setsockopt(zmq.CURVE_SERVERKEY, self._peer.key)
         self.monitor = open_monitor(socket, _WATCHED)
         try:
             socket.connect(self.endpoint)
@@ -145,7 +142,7 @@ class Outbox:
 
     def _cannot_connect(self, error: zmq.ZMQError) -> TransportError:
         return TransportError(
-            f"{self._where}: cannot connect to stage {self.peer} at {self.endpoint} "
+            f"{self._context.where}: cannot connect to stage {self.peer} at {self.endpoint} "
             f"({zmq.strerror(error.errno or 0)}); set SGLANG_NPU_PP_HOST of that stage to an address of its "
             "node, or see that this process may open more files (ulimit -n)."
         )
@@ -153,13 +150,13 @@ class Outbox:
     def send(self, message: Message) -> None:
         """Push `message`; returns at once unless the window is full.
 
-        Raises PeerLostError, or WaitLimitError when the peer takes nothing for the wait limit.
+        Raises PeerLostError, or WaitLimitError if the peer takes nothing in time.
         """
         self.check()
         channel = self._channels.get(message.kind) or self._open_channel(message.kind)
         window, counters = channel.window, channel.counters
         number = window.sent_messages
-        frames = encode(message, source=self._stage, number=number, check_all=self._check_all)
+        frames = encode(message, source=self._context.stage, number=number, check_all=self._check_all)
         if not window.has_room(message.nbytes):
             self._read_credit()
             if not window.has_room(message.nbytes):
@@ -172,28 +169,30 @@ class Outbox:
         window.sent(message.nbytes)
         counters.messages += 1
         counters.bytes += message.nbytes + message.device_nbytes
-        self._last_sent = message.kind, number
+        self._last_sent = channel
         self._trace.record("push", message.kind.label, message.slot, message.iteration)
 
     def _open_channel(self, kind: Kind) -> _Channel:
-        channel = _Channel(Window(self._bounds), self._telemetry.sending(kind.label))
+        channel = _Channel(kind, Window(self._bounds), self._context.telemetry.sending(kind.label))
         self._channels[kind] = channel
         return channel
 
     def send_control(self, kind: Kind) -> None:
-        """Send a hello or goodbye, outside the window. A peer that is gone does not hear it."""
-        frames = encode(Message(kind=kind), source=self._stage, number=0, check_all=True)
+        """Send a hello or goodbye outside the window; lost if the peer is gone."""
+        frames = encode(Message(kind=kind), source=self._context.stage, number=0, check_all=True)
         with suppress(zmq.Again):
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def abandon(self) -> None:
-        """From any thread: a call that waits here for room gives up, within 0.1 s."""
+        """From any thread: end a wait for room, within 0.1 s."""
         self._abandoned = True
 
     def check(self) -> None:
-        """Raise if the peer is gone. Cheap: looks at the connection at most every 0.1 s."""
+        """Raise if the peer is gone. Cheap: inspects the connection every 0.1 s at most."""
         if self._abandoned:
-            raise TransportError(f"{self._where}: closed while messages to stage {self.peer} were waiting.")
+            raise TransportError(
+                f"{self._context.where}: closed while messages to stage {self.peer} were waiting."
+            )
         now = time.monotonic()
         if now < self._next_check:
             return
@@ -201,7 +200,7 @@ class Outbox:
         self.read_monitor()
         if self._refused is not None:
             raise TransportError(
-                f"{self._where}: stage {self.peer} at {self.endpoint} refused our connection "
+                f"{self._context.where}: stage {self.peer} at {self.endpoint} refused our connection "
                 f"({self._refused}); make sure that all ranks were started together."
             )
         if not self.welcomed:
@@ -213,8 +212,8 @@ class Outbox:
             raise self.lost()
 
     def _repeat_the_attempt(self) -> None:
-        """If it has ended. A peer that lets the handshake time out still listens; where no socket listens
-        any more, the process has ended."""
+        # If it has ended. A peer that lets the handshake time out still listens; without a listener the
+        # process has ended.
         if self._lost_at is None:
             return
         if self._was_connected and not self._connected:
@@ -226,7 +225,7 @@ class Outbox:
         self.send_control(Kind.HELLO)
 
     def _silent_s(self) -> float:
-        """How long the peer has not shown that it runs, while this process did."""
+        """Seconds of the peer's silence while this process ran."""
         if self._other_end is None:
             return 0.0
         return min(self._other_end.silent_s(), self._pulse.awake_s)
@@ -239,10 +238,9 @@ class Outbox:
         )
         last = "nothing"
         if self._last_sent is not None:
-            kind, number = self._last_sent
-            last = f"{kind.label} message {number}"
+            last = f"{self._last_sent.kind.label} message {self._last_sent.window.sent_messages - 1}"
         return PeerLostError(
-            f"{self._where}: stage {self.peer} {how} (last sent to it: {last}); "
+            f"{self._context.where}: stage {self.peer} {how} (last sent to it: {last}); "
             "look at that stage's log for the first error, then restart the server."
         )
 
@@ -260,11 +258,11 @@ class Outbox:
                 self._refused = _REFUSALS[event]
 
     def read_welcome(self) -> None:
-        """Take what the peer returned so far; sets `welcomed`."""
+        """Process the peer's replies; sets `welcomed`."""
         self._read_credit()
 
     def close(self) -> None:
-        """Send what is queued, unless there is nobody to send it to. Can be called twice."""
+        """Flush the queue unless the peer is gone. Can be called twice."""
         if self._socket.closed:
             return
         self.read_monitor()
@@ -274,11 +272,12 @@ class Outbox:
         self._socket.close(linger=0 if gone else None)
 
     def _push(self, frames: list[Buffer], copy: bool) -> None:
-        """Hand `frames` to ZeroMQ. With no high-water mark that blocks only when the connection is gone,
-        and then for ever: what waits here is the end of the settling time, in `check`."""
-        if self._in_parts:
+        """Hand `frames` to ZeroMQ."""
+        # Without a high-water mark that blocks only when the connection is gone, and then for ever; `check`
+        # raises at the end of the settling time.
+        if self._peer.keys is not None:  # between nodes
             frames = cut(frames)
-        copy = copy or all(len(frame) < ZERO_COPY_BYTES for frame in frames)
+        copy = copy or max(map(len, frames)) < ZERO_COPY_BYTES
         while True:
             try:
                 if len(frames) == 1:
@@ -291,12 +290,13 @@ class Outbox:
                 self.check()
 
     def _wait_for_room(self, message: Message, window: Window) -> None:
-        deadline = time.monotonic() + self._wait_limit_s
+        limit_s = self._context.settings.wait_limit_s
+        deadline = time.monotonic() + limit_s
         while not window.has_room(message.nbytes):
             if time.monotonic() >= deadline:
                 raise WaitLimitError(
-                    f"{self._where}: stage {self.peer} took no {message.kind.label} message for "
-                    f"{self._wait_limit_s:g} s while {window.sent_messages - window.taken_messages} "
+                    f"{self._context.where}: stage {self.peer} took no {message.kind.label} message for "
+                    f"{limit_s:g} s while {window.sent_messages - window.taken_messages} "
                     "were in flight; look at that stage's log."
                 )
             if self._socket.poll(POLL_MS):

@@ -1,9 +1,8 @@
-"""Frames in parts, so that a socket of the network can refuse whatever is longer.
+"""Frames in parts, so that a TCP socket can refuse longer ones.
 
-ZeroMQ makes room for a frame as soon as its length is announced and fills it as bytes come, before it knows
-who sends them. On connections between nodes no frame is therefore longer than a part, and a socket closes a
-connection that announces more: an unauthenticated client costs one part at most. A frame of ours that is
-longer travels as several frames of the same message: a full part is continued by the next one.
+ZeroMQ allocates a frame's announced length before authentication. So between nodes frames are at most a part,
+and sockets close connections that announce more: an unauthenticated client costs one part. A full part is
+continued by the message's next frame.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ _ENVELOPE_BYTES = 64  # CURVE puts 33 around every frame
 
 
 def refuse_longer_frames(socket: zmq.Socket) -> None:
-    """Close connections of `socket` that announce more than a part. Before it is bound or connected."""
+    """Close connections announcing more than a part. Before `socket` is bound or connected."""
     socket.setsockopt(zmq.MAXMSGSIZE, PART_BYTES + _ENVELOPE_BYTES)
 
 
 def cut(frames: list[Buffer]) -> list[Buffer]:
-    """The parts of `frames`. Those of a frame that is cut refer to its memory."""
+    """The parts of `frames`, as views of their memory."""
     if all(len(frame) < PART_BYTES for frame in frames):
         return frames
     parts: list[Buffer] = []
@@ -40,7 +39,7 @@ def cut(frames: list[Buffer]) -> list[Buffer]:
 
 
 class _Block:
-    """Some memory, and what it was last lent as: it is free when that is gone."""
+    """Memory, free again when its last view is gone."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = np.empty(nbytes, np.uint8)
@@ -60,17 +59,15 @@ class _Block:
 
 
 class Blocks:
-    """Memory for frames that came in parts, used again as soon as nothing refers to it any more.
+    """Memory for joined frames, reused when unreferenced. Owned by one thread."""
 
-    New memory costs several times the copying of the bytes, because the kernel hands it out page by page.
-    Owned by one thread.
-    """
+    # New memory costs several times the copying of the bytes: the kernel hands it out page by page.
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []  # what was used last comes last
 
     def take(self, nbytes: int) -> memoryview:
-        """Writable memory of `nbytes` bytes, lent for as long as the view or anything made of it lives."""
+        """Writable memory of `nbytes` bytes, lent while the view or a derivative lives."""
         fitting = [block for block in self._blocks if nbytes <= block.nbytes <= 2 * nbytes]
         block = next((block for block in reversed(fitting) if block.is_free()), None)
         if block is None:
@@ -82,7 +79,7 @@ class Blocks:
         return block.lend(nbytes)
 
     def _trim(self) -> None:
-        """Of the free blocks only those stay that were used last."""
+        """Keep only the most recently used free blocks."""
         kept_bytes = 0
         for block in reversed(self._blocks.copy()):
             if block.is_free():
@@ -92,11 +89,9 @@ class Blocks:
 
 
 def join(parts: list[Buffer], blocks: Blocks) -> list[Buffer]:
-    """The frames of which these are the parts: writable copies of those that were cut, the others as they
-    are.
+    """The frames of `parts`: writable copies of cut ones, others unchanged.
 
-    Takes `parts` apart, so that their memory goes as it is copied. Of a message that has lost its end the
-    last frame is too short, as its header will tell.
+    Empties `parts` as it copies. In a truncated message the last frame is too short for its header.
     """
     if all(len(part) < PART_BYTES for part in parts):
         return parts

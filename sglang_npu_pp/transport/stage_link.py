@@ -1,9 +1,8 @@
-"""What one rank of one stage says to the other stages: post, wait, commit.
+"""Communication of one rank with the other stages: post, wait, commit.
 
-`StageLink` puts the two lanes together. A send is one call and never blocks on the receiver; a receive is
-two: `post` says what is expected and returns a `Pending`, `Pending.wait` is the one place where the program
-waits. A device message posts its receive by itself as soon as its header is here, which may be while
-the scheduler waits for something else.
+`StageLink` joins the two lanes. A send is one call and never blocks on the receiver; a receive is two: `post`
+returns a `Pending`, `Pending.wait` is the only wait. A device message's receive is posted at its header's
+arrival, also during other waits.
 """
 
 from __future__ import annotations
@@ -11,23 +10,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import SequenceError
-from ..observe.telemetry import Telemetry
-from ..observe.trace import Trace
+from ..observe.telemetry import ChannelCounters
 from ..streams import DeviceStreams
 from .clock import UNMEASURED, LinkClock
 from .device_lane import DeviceLane, Receive, pack_layout, unpack
 from .host_lane import HostLane
-from .message import Kind, Message
+from .inbox import ReceiveChannel
+from .message import Kind, Message, TensorSpec, dtype_name
 from .outbox import Outbox
 
 
 class GatherGroup(Protocol):
-    """Tensor-parallel ranks that hold equal tensors: each sends a slice, the receivers gather."""
+    """Tensor-parallel ranks with equal tensors: each sends a slice, the receivers gather."""
 
     world_size: int
     rank_in_group: int
@@ -35,69 +35,56 @@ class GatherGroup(Protocol):
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor: ...
 
 
+@dataclass(eq=False, slots=True)
 class Pending:
-    """A message that is on its way. Only `wait` blocks."""
+    """An expected message. Only `wait` blocks."""
 
-    def __init__(
-        self,
-        link: StageLink,
-        kind: Kind,
-        source: int,
-        number: int,
-        slot: int,
-        iteration: int,
-        overtaken_by: Kind | None,
-    ) -> None:
-        self._link, self.kind, self.source, self.number = link, kind, source, number
-        self.slot, self.iteration, self.overtaken_by = slot, iteration, overtaken_by
-        self.batch = ""
-        """Which requests the microbatch has here; compared with what the message says unless empty."""
+    link: StageLink
+    channel: ReceiveChannel
+    number: int
+    slot: int
+    iteration: int
+    overtaken_by: ReceiveChannel | None = None
+    batch: str = ""
+    """Which requests the microbatch has here; compared with what the message says unless empty."""
+
+    @property
+    def kind(self) -> Kind:
+        return self.channel.kind
 
     def wait(self, gather: GatherGroup | None = None, *, owned: bool = False) -> dict[str, Any]:
         """The tensor dict, in the sender's key order.
 
-        The current stream is ordered behind the arrival of device tensors. They are views of a receive
-        slot and good until `StageLink.release`; with `owned` they are copies and good for ever.
-        Raises PeerLostError, WaitLimitError, MessageError, SequenceError.
+        The current stream is ordered after the arrival of device tensors: views of a slot, valid until
+        `StageLink.release`, or copies (`owned`). Raises PeerLostError, WaitLimitError, MessageError,
+        SequenceError.
         """
-        message = self._link.take(self)
-        tensors = self._link.finish(message, gather, owned=owned)
-        self._link.record("ready", message)
-        return tensors
+        return self.link.receive_tensors(self, gather, owned)
 
     def wait_values(self) -> Any:
-        """The Python object of a message that is not a tensor dict."""
-        message = self._link.take(self)
-        self._link.record("ready", message)
-        return message.values
+        """The Python object of a message without tensor dict."""
+        return self.link.receive(self)
 
 
 class StageLink:
-    """The link of one rank to the same rank of the other stages. Owned by the scheduler thread."""
+    """The link of one rank to the same rank of other stages. Owned by the scheduler thread."""
 
     def __init__(
-        self,
-        host_lane: HostLane,
-        device_lane: DeviceLane | None,
-        *,
-        telemetry: Telemetry,
-        trace: Trace,
-        clock: LinkClock = UNMEASURED,
+        self, host_lane: HostLane, device_lane: DeviceLane | None, clock: LinkClock = UNMEASURED
     ) -> None:
-        self.stage, self.stages, self.rank = host_lane.stage, host_lane.stages, host_lane.rank
+        context = self.context = host_lane.context
+        self.stage, self.stages, self.rank = context.stage, context.stages, context.rank
+        self.telemetry, self.trace, self.clock = context.telemetry, context.trace, clock
         self.host_lane, self.device_lane = host_lane, device_lane
-        self.telemetry, self.trace, self.clock = telemetry, trace, clock
-        self._where = f"stage {self.stage} rank {self.rank}"
-        self._next_number: dict[tuple[int, Kind], int] = {}
         self._announced: deque[Message] = deque()  # device messages whose receive is not posted yet
         self._posted: dict[tuple[Kind, int], Receive] = {}
         self._in_use: list[Receive] = []
-        host_lane.inbox.on_arrival = self._arrived
+        host_lane.on_announcement(self._announce)
 
     # --- send ----------------------------------------------------------------------------------
 
     def push(self, kind: Kind, peer: int, values: Any = None, *, slot: int = -1, iteration: int = -1) -> None:
-        """Push a Python object to stage `peer`; arrays and tensors in it may be written to afterwards."""
+        """Push a Python object to stage `peer`; its arrays and tensors may then be overwritten."""
         self.host_lane.send(peer, Message(kind, slot, iteration, values=values, borrowed=True))
 
     def push_tensors(
@@ -115,12 +102,13 @@ class StageLink:
     ) -> None:
         """Push a tensor dict to stage `peer`.
 
-        Tensors on the device of the device lane take it when `peer` is the next stage; other device
-        tensors are staged through the host. `gather`: send this rank's 1/world_size of every tensor that
-        can be cut so. `batch`: which requests these are, in words; a receiver that has others refuses them.
-        `owned`: no one writes to the host tensors any more, nor to arrays and tensors nested in other
-        values; otherwise they are copied here.
-        `outboxes`: connections of a thread of its own, instead of the scheduler's.
+        The device lane carries its device's tensors if `peer` is the next stage; others go through the host.
+
+        Args:
+            gather: send this rank's 1/world_size of every divisible tensor.
+            batch: the requests, in words; a receiver with others raises.
+            owned: no later writes to host tensors, nor to tensors and arrays nested in values; else copied.
+            outboxes: another thread's connections.
         """
         message = Message(kind, slot, iteration, batch, keys=tuple(tensors))
         on_device = self._compose(message, peer, tensors, gather, owned)
@@ -131,10 +119,10 @@ class StageLink:
         if on_device:
             assert self.device_lane is not None
             if self.trace.enabled and not self.device_lane.can_send():
-                self.record("full", message)
+                self.trace.record("full", kind.label, slot, iteration)
             counters = self.telemetry.sending(kind.label)
-            self.device_lane.send(on_device, message.device_specs, message.device_nbytes, counters)
-            self.record("post_send", message)
+            self.device_lane.send(on_device, message, counters)
+            self.trace.record("post_send", kind.label, slot, iteration)
 
     def _compose(
         self,
@@ -144,41 +132,38 @@ class StageLink:
         gather: GatherGroup | None,
         owned: bool,
     ) -> dict[str, torch.Tensor]:
-        """Fill `message` from a tensor dict; returns what the device lane carries."""
+        """Fill `message` from a tensor dict; returns the device-lane tensors."""
+        lane_device = self._lane_device(peer)
         on_device: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {}
-        slices: dict[str, tuple[int, tuple[int, ...]]] = {}
-        devices: dict[str, str] = {}
-        on_host = False
+        host_specs: list[TensorSpec] = []
+        device_specs: list[TensorSpec] = []
         for name, value in tensors.items():
             if not isinstance(name, str):
-                raise TypeError(f"{self._where}: a tensor dict needs string keys, not {name!r}.")
+                raise TypeError(f"{self.context.where}: a tensor dict needs string keys, not {name!r}.")
             if not isinstance(value, torch.Tensor):
                 values[name] = value
                 continue
-            part = _slice_for(value, gather)
-            if part.numel() != value.numel():
-                assert gather is not None
-                slices[name] = (gather.world_size, tuple(value.shape))
-            if self._takes_device_lane(part, peer):
+            part, count = (value, 1) if gather is None else _slice_for(value, gather)
+            device = value.device.type
+            spec = TensorSpec(name, dtype_name(value.dtype), tuple(value.shape), device, count)
+            if device == lane_device and part.numel():
                 on_device[name] = part
-            elif value.device.type == "cpu":
-                message.tensors[name] = part
-                on_host = True
+                device_specs.append(spec)
             else:
-                message.tensors[name] = part.cpu()
-                devices[name] = value.device.type
+                message.tensors[name] = part if device == "cpu" else part.cpu()
+                host_specs.append(spec)
         message.values = values or None
-        message.borrowed = not owned and (on_host or bool(values))
-        message.slices, message.devices = slices, devices
-        message.device_specs, message.device_nbytes = pack_layout(on_device, slices)
+        message.borrowed = not owned and bool(values or host_specs)
+        if device_specs:
+            device_specs, message.device_nbytes = pack_layout(device_specs)
+        message.specs = (*host_specs, *device_specs)
         return on_device
 
-    def _takes_device_lane(self, tensor: torch.Tensor, peer: int) -> bool:
+    def _lane_device(self, peer: int) -> str | None:
+        """The device type whose tensors take the device lane to `peer`."""
         lane = self.device_lane
-        if lane is None or peer != self.stage + 1 or not tensor.numel():
-            return False
-        return tensor.device.type == lane.device_type
+        return None if lane is None or peer != self.stage + 1 else lane.device_type
 
     # --- receive -------------------------------------------------------------------------------
 
@@ -193,29 +178,59 @@ class StageLink:
     ) -> Pending:
         """Expect the next message of `kind` from stage `source`. Does not wait.
 
-        `slot` and `iteration` are compared with what the message says; -1 compares nothing. The sender
-        sends this message before those of kind `overtaken_by` with a later iteration: once such a one is
-        here and this is not, waiting for it raises instead of going on.
+        `slot` and `iteration` must equal the message's (-1: any). The sender sends it before any of kind
+        `overtaken_by` with a later iteration: if such a one arrives first, waiting raises.
         """
-        number = self._next_number.get((source, kind), 0)
-        self._next_number[source, kind] = number + 1
+        lane = self.host_lane
+        channel = lane.channel(source, kind)
+        overtaking = None if overtaken_by is None else lane.channel(source, overtaken_by)
         if self.device_lane is not None:
-            self.host_lane.poll()  # a header that is here posts its receive
+            lane.poll()  # a header that is here posts its receive
         self.trace.record("post", kind.label, slot, iteration)
-        return Pending(self, kind, source, number, slot, iteration, overtaken_by)
+        return Pending(self, channel, channel.post(), slot, iteration, overtaking)
 
-    def take(self, pending: Pending) -> Message:
-        """Wait for the message of `pending` and check that it is the one expected."""
-        label = pending.kind.label
-        self.trace.record("wait", label, pending.slot, pending.iteration)
-        message = self.host_lane.wait(
-            pending.source, pending.kind, pending.number, check=lambda: self._check_overtaken(pending)
-        )
-        expected = (pending.slot, pending.iteration)
-        if pending.iteration >= 0 and (message.slot, message.iteration) != expected:
+    def receive(self, pending: Pending) -> Any:
+        """See `Pending.wait_values`."""
+        message = self._take(pending)
+        self.trace.record("ready", pending.kind.label, message.slot, message.iteration)
+        return message.values
+
+    def receive_tensors(self, pending: Pending, gather: GatherGroup | None, owned: bool) -> dict[str, Any]:
+        """See `Pending.wait`."""
+        message = self._take(pending)
+        tensors, values = message.tensors, message.values or {}
+        sliced: dict[str, TensorSpec] = {}
+        on_device = False
+        for spec in message.specs:
+            if spec.offset >= 0:
+                on_device = True
+            elif spec.device != "cpu":
+                tensors[spec.name] = tensors[spec.name].to(spec.device)
+            if spec.sliced > 1:
+                sliced[spec.name] = spec
+        if on_device:
+            buffer = self._wait_for_device(message, pending.channel.counters, owned)
+            tensors |= unpack(buffer, message.specs)
+        found: dict[str, Any] = {}
+        for name in message.keys:  # one order on all ranks: a gather is a collective
+            if name in sliced:
+                found[name] = self._gather_slices(tensors[name], sliced[name], gather)
+            else:
+                found[name] = tensors[name] if name in tensors else values[name]
+        self.trace.record("ready", message.kind.label, message.slot, message.iteration)
+        return found
+
+    def _take(self, pending: Pending) -> Message:
+        """Wait for the message, and compare it with the expected one."""
+        channel, slot, iteration = pending.channel, pending.slot, pending.iteration
+        self.trace.record("wait", channel.kind.label, slot, iteration)
+        for _ in self.host_lane.wait_steps(channel, pending.number):
+            self._check_overtaken(pending)
+        message = channel.take(pending.number)
+        if iteration >= 0 and (message.slot, message.iteration) != (slot, iteration):
             raise SequenceError(
-                f"{self._where}: expected the {label} message of microbatch slot {pending.slot}, "
-                f"iteration {pending.iteration}, but stage {message.source} sent slot "
+                f"{self.context.where}: expected the {channel.kind.label} message of microbatch slot {slot}, "
+                f"iteration {iteration}, but stage {message.source} sent slot "
                 f"{message.slot}, iteration {message.iteration}: the stages run different "
                 "batches; restart the server and report this."
             )
@@ -227,9 +242,13 @@ class StageLink:
             )
         return message
 
+    def has_arrived(self, kind: Kind, source: int) -> bool:
+        """Whether a message of `kind` has arrived and was not taken."""
+        return bool(self.host_lane.channel(source, kind).waiting)
+
     def refuse_leftovers(self, kind: Kind, source: int, iteration: int) -> None:
-        """Raise SequenceError if a message of `kind` for an earlier iteration was never asked for."""
-        message = self.host_lane.inbox.oldest(source, kind)
+        """Raise SequenceError for an untaken message of `kind` of an earlier iteration."""
+        message = self.host_lane.channel(source, kind).oldest()
         if message is not None and message.iteration < iteration:
             raise self._diverged(
                 message.slot,
@@ -238,58 +257,52 @@ class StageLink:
             )
 
     def _check_overtaken(self, pending: Pending) -> None:
+        """Call while the message of `pending` has not arrived."""
         if pending.overtaken_by is None:
             return
-        inbox = self.host_lane.inbox
-        later = inbox.oldest(pending.source, pending.overtaken_by)
-        if later is None or later.iteration <= pending.iteration:
-            return
-        if not inbox.has(pending.source, pending.kind, pending.number):
+        later = pending.overtaken_by.oldest()
+        if later is not None and later.iteration > pending.iteration:
             raise self._diverged(
                 pending.slot,
                 pending.iteration,
-                f"is {pending.batch or 'run'} here, but stage {pending.source} ran nothing in it and has "
+                f"is {pending.batch or 'run'} here, but stage {later.source} ran nothing in it and has "
                 f"gone on to iteration {later.iteration}",
             )
 
     def _diverged(self, slot: int, iteration: int, difference: str) -> SequenceError:
         return SequenceError(
-            f"{self._where}: microbatch slot {slot}, iteration {iteration}, {difference}: the stages decided "
-            "differently which requests to run; restart the server, and report this with all stages' logs."
+            f"{self.context.where}: microbatch slot {slot}, iteration {iteration}, {difference}: the stages "
+            "decided differently which requests to run; restart the server, and report this with all stages' "
+            "logs."
         )
 
-    def finish(self, message: Message, gather: GatherGroup | None, *, owned: bool) -> dict[str, Any]:
-        """Put the tensor dict of a taken message together, waiting for the device lane if it must."""
-        tensors = dict(message.tensors)
-        for name, device in message.devices.items():
-            tensors[name] = tensors[name].to(device)
-        shapes = dict(message.slices)
-        if message.device_specs:
-            tensors |= unpack(self._wait_for_device(message, owned), message.device_specs)
-            shapes |= {s.name: (s.sliced, s.shape) for s in message.device_specs if s.sliced > 1}
-        for name in message.keys:  # one order on all ranks: a gather is a collective
-            if name in shapes:
-                tensors[name] = _gather_slices(tensors[name], shapes[name], gather, self._where)
-        values = message.values or {}
-        return {name: tensors[name] if name in tensors else values[name] for name in message.keys}
+    def _gather_slices(
+        self, part: torch.Tensor, spec: TensorSpec, gather: GatherGroup | None
+    ) -> torch.Tensor:
+        if gather is None or gather.world_size != spec.sliced:
+            raise SequenceError(
+                f"{self.context.where}: a tensor arrived in {spec.sliced} slices, but the receiver gathers "
+                f"over {1 if gather is None else gather.world_size} ranks: pass the same all_gather_group "
+                "on both sides."
+            )
+        return gather.all_gather(part, dim=0).reshape(spec.shape)
 
     def release(self, reader: Any) -> None:
-        """The device tensors handed out so far are used up once the event `reader` has passed."""
+        """Free the slots of all returned device tensors after the event `reader`."""
         for receive in self._in_use:
             receive.release(reader)
         self._in_use.clear()
         self._post_announced()
 
-    def _wait_for_device(self, message: Message, owned: bool) -> torch.Tensor:
+    def _wait_for_device(self, message: Message, counters: ChannelCounters, owned: bool) -> torch.Tensor:
         key = (message.kind, message.number)
         self._post_announced()
         if key not in self._posted:
             raise SequenceError(
-                f"{self._where}: all receive slots are held by messages that were not released; "
+                f"{self.context.where}: all receive slots are held by messages that were not released; "
                 "raise SGLANG_NPU_PP_SLOTS, or take the tensor dicts one after another."
             )
         receive = self._posted.pop(key)
-        counters = self.telemetry.receiving(message.kind.label)
         began = time.monotonic()
         buffer = receive.wait()
         counters.wait_s += time.monotonic() - began
@@ -300,47 +313,27 @@ class StageLink:
         receive.release(DeviceStreams(buffer.device).record())
         return buffer
 
-    def _arrived(self, message: Message) -> None:
-        if message.device_nbytes:
-            self._announced.append(message)
-            self._post_announced()
+    def _announce(self, message: Message) -> None:
+        """A header arrived; its tensors follow on the device lane."""
+        self._announced.append(message)
+        self._post_announced()
 
     def _post_announced(self) -> None:
-        """Post every announced receive for which there is a slot, in the order of the headers."""
+        """Post announced receives while slots are free, in header order."""
         lane = self.device_lane
         while lane is not None and self._announced and lane.can_receive():
             message = self._announced.popleft()
             key = (message.kind, message.number)
             self._posted[key] = lane.post_receive(message.device_nbytes)
-            self.record("post_receive", message)
-
-    def record(self, name: str, message: Message) -> None:
-        self.trace.record(name, message.kind.label, message.slot, message.iteration)
+            self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
 
     def close(self) -> None:
         self.host_lane.close()
 
 
-def _slice_for(tensor: torch.Tensor, gather: GatherGroup | None) -> torch.Tensor:
-    """This rank's slice when the tensor can be cut into equal ones, else all of it."""
-    if gather is None or gather.world_size == 1 or tensor.numel() == 0:
-        return tensor
-    if tensor.numel() % gather.world_size:
-        return tensor
-    return tensor.reshape(gather.world_size, -1)[gather.rank_in_group]
-
-
-def _gather_slices(
-    part: torch.Tensor,
-    cut: tuple[int, tuple[int, ...]],
-    gather: GatherGroup | None,
-    where: str,
-) -> torch.Tensor:
-    count, shape = cut
-    if gather is None or gather.world_size != count:
-        raise SequenceError(
-            f"{where}: a tensor arrived in {count} slices, but the receiver gathers over "
-            f"{1 if gather is None else gather.world_size} ranks: pass the same all_gather_group "
-            "on both sides."
-        )
-    return gather.all_gather(part, dim=0).reshape(shape)
+def _slice_for(tensor: torch.Tensor, gather: GatherGroup) -> tuple[torch.Tensor, int]:
+    """This rank's slice and the number of slices; the whole tensor if not divisible."""
+    count, elements = gather.world_size, tensor.numel()
+    if count == 1 or elements == 0 or elements % count:
+        return tensor, 1
+    return tensor.reshape(count, -1)[gather.rank_in_group], count

@@ -1,16 +1,8 @@
-"""Bounded in-flight memory: how much of one kind a sender may have outstanding at one peer.
+"""Back-pressure: a bound on one kind's messages in flight to one peer.
 
-The receiver returns credit when its program has TAKEN a message, not when it arrived, so what is bounded
-is the memory of both ends together. The bound in messages always holds. The bound in bytes holds but for
-`always` messages: so many may be in flight whatever they measure.
-
-Why no bound forms a circle. A stage in iteration i waits for the outputs of iteration i - slots + 1, and
-the last stage has those only when every stage has taken the requests and proxies of that iteration. So when a
-stage pushes, at most `slots` messages of a kind, this one included, are not taken: with `always` = slots no
-push of an iteration that has a batch ever waits, for any sizes, depth or number of stages. Iterations without
-a batch push requests only, and a stage that has not taken those does not wait for the sender's next ones: it
-waits for proxies, which were pushed before, or for outputs, whose sender does not wait either. Of outcomes of
-a control request there are two at most, which every stage takes before it handles the next one.
+Credit returns when the receiver's program has TAKEN a message, not on arrival: memory at both ends is
+bounded. The bound in messages always holds, the bound in bytes but for `always` messages of any size, and for
+less than a quarter, taken and unreported. No bound forms a circle (comment at `Bounds`);
 `tests/transport/test_circles.py` searches for a counterexample.
 """
 
@@ -21,11 +13,18 @@ from collections import deque
 from dataclasses import dataclass, field
 
 
+# Why no bound forms a circle. A stage in iteration i waits for the outputs of iteration i - slots + 1, and
+# the last stage has those only when every stage has taken the requests and proxies of that iteration. So when
+# a stage pushes, at most `slots` messages of a kind, this one included, are not taken: with `always` = slots
+# no push of an iteration that has a batch ever waits, for any sizes, depth or number of stages. Iterations
+# without a batch push requests only, and a stage that has not taken those does not wait for the sender's next
+# ones: it waits for proxies, which were pushed before, or for outputs, whose sender does not wait either. Of
+# outcomes of a control request there are two at most, which every stage takes before it handles the next one.
 @dataclass(frozen=True)
 class Bounds:
-    """Of every channel of a lane; equal at both of its ends.
+    """Of every channel of a lane; equal at both ends.
 
-    `messages` and `nbytes` as set; `always`: messages that may be in flight whatever their size, at least 1.
+    `messages` and `nbytes` as set; `always`: messages in flight whatever their size, at least 1.
     """
 
     messages: int
@@ -34,9 +33,9 @@ class Bounds:
 
     @classmethod
     def for_loops(cls, messages: int, nbytes: int, slots: int) -> Bounds:
-        """Of loops with so many microbatch slots: `messages` is raised where it is too few for them.
+        """For loops with `slots` microbatch slots; raises `messages` if too few for them.
 
-        Credit for up to a quarter of the messages may not have come yet (`CreditMeter`).
+        Credit for up to a quarter of the messages may be outstanding (`CreditMeter`).
         """
         enough = slots
         while enough - unreported_messages(enough) < slots:
@@ -45,13 +44,13 @@ class Bounds:
 
 
 def unreported_messages(messages: int) -> int:
-    """So many at most were taken without having been reported, in a window of `messages`."""
+    """Most messages taken but unreported, in a window of `messages`."""
     return max(1, messages // 4) - 1
 
 
 @dataclass(slots=True)
 class Window:
-    """Sender's view of one channel. Counts run from the start of the connection and only grow."""
+    """Sender's view of one channel. Counts are cumulative over the connection."""
 
     bounds: Bounds
     sent_messages: int = 0
@@ -61,11 +60,9 @@ class Window:
     _sizes: deque[int] = field(default_factory=deque)  # of what is in flight
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether a message of `nbytes` bytes may go.
-
-        What is in flight may have been taken without being reported, oldest first, and no credit for it would
-        ever come.
-        """
+        """Whether a message of `nbytes` bytes may go."""
+        # What is in flight may have been taken without being reported, oldest first, and no credit for it
+        # would ever come.
         bounds = self.bounds
         in_flight = self.sent_messages - self.taken_messages
         if in_flight < bounds.always:
@@ -85,7 +82,7 @@ class Window:
         self._sizes.append(nbytes)
 
     def credit(self, taken_messages: int, taken_bytes: int) -> None:
-        """Credit is cumulative, so a late or repeated one changes nothing."""
+        """Cumulative: late or repeated credit changes nothing."""
         for _ in range(taken_messages - self.taken_messages):
             self._sizes.popleft()
         self.taken_messages = max(self.taken_messages, taken_messages)
@@ -94,24 +91,27 @@ class Window:
 
 @dataclass(slots=True)
 class CreditMeter:
-    """Receiver's view of one channel: when to tell the sender what was taken.
+    """Receiver's view of one channel: reports taken messages every quarter of the window."""
 
-    Credit is returned every quarter of the window rather than for every message; what stays unreported is
-    always less than a quarter, and `Window.has_room` knows that, so the sender cannot starve.
-    """
+    # What stays unreported is less than a quarter, and `Window.has_room` knows that, so the sender cannot
+    # starve.
 
     bounds: Bounds
     taken_messages: int = 0
     taken_bytes: int = 0
     reported_messages: int = 0
     reported_bytes: int = 0
+    _unreported: int = field(init=False)  # messages that are taken without a report, at most
+
+    def __post_init__(self) -> None:
+        self._unreported = unreported_messages(self.bounds.messages)
 
     def take(self, nbytes: int) -> bool:
-        """Count one message; True when it is time to report."""
+        """Count one message; True when a report is due."""
         self.taken_messages += 1
         self.taken_bytes += nbytes
         due = (
-            self.taken_messages - self.reported_messages > unreported_messages(self.bounds.messages)
+            self.taken_messages - self.reported_messages > self._unreported
             or self.taken_bytes - self.reported_bytes >= self.bounds.nbytes // 4
         )
         if due:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rig.probes.sglang_pp_faults import FAULTS
 from scripts.evaluation import selftest
 from scripts.evaluation.checks import Check, by_check
 from scripts.evaluation.direct import TWIN
-from tests.server.probe.sglang_pp_faults import FAULTS
 
 # Of the trained model; the twin is asked everything.
 TRAINED_PICTURES = 32

@@ -34,7 +34,7 @@ WAIT = Rule(
 PRODUCED = Rule(
     "outputs are copied behind all that makes them, upstream's packing included",
     "sglang_npu_pp.patches.proxies",
-    "_return_tokens",
+    "_return_outputs",
     "scheduler.copy_stream, produced)",
     "scheduler.copy_stream, pipeline.launch_event)",
 )
@@ -119,7 +119,6 @@ def return_tokens(here: Here, number: int, rule: Rule | None = None) -> int | st
     """As the last stage does behind a launch whose outputs are packed on the forward stream after its event;
     the number that the other stages get."""
     from sglang_npu_pp.patches import proxies
-    from sglang_npu_pp.patches.pipeline import Launch
 
     streams, copies = DeviceStreams(here.device), []
     outputs = {"next_token_ids": ranks.numbered(here, -1)}
@@ -130,14 +129,17 @@ def return_tokens(here: Here, number: int, rule: Rule | None = None) -> int | st
     pipeline: Any = SimpleNamespace(
         streams=streams,
         launch_event=launched,
-        launched={0: Launch(iteration=0, skipped=False, device_outputs=outputs)},
+        iteration=0,
         token_return=SimpleNamespace(post=lambda copy, slot, iteration: copies.append(copy)),
     )
     scheduler = SimpleNamespace(
         forward_stream_ctx=ranks.on_forward_stream(here), copy_stream=streams.new_stream()
     )
+    batch = SimpleNamespace(return_hidden_states=False)
+    microbatch = proxies._Microbatch(batch, prebuilt=False, skipped=False, words="")
+    result = SimpleNamespace(logits_output=None)
     with broken(rule):
-        proxies._return_tokens(scheduler, pipeline, 0)
+        proxies._return_outputs(scheduler, pipeline, 0, microbatch, result, SimpleNamespace(tensors=outputs))
     ranks.flush(here)
     here.note("returned")
     return ranks.number_of(copies[0].wait()["next_token_ids"])

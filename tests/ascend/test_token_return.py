@@ -30,8 +30,9 @@ def open_token_return(here: Here, rule: Rule | None = None) -> None:
     streams = DeviceStreams(here.device)
     with broken(rule):
         tokens = TokenReturn(here.link, here.kept[PORT], streams.adopt_thread)
-        tokens.post(copy_to_host({}, streams, streams.new_stream(), ranks.event(here)), slot=0, iteration=0)
-        assert tokens.own(0, 0).wait() == {}
+        own = copy_to_host({}, streams, streams.new_stream(), ranks.event(here))
+        tokens.post(own, slot=0, iteration=0)
+        assert own.wait() == {}
     here.kept["token return"] = tokens
     here.closers.append(tokens.close)
 

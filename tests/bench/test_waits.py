@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from pathlib import Path
@@ -9,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rig.disaggregated import noted
-from rig.kv_plugin import kv_probe
+from rig.probes import dp_metadata_probe, kv_probe
 from scripts.bench import dp_metadata
-from scripts.bench.dp_metadata_plugin import dp_metadata_probe
 
 
 class Clock:
@@ -67,10 +68,12 @@ def test_the_table_has_all_rounds_of_a_competitor() -> None:
         return {"competitor": name, "round": number, "steps": steps, "tokens": [[1]], "load": 0.0}
 
     rows = [row("upstream", 0, 4000), row("upstream", 1, 8000), row("ours", 0, 1000), row("ours", 1, 1000)]
-    lines = dp_metadata.table(rows).splitlines()
-    cells = [" ".join(line.split()) for line in lines]
-    assert cells[1] == "stage0 batch (4) 6 8 3 (4) 1 1 0"
-    assert cells[5].startswith("stage1 idle (6) 6 8 0")
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(dp_metadata.table(rows))
+    lines = [line for line in console.export_text().splitlines() if "stage" in line]
+    cells = [" ".join(line.replace("│", " ").split()) for line in lines]
+    assert cells[0] == "stage0 batch (4) 6 8 3 (4) 1 1 0"
+    assert cells[4].startswith("stage1 idle (6) 6 8 0")
     assert dp_metadata.tokens_are_equal(rows)
     rows[3]["tokens"] = [[2]]
     assert not dp_metadata.tokens_are_equal(rows)

@@ -12,7 +12,7 @@ from sglang_npu_pp.builds import CORE, Build, Known
 from sglang_npu_pp.errors import ContractError
 from sglang_npu_pp.patches import PATCHES, SEAMS, installed, load_contracts, sglang_release
 from sglang_npu_pp.patches.features import FEATURES, NPU_BACKEND
-from sglang_npu_pp.tools.doctor import contracts
+from sglang_npu_pp.tools.doctor import versions
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
 CONTRACTS = load_contracts()
@@ -34,11 +34,11 @@ def verdicts(label: str, release: str = IN_VENV, **changes: str | None) -> list[
     for name, found in changes.items():
         (target,) = (target for target in functions if target.endswith((f".{name}", f":{name}")))
         functions[target] = found
-    return contracts.verdicts(Known(Build(label, functions), SEAMS, CONTRACTS))
+    return versions.verdicts(Known(Build(label, functions), SEAMS, CONTRACTS))
 
 
 def test_the_installed_sglang_fits() -> None:
-    findings = contracts.check()
+    findings = versions.check_patches()
     here = [patch for patch in PATCHES if patch.device is None]
     needed = [patch for patch in here if patch.is_needed(CONTRACTS[IN_VENV])]
     text = f"{len(needed)} patches would be in force for SGLang {IN_VENV}, all features"
@@ -60,7 +60,7 @@ def test_every_known_release_fits(release: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "path", [str(found.folder), *sys.path])
         monkeypatch.setattr(installed, "folder", lambda: found.folder / "sglang")
     assert installed.release() == release
-    findings = contracts.check()
+    findings = versions.check_patches()
     assert levels(findings) == {Level.OK, Level.NOTE}, [
         each for each in findings if each.level is not Level.OK
     ]
@@ -112,7 +112,7 @@ def test_without_sglang_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ContractError, match=r"^SGLang is not installed for this Python"):
         installed.folder()
-    (finding,) = contracts.check()
+    (finding,) = versions.check_patches()
     assert finding.level is Level.WRONG
 
 

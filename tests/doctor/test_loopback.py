@@ -10,7 +10,8 @@ from sglang_npu_pp.errors import MessageError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.doctor import link_test, loopback
 from sglang_npu_pp.tools.doctor.findings import Level
-from sglang_npu_pp.transport.host_lane import Exchange, HostLane
+from sglang_npu_pp.transport.endpoints import Exchange
+from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind, Message
 
 pytestmark = pytest.mark.timeout(120)

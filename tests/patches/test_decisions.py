@@ -16,8 +16,8 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy, SchedulePolicy
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
-from sglang_npu_pp.decisions import Decisions, Grammars, Told
-from sglang_npu_pp.patches import decisions, grammars, lora, pipeline, queue_order, time_limits
+from sglang_npu_pp.decisions import Decisions, Grammars, SharedDecisions
+from sglang_npu_pp.patches import PATCHES, decisions, grammars, lora, pipeline, queue_order, time_limits
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patching import AppliedPatches
 
@@ -37,7 +37,7 @@ def scheduler(**options: Any) -> Any:
 @pytest.fixture
 def rank() -> Iterator[Any]:
     """The pipeline of this process, as far as decisions go."""
-    made = SimpleNamespace(told=Told(), scheduler=scheduler())
+    made = SimpleNamespace(decisions=SharedDecisions(), scheduler=scheduler())
     set_current(made)  # type: ignore[arg-type]
     yield made
     set_current(None)
@@ -48,39 +48,39 @@ def broadcast(_receiver: Any, requests: Any, *local: Any) -> list[Any]:
     return [*requests, *(local[0] if local else ())]
 
 
-def told_with(rank: Any, requests: Any, *local: Any) -> Decisions | None:
+def decided_with(rank: Any, requests: Any, *local: Any) -> Decisions | None:
     assert decisions.broadcast_requests(broadcast, None, requests, *local) == broadcast(
         None, requests, *local
     )
-    found: Decisions | None = rank.told.this_iteration
+    found: Decisions | None = rank.decisions.this_iteration
     return found
 
 
 def test_nothing_is_told_where_there_is_nothing_to_decide(rank: Any) -> None:
-    assert told_with(rank, []) is None
-    assert told_with(rank, [], []) is None
+    assert decided_with(rank, []) is None
+    assert decided_with(rank, [], []) is None
 
 
 def test_the_time_is_told_with_requests(rank: Any) -> None:
-    assert told_with(rank, ["request"]) is not None
-    assert told_with(rank, [], ["abort of a time limit"]) is not None
+    assert decided_with(rank, ["request"]) is not None
+    assert decided_with(rank, [], ["abort of a time limit"]) is not None
 
 
 def test_the_time_is_told_when_a_session_may_be_over_or_a_flush_has_waited(rank: Any) -> None:
     rank.scheduler.session_controller.sessions = {"session": object()}
-    told = told_with(rank, [])
-    assert told is not None
-    rank.scheduler.session_controller._last_reap_time = told.now
-    assert told_with(rank, []) is None, "upstream looks once a second"
-    rank.scheduler.flush_wrapper._pending = (None, told.now)
-    assert told_with(rank, []) is not None
+    found = decided_with(rank, [])
+    assert found is not None
+    rank.scheduler.session_controller._last_reap_time = found.now
+    assert decided_with(rank, []) is None, "upstream looks once a second"
+    rank.scheduler.flush_wrapper._pending = (None, found.now)
+    assert decided_with(rank, []) is not None
 
 
 def test_ranks_that_are_told_add_nothing(rank: Any) -> None:
     told = Decisions(3.0)
     requests = decisions.broadcast_requests(lambda *_: ["request", told], None, None)
     assert requests == ["request"]
-    assert rank.told.now == 3.0
+    assert rank.decisions.now == 3.0
 
 
 def test_what_is_told_stays_in_its_group_of_data_parallel_ranks() -> None:
@@ -106,28 +106,29 @@ def request(adapter: str, *, given: int = 0) -> Any:
 
 @pytest.fixture
 def lora_patches() -> Iterator[None]:
-    applied = AppliedPatches(lora.PATCHES)
+    targets = {patch.target for patch in lora.PATCHES}
+    applied = AppliedPatches([patch for patch in PATCHES if patch.target in targets])
     yield
     applied.undo()
 
 
-def drained(told: Told, times: list[float]) -> list[Any]:
+def drained(shared: SharedDecisions, times: list[float]) -> list[Any]:
     """What a rank lets in, one after another, where three adapters run and three wait."""
     drainer = LoRADrainer(max_loras_per_batch=3, max_wait_time_secs=10.0)
     running = [request(adapter) for adapter in ADAPTERS[:3]]
     waiting = [request(adapter) for adapter in reversed(ADAPTERS)]
     found = []
     for now in times:
-        told.take([Decisions(now)])
+        shared.take([Decisions(now)])
         drainer.update_draining_state(waiting, running)
         found.append({adapter: drainer.adapter_to_stats[adapter].is_draining_for for adapter in ADAPTERS})
     return found
 
 
-def test_adapters_are_drained_by_told_time_and_in_one_order(rank: Any, lora_patches: None) -> None:
-    """Those that wait began to at the same told time, and all that run have equally much to do: in their
+def test_adapters_are_drained_by_shared_time_and_in_one_order(rank: Any, lora_patches: None) -> None:
+    """Those that wait began to at the same shared time, and all that run have equally much to do: in their
     order in the queue they are given the adapters in order of their names."""
-    early, late = drained(rank.told, [100.0, 111.0])
+    early, late = drained(rank.decisions, [100.0, 111.0])
     assert not any(early.values())
     assert late == {
         "adapter-a": "adapter-f",
@@ -259,7 +260,7 @@ def test_only_requests_that_stage_0_named_have_run_too_long(rank: Any, as_argume
     batch = SimpleNamespace(reqs=[Running("named"), Running("another")])
     given = [batch] if as_argument else []
     owner = scheduler(running_batch=None if as_argument else batch)
-    rank.told.take([Decisions(1.0, overdue=frozenset({"named"}))])
+    rank.decisions.take([Decisions(1.0, overdue=frozenset({"named"}))])
     time_limits.abort_on_running_timeout(unused, owner, *given)
     named, another = batch.reqs
     assert another.to_finish is None
@@ -283,7 +284,7 @@ def test_only_requests_that_stage_0_named_have_waited_too_long(rank: Any) -> Non
     owner = scheduler(waiting_queue=[Running("first"), Running("named"), Running("last")])
     time_limits.abort_on_waiting_timeout(upstream, owner)
     assert ended == []
-    rank.told.take([Decisions(1.0, overdue=frozenset({"named"}))])
+    rank.decisions.take([Decisions(1.0, overdue=frozenset({"named"}))])
     time_limits.abort_on_waiting_timeout(upstream, owner)
     assert ended == ["named"]
     assert [one.rid for one in owner.waiting_queue] == ["first", "last"]

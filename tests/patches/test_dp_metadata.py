@@ -339,16 +339,44 @@ def begin(rank: Rank, state: State) -> tuple[Batch | None, dp_metadata.DPMetadat
 
 
 def test_a_rank_with_a_batch_does_not_wait_for_the_others(ranks: Ranks) -> None:
-    """Nobody else has posted when it goes on; its decisions are there behind `finish`."""
+    """No other rank has posted when it goes on, as if all had its row; `finish` brings the decisions."""
     batch, metadata = ranks.start(0, begin, DECODE).result(LIMIT_S)
     assert batch is not None
-    assert not hasattr(batch, "global_num_tokens")
+    assert batch.global_num_tokens == [1] * RANKS
     others = [ranks.start(index, step, NOTHING) for index in range(1, RANKS)]
     finishing = ranks.start(0, finish, metadata)
     idle = ranks.results(others)
     finishing.result(LIMIT_S)
     assert [plain(each)["forward_mode"] for each in idle] == [ForwardMode.IDLE] * (RANKS - 1)
     assert batch.global_num_tokens == [1, 0, 0, 0]
+
+
+def test_a_wait_that_upstream_carries_over_is_left_to_the_final_decisions(ranks: Ranks) -> None:
+    """From 0.5.22 on, for the metrics: upstream's function takes it and sets it to 0."""
+
+    def run(rank: Rank) -> tuple[list[float], float]:
+        carry, taken = SimpleNamespace(seconds=0.25), list[float]()
+
+        def original(batch: Batch, sync_wait_carry: Any) -> Batch:
+            prepare_rows(rank)
+            taken.append(sync_wait_carry.seconds)
+            sync_wait_carry.seconds = 0.0
+            return batch
+
+        rank.enter(Setting(), patched=True)
+        assert HERE.metadata is not None
+        HERE.metadata.prepare(original, Batch(DECODE), sync_wait_carry=carry)
+        HERE.metadata.finish()
+        return taken, carry.seconds
+
+    def prepare_rows(rank: Rank) -> None:
+        assert HERE.metadata is not None
+        names = [column.name for column in dp_metadata.columns_of_this_release()]
+        info = SimpleNamespace(**dict.fromkeys(names, 1), tp_size=1, cp_size=1)
+        info.local_forward_mode, info.can_run_prefill_cuda_graph = ForwardMode.DECODE.value, False
+        HERE.metadata.gather(info)
+
+    assert ranks.each(run) == [([0.25, 0.25], 0.0)] * RANKS
 
 
 def test_each_step_is_one_gather_on_the_same_memory(ranks: Ranks) -> None:

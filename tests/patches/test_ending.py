@@ -333,9 +333,11 @@ def test_no_report_keeps_a_lost_peer_from_ending_the_node(
 ) -> None:
     """The log may be closed too."""
     ended: list[object] = []
-    monkeypatch.setattr(ending_of_nodes, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(ending_of_nodes, "BEST_EFFORT_S", 0.1)
     monkeypatch.setattr(Node, "of_this_process", staticmethod(lambda: "node"))
-    monkeypatch.setattr(ending, "current", lambda: SimpleNamespace(reporter=SimpleNamespace(finish=finish)))
+    monkeypatch.setattr(
+        ending, "current_or_none", lambda: SimpleNamespace(reporter=SimpleNamespace(finish=finish))
+    )
     monkeypatch.setattr(ending, "logger", SimpleNamespace(error=lambda *_: raising()))
     monkeypatch.setattr(ending, "end_node", ended.append)
 

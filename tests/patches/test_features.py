@@ -69,7 +69,7 @@ def test_auto_leaves_all_of_it_to_upstream_and_all_ranks_agree(
     assert statement["path"].startswith("upstream (this SGLang is not known for disaggregation (")
     assert statement["features"] == "core, LoRA, data-parallel attention, bootstrap, end of a server"
     assert len(statement["functions"]) == 16
-    assert pipeline.current() is None
+    assert pipeline.current_or_none() is None
     assert not pipeline.is_ours()
     assert "stays on upstream's path: this SGLang is not known for disaggregation" in caplog.text
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from sglang_npu_pp.patches import PATCHES
 from sglang_npu_pp.patches.outputs import stream_output
 from sglang_npu_pp.patches.pipeline import set_current
+from sglang_npu_pp.patching import bind
 
 RUNNING, FINISHED = (SimpleNamespace(finished=lambda done=done: done) for done in (False, True))
 
@@ -46,5 +48,6 @@ def test_later_stages_stream_what_has_finished(
 
     pipeline: Any = None if stage is None else SimpleNamespace(link=SimpleNamespace(stage=stage))
     set_current(pipeline)
-    stream_output(original, "streamer", given, True, skip_req="chunked")
+    (patch,) = (patch for patch in PATCHES if patch.wrapper is stream_output)
+    bind(patch, original)("streamer", given, True, skip_req="chunked")
     assert calls == streamed

@@ -86,7 +86,7 @@ def test_the_start_of_a_server_with_speculation_leaves_everything_to_upstream(
     startup.init_idle_sleeper(original, speculating)
     assert original.calls == [((speculating,), {})]
     assert agreed == ["speculative decoding with pipeline parallelism is not supported yet"]
-    assert pipeline.current() is None
+    assert pipeline.current_or_none() is None
     assert speculating.idle_sleeper is None
     assert not pipeline.is_ours()
 

@@ -19,7 +19,7 @@ import pytest
 
 from rig import battery, disaggregated
 from rig.bootstrap_server import bootstrap_server, dead_address
-from rig.launcher import PROBE, Launcher
+from rig.launcher import Launcher
 from rig.ports import HOST, free_ports
 from rig.server import Server
 
@@ -39,7 +39,7 @@ def pair(make_launcher: Callable[[str], Launcher]) -> Iterator[disaggregated.Pai
     (bootstrap_port,) = free_ports(1)
     servers = []
     for mode, stages in (("prefill", 2), ("decode", 2)):
-        environment = disaggregated.engine_environment(PROBE)
+        environment = disaggregated.engine_environment("sglang_pp_probe")
         server = launcher.configure(
             1,
             stages,

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_npu_pp.transport.message import Kind
@@ -147,8 +147,14 @@ def test_bounds_that_do_not_know_the_loops_hang(mib: int, proxy: float, output: 
 
 
 @given(PLANS)
+@example(
+    Plan(
+        stages=2, depth=0, window=8, window_bytes=MIB, batches=[(1, MIB // 2, MIB // 2)], control=frozenset()
+    )
+)
 def test_memory_is_bounded_all_the_same(plan: Plan) -> None:
-    """By the bytes that were set, or by as many of the largest messages as the loops need."""
+    """By the bytes that were set, or by as many of the largest messages as the loops need, and less than a
+    quarter of these bytes that may have been taken without a report."""
     bounds = Bounds.for_loops(plan.window, plan.window_bytes, plan.slots)
     channel = Channel(bounds)
     sizes = [size for batch in plan.batches if batch for size in batch]
@@ -157,5 +163,5 @@ def test_memory_is_bounded_all_the_same(plan: Plan) -> None:
             channel.window.sent(size)
             channel.arrived.append(size)
     largest = max(sizes, default=0)
-    assert sum(channel.arrived) <= max(plan.window_bytes, plan.slots * largest)
+    assert sum(channel.arrived) <= max(plan.window_bytes, plan.slots * largest + plan.window_bytes // 4)
     assert len(channel.arrived) <= max(plan.window, 2 * plan.slots)

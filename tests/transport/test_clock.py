@@ -15,11 +15,11 @@ import pytest
 
 from rig.harness import Here, Team, receive, results, send
 from sglang_npu_pp.errors import WaitLimitError
-from sglang_npu_pp.observe.telemetry import Telemetry
-from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport.clock import LinkClock, measure_clock
-from sglang_npu_pp.transport.host_lane import Exchange, HostLane
+from sglang_npu_pp.transport.context import RankContext
+from sglang_npu_pp.transport.endpoints import Exchange
+from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind
 
 pytestmark = pytest.mark.timeout(120)
@@ -103,14 +103,7 @@ def test_any_number_of_stages_comes_to_an_end(stages: int, ipc_dir: Path) -> Non
     may_begin[-1].set()
 
     def live(stage: int) -> LinkClock:
-        lane = HostLane(
-            stage=stage,
-            stages=stages,
-            rank=0,
-            settings=Settings(ipc_dir=ipc_dir, wait_limit_s=20),
-            telemetry=Telemetry(stage, 0),
-            trace=Trace(),
-        )
+        lane = HostLane(RankContext.begin(stage, stages, Settings(ipc_dir=ipc_dir, wait_limit_s=20)))
         try:
             lane.open(meeting.exchange(stage))
             assert may_begin[stage].wait(LIMIT_S)

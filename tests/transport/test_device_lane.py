@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from rig.samples import Sample, assert_same, realise, samples
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.streams import PassedEvent
 from sglang_npu_pp.transport.device_lane import ALIGNMENT, DeviceLane, pack_layout, slot_bytes_for, unpack
-from sglang_npu_pp.transport.message import byte_view
+from sglang_npu_pp.transport.message import Kind, Message, TensorSpec, byte_view, describe
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -23,9 +25,14 @@ MEBIBYTE = 1 << 20
 sample_dicts = st.dictionaries(st.text(max_size=6), samples, max_size=5)
 
 
-def slices_of(names: list[str], tensors: dict[str, torch.Tensor], count: int) -> dict[str, Any]:
-    """Pretend that the tensors `names` are one of `count` slices of something larger."""
-    return {name: (count, (count, tensors[name].numel())) for name in names if tensors[name].numel()}
+def specs_of(tensors: dict[str, torch.Tensor], cut: Sequence[str] = (), count: int = 1) -> list[TensorSpec]:
+    """Pretend that the tensors `cut` are one of `count` slices of something larger."""
+    return [
+        msgspec.structs.replace(spec, sliced=count, shape=(count, tensors[spec.name].numel()))
+        if spec.name in cut and tensors[spec.name].numel()
+        else spec
+        for spec in describe(tensors)
+    ]
 
 
 # --- layout ------------------------------------------------------------------------------------
@@ -37,14 +44,14 @@ def test_tensors_lie_apart_aligned_and_in_order(
 ) -> None:
     tensors = realise(dicts)
     cut = data.draw(st.lists(st.sampled_from(sorted(tensors)), unique=True)) if tensors else []
-    specs, nbytes = pack_layout(tensors, slices_of(cut, tensors, count))
+    specs, nbytes = pack_layout(specs_of(tensors, cut, count))
     assert [spec.name for spec in specs] == list(tensors)
     end = 0
     for spec in specs:
         assert spec.offset % ALIGNMENT == 0
         assert spec.offset >= end
-        assert spec.nbytes == tensors[spec.name].nbytes
-        end = spec.offset + spec.nbytes
+        assert spec.sizes.nbytes == tensors[spec.name].nbytes
+        end = spec.offset + spec.sizes.nbytes
     assert end <= nbytes < end + ALIGNMENT
 
 
@@ -52,18 +59,17 @@ def test_tensors_lie_apart_aligned_and_in_order(
 def test_what_is_packed_by_a_layout_is_unpacked_by_it(dicts: dict[str, Sample], data: st.DataObject) -> None:
     tensors = realise(dicts)
     cut = data.draw(st.lists(st.sampled_from(sorted(tensors)), unique=True)) if tensors else []
-    slices = slices_of(cut, tensors, 2)
-    specs, nbytes = pack_layout(tensors, slices)
+    specs, nbytes = pack_layout(specs_of(tensors, cut, 2))
     buffer = torch.zeros(nbytes, dtype=torch.uint8)
     for spec in specs:
         source = tensors[spec.name].reshape(-1)
-        buffer[spec.offset : spec.offset + spec.nbytes].view(source.dtype).copy_(source)
-    expected = {name: tensor.reshape(-1) if name in slices else tensor for name, tensor in tensors.items()}
+        buffer[spec.offset : spec.offset + source.nbytes].view(source.dtype).copy_(source)
+    expected = {s.name: tensors[s.name].reshape(-1) if s.sliced > 1 else tensors[s.name] for s in specs}
     assert_same(unpack(buffer, specs), expected)
 
 
 def test_unpacked_tensors_are_views() -> None:
-    specs, nbytes = pack_layout({"a": torch.zeros(4), "b": torch.zeros(2, 2)}, {})
+    specs, nbytes = pack_layout(describe({"a": torch.zeros(4), "b": torch.zeros(2, 2)}))
     buffer = torch.zeros(nbytes, dtype=torch.uint8)
     views = unpack(buffer, specs)
     views["b"].fill_(1)
@@ -85,8 +91,9 @@ def send_messages(here: Here, messages: list[dict[str, Sample]]) -> int:
     before = counters.backpressure
     for message in messages:
         tensors = realise(message)
-        specs, nbytes = pack_layout(tensors, {})
-        device_lane(here).send(tensors, specs, nbytes, counters)
+        specs, nbytes = pack_layout(describe(tensors))
+        sent = Message(Kind.PROXY, specs=tuple(specs), device_nbytes=nbytes)
+        device_lane(here).send(tensors, sent, counters)
         for tensor in tensors.values():
             if tensor.is_contiguous():
                 spoiled = byte_view(tensor)
@@ -94,8 +101,8 @@ def send_messages(here: Here, messages: list[dict[str, Sample]]) -> int:
     return counters.backpressure - before
 
 
-def layout_of(message: dict[str, Sample]) -> tuple[Any, int]:
-    return pack_layout(realise(message), {})
+def layout_of(message: dict[str, Sample]) -> tuple[list[TensorSpec], int]:
+    return pack_layout(describe(realise(message)))
 
 
 def receive_messages(here: Here, messages: list[dict[str, Sample]], at_once: int = 1) -> None:
@@ -188,7 +195,7 @@ def test_hidden_states_and_residual_fit_into_a_slot(
     """Also when each rank sends a slice, which those send whole that cannot be cut."""
     sent = tokens * hidden // ranks if tokens * hidden % ranks == 0 else 0
     tensors = {name: torch.zeros(sent, dtype=dtype) for name in ("hidden_states", "residual")}
-    _, nbytes = pack_layout(tensors, {})
+    _, nbytes = pack_layout(describe(tensors))
     assert nbytes <= slot_bytes_for(tokens, hidden, dtype.itemsize, ranks)
 
 

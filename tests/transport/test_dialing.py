@@ -145,6 +145,21 @@ def test_all_that_was_tried_is_named(network: Network) -> None:
     )
 
 
+def test_a_connection_that_was_closed_before_the_next_look_was_one(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a peer that refuses our key at once. The events are put in by hand: when they come is chance."""
+    events = [zmq.EVENT_CONNECTED, zmq.EVENT_DISCONNECTED]
+    monkeypatch.setattr(dialing, "recv_monitor_message", lambda monitor: {"event": events.pop(0)})
+    attempt = dialing._Attempt(network.context, network.nothing(), OURS, THEIRS.public)
+    try:
+        monkeypatch.setattr(attempt.monitor, "poll", lambda timeout: bool(events))
+        attempt.look()
+        assert (attempt.accepted, attempt.connected) == (True, False)
+    finally:
+        attempt.close()
+
+
 def test_every_peer_that_is_missing_is_named_and_nothing_stays_open(network: Network) -> None:
     nowhere = {stage: (network.nothing(), network.nothing()) for stage in (1, 2)}
     records = [EndpointRecord(stage, "there", tcp=tcp, key=THEIRS.public) for stage, tcp in nowhere.items()]

@@ -9,12 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rig.harness import Here, Team
+from rig.harness import Here, Team, receive, results, send
 from sglang_npu_pp.errors import TransportError
+from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport import endpoints
-from sglang_npu_pp.transport.endpoints import KeyPair, SocketDirectory, bind_ipc, bind_tcp, node_identity
+from sglang_npu_pp.transport.context import RankContext
+from sglang_npu_pp.transport.endpoints import (
+    RECORD_BYTES,
+    KeyPair,
+    SocketDirectory,
+    bind_ipc,
+    bind_tcp,
+    node_identity,
+    process_group_exchange,
+)
+from sglang_npu_pp.transport.host_lane import HostLane
+from sglang_npu_pp.transport.message import Kind
+
+pytestmark = pytest.mark.timeout(120)
 
 
 def identity(here: Here) -> str:
@@ -160,3 +177,43 @@ def test_keys_are_made_anew_and_the_secret_one_is_never_shown() -> None:
     one, other = KeyPair.generate(), KeyPair.generate()
     assert one.public != other.public
     assert one.secret.decode() not in repr(one)
+
+
+# --- over the process group that the engine has already made ------------------------------------
+
+ROOM = RECORD_BYTES - 2  # two bytes say how long the record is
+
+
+def exchange(here: Here, records: list[bytes]) -> list[bytes]:
+    assert dist.group.WORLD is not None
+    return process_group_exchange(dist.group.WORLD)(records[here.index])
+
+
+@settings(max_examples=30)
+@given(records=st.lists(st.binary(max_size=ROOM), min_size=3, max_size=3))
+def test_every_rank_gets_every_record_in_rank_order(team: Team, records: list[bytes]) -> None:
+    assert team.each(exchange, records) == [records] * 3
+
+
+def test_a_record_may_fill_its_room_and_no_more(team: Team) -> None:
+    full = [b"\0" * ROOM, b"\xff" * ROOM, b""]
+    assert team.each(exchange, full) == [full] * 3
+    with pytest.raises(TransportError, match="set SGLANG_NPU_PP_IPC_DIR or SGLANG_NPU_PP_HOST to something"):
+        team.ranks[0].call(exchange, [b"\0" * (ROOM + 1)])
+
+
+def open_over_group(here: Here, transport: str) -> None:
+    assert dist.group.WORLD is not None
+    settings = Settings(host_transport=transport, wait_limit_s=20, start_limit_s=20)
+    here.lane = HostLane(RankContext.begin(here.index, 3, settings))
+    here.lane.open(process_group_exchange(dist.group.WORLD))
+    here.opened = True
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_lanes_open_over_the_process_group(team: Team, transport: str) -> None:
+    """Keys and addresses come over gloo, as in a server."""
+    results([rank.start(open_over_group, transport) for rank in team.ranks])
+    for peer in (1, 2):
+        team.ranks[0].call(send, peer, Kind.REQUESTS, "hello")
+        assert team.ranks[peer].call(receive, 0, Kind.REQUESTS, range(1)) == ["hello"]

@@ -33,6 +33,7 @@ from rig.harness import (
     results,
     send,
     store_exchange,
+    take_number,
     telemetry_of,
     trace_of,
 )
@@ -46,12 +47,11 @@ from sglang_npu_pp.errors import (
     TransportError,
     WaitLimitError,
 )
-from sglang_npu_pp.observe.telemetry import Telemetry
-from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport import connection_monitor, host_lane
-from sglang_npu_pp.transport.endpoints import EndpointRecord, KeyPair, bind_tcp, node_identity
-from sglang_npu_pp.transport.host_lane import Exchange, HostLane
+from sglang_npu_pp.transport.context import RankContext
+from sglang_npu_pp.transport.endpoints import EndpointRecord, Exchange, KeyPair, bind_tcp, node_identity
+from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import INLINE_BYTES, Buffer, Kind, Message, encode
 
 pytestmark = pytest.mark.timeout(180)
@@ -86,7 +86,7 @@ def check_each(
     for kind in order:
         number = taken[kind]
         taken[kind] += 1
-        message = here.lane.wait(source, kind, number)
+        message = take_number(here, source, kind, number)
         index = sent_by_kind[kind][number]
         _, tensors, values = messages[index]
         assert (message.kind, message.source, message.number) == (kind, source, number)
@@ -153,7 +153,7 @@ def test_an_early_proxy_does_not_hold_up_an_output(team: Team) -> None:
 def wait_once_it_is_there(here: Here, source: int, kind: Kind) -> Any:
     await_message(here, source, kind, 0)
     here.trace.record("asked for")
-    return here.lane.wait(source, kind, 0).values
+    return take_number(here, source, kind, 0).values
 
 
 def test_a_message_is_pushed_without_being_asked_for(team: Team) -> None:
@@ -250,7 +250,7 @@ def send_headers(here: Here, peer: int, count: int, nbytes: int) -> None:
 
 def take_headers(here: Here, source: int, count: int) -> None:
     for number in range(count):
-        assert here.lane.wait(source, Kind.PROXY, number).tensors == {}
+        assert take_number(here, source, Kind.PROXY, number).tensors == {}
 
 
 def test_headers_do_not_eat_up_the_window(team: Team) -> None:
@@ -428,7 +428,7 @@ def pump_until_refused(here: Here, count: int) -> None:
     deadline = time.monotonic() + 20
     while here.telemetry.refused < count:
         assert time.monotonic() < deadline, f"{here.telemetry.refused} of {count} frames were refused"
-        here.lane.inbox.pump(100)
+        here.lane.poll(100)
     assert here.telemetry.refused == count
 
 
@@ -684,7 +684,7 @@ def send_for_ever(here: Here, peer: int) -> None:
 
 def wait_for_ever(here: Here, source: int) -> None:
     here.note("waiting")
-    here.lane.wait(source, Kind.PROXY, 0)
+    take_number(here, source, Kind.PROXY, 0)
 
 
 @transports
@@ -769,7 +769,7 @@ def stay_for(here: Here, seconds: float) -> None:
     """As a scheduler that waits for requests; stopped time does not count."""
     here.note("here")
     for _ in range(int(seconds / 0.1)):
-        here.lane.inbox.pump(100)
+        here.lane.poll(100)
         here.lane.check()
 
 
@@ -831,16 +831,7 @@ def test_closing_twice_and_in_any_order_ends(team: Team) -> None:
 
 def lane(stage: int = 0, *, host: str = "127.0.0.1", port: int = 0, **values: Any) -> HostLane:
     """A lane of this process, one of two stages."""
-    return HostLane(
-        stage=stage,
-        stages=2,
-        rank=0,
-        settings=Settings(**values),
-        telemetry=Telemetry(stage, 0),
-        trace=Trace(),
-        host=host,
-        port=port,
-    )
+    return HostLane(RankContext.begin(stage, 2, Settings(**values)), host=host, port=port)
 
 
 def alone_with(other: EndpointRecord) -> Exchange:

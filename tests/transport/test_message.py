@@ -137,12 +137,13 @@ def test_slices_and_devices_are_described() -> None:
         Kind.PROXY,
         keys=("cut", "whole"),
         tensors={"cut": part, "whole": torch.ones(2, 2)},
-        slices={"cut": (4, (2, 12))},
-        devices={"cut": "npu"},
+        specs=(
+            TensorSpec("cut", "float32", (2, 12), "npu", sliced=4),
+            TensorSpec("whole", "float32", (2, 2), "cpu"),
+        ),
     )
     read = as_read(as_sent(sent))
-    assert read.slices == {"cut": (4, (2, 12))}
-    assert read.devices == {"cut": "npu"}
+    assert read.specs == sent.specs
     assert_same_tensor(read.tensors["cut"], part)
     assert_same_tensor(read.tensors["whole"], torch.ones(2, 2))
 
@@ -152,12 +153,12 @@ def test_device_tensors_are_only_described() -> None:
         TensorSpec("hidden", "bfloat16", (2, 3), "npu", 1, 0),
         TensorSpec("residual", "float32", (8,), "npu", 2, 512),
     )
-    sent = Message(Kind.PROXY, keys=("hidden", "residual"), device_specs=specs, device_nbytes=1024)
+    sent = Message(Kind.PROXY, keys=("hidden", "residual"), specs=specs, device_nbytes=1024)
     frames = as_sent(sent)
     assert len(frames) == 1
     read = as_read(frames)
-    assert (read.device_specs, read.device_nbytes, read.tensors) == (specs, 1024, {})
-    assert [spec.nbytes for spec in read.device_specs] == [12, 16]
+    assert (read.specs, read.device_nbytes, read.tensors) == (specs, 1024, {})
+    assert [spec.sizes.nbytes for spec in read.specs] == [12, 16]
 
 
 @pytest.mark.parametrize("value", [0, False, "", [], {}, (), b""], ids=repr)

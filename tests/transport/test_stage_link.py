@@ -18,7 +18,7 @@ from rig.samples import Sample, assert_same, assert_same_tensor, python_values, 
 from sglang_npu_pp.errors import SequenceError, WaitLimitError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import PassedEvent
-from sglang_npu_pp.transport.message import Kind, Message
+from sglang_npu_pp.transport.message import Kind
 from tests.field_cases import field_case
 
 pytestmark = pytest.mark.timeout(180)
@@ -225,14 +225,14 @@ def test_the_next_receive_is_posted_while_the_tensors_of_the_last_are_in_use(tea
 
 def push_more_than_there_are_slots(here: Here, count: int) -> None:
     """Sends the note "full" before it waits for a slot."""
-    original = here.link.record
+    original = here.trace.record
 
-    def noted(name: str, message: Message) -> None:
-        original(name, message)
+    def noted(name: str, *place: Any) -> None:
+        original(name, *place)
         if name == "full":
             here.note("full")
 
-    setattr(here.link, "record", noted)  # noqa: B010
+    setattr(here.trace, "record", noted)  # noqa: B010
     for iteration in range(count):
         tensors = {"t": torch.full((1 << 20,), float(iteration))}
         here.link.push_tensors(Kind.PROXY, 1, tensors, slot=iteration, iteration=iteration)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rig.harness import Here, Rank, Team, open_host_lane, receive, results, telemetry_of
+from rig.harness import Here, Rank, Team, open_host_lane, receive, results, take_number, telemetry_of
 from scripts.soak.unauthenticated import (
     GREETING,
     LONG_COMMAND,
@@ -199,7 +199,7 @@ def send_until_lost(here: Here, peer: int, frame_bytes: int) -> None:
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         here.lane.check()
-        here.lane.inbox.pump(100)
+        here.lane.poll(100)
 
 
 def test_a_peer_that_sends_a_frame_that_is_too_long_loses_its_connection(ranks: list[Rank]) -> None:
@@ -339,7 +339,7 @@ def take_good_ones(here: Here, source: int, kind: Kind, good: int) -> tuple[list
     while len(values) < good:
         assert time.monotonic() < deadline, f"{len(values)} of {good} good messages came"
         try:
-            values.append(here.lane.wait(source, kind, len(values)).values)
+            values.append(take_number(here, source, kind, len(values)).values)
         except (MessageError, SequenceError) as error:
             refused += 1
             kinds.add(type(error).__name__)

@@ -1,4 +1,2 @@
-"""`python -m sglang_npu_pp doctor`: is this machine ready to serve, and what would the server say?
-
-One module a subject; each gives findings, `command.py` puts them together.
-"""
+"""`python -m sglang_npu_pp doctor`: readiness of this machine. One module a subject; `command.py` prints the
+findings."""

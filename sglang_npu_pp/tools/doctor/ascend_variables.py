@@ -1,7 +1,4 @@
-"""Variables of HCCL and torch_npu that matter to this package: what is set, what it costs, what to do.
-
-What a sentence is based on is said by a mark in it (`MARKS`).
-"""
+"""Variables of HCCL and torch_npu: value, cost, advice. Marks name the basis of a sentence (`MARKS`)."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ _TRUE = {"1", "true", "yes", "y"}
 
 
 def check(environ: Environ) -> list[Finding]:
-    """A finding for each variable, set or not; the last one explains the marks."""
+    """A finding for each variable, set or not; the last explains the marks."""
     return [*(rule(environ) for rule in RULES), Finding(Level.NOTE, "marks", MARKS)]
 
 
 def pair_group_mb(environ: Environ) -> int:
-    """Device memory (MB) that the group of a pair of neighbour stages takes on each of its two ranks.
+    """Device memory (MB) of a neighbour pair's group, on each of its two ranks.
 
-    A communicator takes twice its buffer. P2P gets one of its own unless P2P_HCCL_BUFFSIZE is 0; then it uses
-    the group's, whose buffer is HCCL_BUFFSIZE [vendor]. Raises ValueError for a value that is no such size.
+    A communicator takes twice its buffer. P2P has one of its own unless P2P_HCCL_BUFFSIZE is 0; then it
+    shares the group's, with HCCL_BUFFSIZE [vendor]. Raises ValueError for an invalid size.
     """
     own = _megabytes(environ, "P2P_HCCL_BUFFSIZE", P2P_BUFFER_MB, least=0)
     return 2 * (own or _megabytes(environ, "HCCL_BUFFSIZE", BUFFER_MB, least=1))
@@ -273,7 +270,7 @@ def _interface(name: str, means: Callable[[str, list[str]], list[str]]) -> Rule:
 
 
 def _exactly(text: str, interfaces: list[str]) -> list[str]:
-    """Gloo takes whole names only, separated by commas; all have to exist."""
+    """Gloo: whole names, separated by commas, all existing."""
     names = [part.strip() for part in text.split(",")]
     return names if set(names) <= set(interfaces) else []
 

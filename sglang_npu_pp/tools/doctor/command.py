@@ -130,11 +130,11 @@ def _peer_test(options: argparse.Namespace) -> PeerTest | None:
 
 
 def _to_dial(host: str) -> str:
-    """What the other node is told of where this one listens: an address, which an interface is not there."""
+    """The address for the other node, where an interface name is meaningless."""
     try:
         found = listening_addresses(host, master=None, one_node=False, where="doctor")
     except PipelineError:
-        return host  # which the link test says better
+        return host  # the link test reports it better
     return found[0]
 
 

@@ -1,19 +1,19 @@
-"""All examinations, one after another."""
+"""All examinations, in order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import ascend_variables, contracts, loopback, network, own_settings, peer, versions
+from . import ascend_variables, loopback, network, own_settings, peer, versions
 from .findings import Finding, Level, Section
 from .layout import Layout
 from .peer import PeerTest
 
 
 def examine(environ: Mapping[str, str], layout: Layout, peer_test: PeerTest | None) -> Iterator[Section]:
-    """One section a subject, each as soon as it is there."""
+    """One section a subject, each as soon as it is complete."""
     yield _section("Versions", lambda: versions.check(environ))
-    yield _section("Patches and contracts", contracts.check)
+    yield _section("Patches and contracts", versions.check_patches)
     settings, findings = own_settings.check(environ)
     yield Section("Settings of sglang-npu-pp", findings)
     yield _section("Variables of HCCL and torch_npu", lambda: ascend_variables.check(environ))
@@ -24,7 +24,7 @@ def examine(environ: Mapping[str, str], layout: Layout, peer_test: PeerTest | No
 
 
 def _section(title: str, check: Callable[[], object]) -> Section:
-    """A check that fails itself must not hide what the others find."""
+    """A failing check must not hide the results of others."""
     try:
         found = check()
     except Exception as error:

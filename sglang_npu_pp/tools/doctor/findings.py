@@ -1,4 +1,4 @@
-"""What the doctor finds, and how it is printed."""
+"""Findings of the doctor, and their output."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..text import table
+from ...text import table
 
 
 class Level(enum.Enum):
-    """How bad it is."""
+    """Severity."""
 
     OK = "ok"
     NOTE = "note"  # good to know
@@ -21,7 +21,7 @@ class Level(enum.Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, and one sentence."""
+    """One line: subject and sentence."""
 
     level: Level
     subject: str
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """All that was found about one subject; `data` is what was measured, for `--json`."""
+    """Findings of one subject; `data`: measurements for `--json`."""
 
     title: str
     findings: Sequence[Finding]

@@ -1,4 +1,4 @@
-"""Which ranks of a server run on this node, as SGLang numbers them."""
+"""Ranks of a server on this node, in SGLang's numbering."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """What the server is started with: --tp-size, --pp-size, --nnodes, --node-rank, --dist-init-addr,
-    --dp-size (replicas, not data-parallel attention)."""
+    """The server's --tp-size, --pp-size, --nnodes, --node-rank, --dist-init-addr, --dp-size (replicas, not
+    data-parallel attention)."""
 
     tp_size: int = 1
     pp_size: int = 2
@@ -34,8 +34,7 @@ class Layout:
 
     @property
     def ranks_here(self) -> list[int]:
-        """World ranks of this node, counted on from replica to replica: ranks are numbered stage by stage,
-        and nodes take them in order."""
+        """World ranks of this node, counted on over replicas; numbered stage by stage, nodes in order."""
         each = self.world_size // self.nnodes
         first = self.node_rank * each
         return [

@@ -1,4 +1,4 @@
-"""What the host lane does between two stages: round trips, throughput, and that bytes arrive as they left."""
+"""The host lane between two stages: round trips, throughput, integrity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORWARDS_MS = (5, 10, 20, 50, 100)
 
 @dataclass(frozen=True)
 class LinkReport:
-    """One link, as the side that reports it saw it."""
+    """One link, as seen by the reporting side."""
 
     shortest_round_trip_s: float  # of a small message; a server measures it at its start, too
     median_round_trip_s: float
@@ -35,8 +35,8 @@ class LinkReport:
         return self.shortest_round_trip_s / 2
 
     def depth(self, forward_ms: float, stages: int) -> int:
-        """The --pp-async-batch-depth that would hide the link, by depth.py: every hop takes as long as this
-        one, and every stage `forward_ms`; host work is not counted."""
+        """The --pp-async-batch-depth that would hide the link (depth.py), with every hop like this one,
+        forwards of `forward_ms` and no host work."""
         stage = StageTimes(forward_ms / 1e3, 0.0, self.one_way_s, asynchronous=True)
         return needed_depth([stage] * stages)
 
@@ -49,68 +49,67 @@ class LinkReport:
 
 
 def measure(lane: HostLane, limit_s: float) -> LinkReport:
-    """Both sides of a lane of two stages call it at the same time; takes some seconds.
+    """Called by both sides of a two-stage lane at the same time; takes some seconds.
 
-    Raises PeerLostError, WaitLimitError when a message takes longer than `limit_s` seconds, and MessageError
-    when bytes did not arrive as they left.
+    Raises PeerLostError, WaitLimitError for a message slower than `limit_s` seconds, MessageError for changed
+    bytes.
     """
-    talk = _Talk(lane, limit_s)
-    shortest_s, median_s = talk.ping() if lane.stage == 0 else talk.answer_pings()
+    link_test = _LinkTest(lane, limit_s)
+    shortest_s, median_s = link_test.ping() if lane.stage == 0 else link_test.answer_pings()
     rates = [0.0, 0.0]  # MiB/s that each stage could send
     for sender in (0, 1):
-        rates[sender] = talk.send_chunks(shortest_s) if lane.stage == sender else talk.receive_chunks()
-    return LinkReport(shortest_s, median_s, rates[lane.stage], rates[talk.peer])
+        rates[sender] = (
+            link_test.send_chunks(shortest_s) if lane.stage == sender else link_test.receive_chunks()
+        )
+    return LinkReport(shortest_s, median_s, rates[lane.stage], rates[link_test.peer])
 
 
-class _Talk:
-    """Messages to and from the other stage; each kind is numbered for itself."""
+class _LinkTest:
+    """Messages to and from the other stage, numbered per kind."""
 
     def __init__(self, lane: HostLane, limit_s: float) -> None:
         self.peer = 1 - lane.stage
         self._lane, self._limit_s = lane, limit_s
-        self._next: dict[Kind, int] = {}
         self._chunk = (torch.arange(CHUNK_BYTES) % 251).to(torch.uint8)
 
-    def _say(self, kind: Kind, value: float | tuple[float, float] | None = None) -> None:
+    def _send(self, kind: Kind, value: float | tuple[float, float] | None = None) -> None:
         self._lane.send(self.peer, Message(kind, values=value))
 
     def _receive(self, kind: Kind) -> Message:
-        number = self._next.get(kind, 0)
-        self._next[kind] = number + 1
-        return self._lane.wait(self.peer, kind, number, self._limit_s)
+        return self._lane.receive(self.peer, kind, self._limit_s)
 
     def ping(self) -> tuple[float, float]:
-        """The shortest and the median of some round trips, in seconds; the other side learns them."""
+        """Shortest and median round trip in seconds, sent to the other side too."""
         took = []
         for _ in range(ROUND_TRIPS):
             began = time.monotonic()
-            self._say(Kind.REQUESTS)
+            self._send(Kind.REQUESTS)
             self._receive(Kind.REQUESTS)
             took.append(time.monotonic() - began)
         found = min(took), statistics.median(took)
-        self._say(Kind.OBJECT, found)
+        self._send(Kind.OBJECT, found)
         return found
 
     def answer_pings(self) -> tuple[float, float]:
         for _ in range(ROUND_TRIPS):
             self._receive(Kind.REQUESTS)
-            self._say(Kind.REQUESTS)
+            self._send(Kind.REQUESTS)
         shortest_s, median_s = self._receive(Kind.OBJECT).values
         return shortest_s, median_s
 
     def send_chunks(self, round_trip_s: float) -> float:
-        """MiB/s, after a first chunk that says how many fit into the time; the other side learns it."""
+        """MiB/s, sent to the other side too; a first chunk sets how many fit into the time."""
         took = self._send_chunks(1, round_trip_s)
         count = min(MOST_CHUNKS, max(1, int(AIM_S / took)))
         took = self._send_chunks(count, round_trip_s)
         rate = count * CHUNK_BYTES / took / (1 << 20)
-        self._say(Kind.OBJECT, 0)
-        self._say(Kind.OBJECT, rate)
+        self._send(Kind.OBJECT, 0)
+        self._send(Kind.OBJECT, rate)
         return rate
 
     def _send_chunks(self, count: int, round_trip_s: float) -> float:
-        """Seconds until the last of `count` chunks was there."""
-        self._say(Kind.OBJECT, count)
+        """Seconds until the last of `count` chunks has arrived."""
+        self._send(Kind.OBJECT, count)
         began = time.monotonic()
         for _ in range(count):
             self._lane.send(self.peer, Message(Kind.PROXY, tensors={"chunk": self._chunk}))
@@ -126,5 +125,5 @@ class _Talk:
                         f"stage {self._lane.stage} rank 0: bytes of stage {self.peer} did not arrive as they "
                         "left; look at the network, and set SGLANG_NPU_PP_CHECKSUM=full until it is repaired."
                     )
-            self._say(Kind.OUTPUT)
+            self._send(Kind.OUTPUT)
         return float(self._receive(Kind.OBJECT).values)

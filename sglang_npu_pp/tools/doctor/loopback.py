@@ -1,7 +1,6 @@
-"""Self-test: two host lanes in this process, opened, measured and closed as a server does it.
+"""Self-test: two host lanes in this process, opened, measured and closed as in a server.
 
-Two threads of one process share an interpreter, so the times are an upper bound: they say that the lane
-works, `make bench-host-lane` says how fast it is.
+Two threads share an interpreter, so times are an upper bound; `make bench-host-lane` measures the real ones.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ...errors import PipelineError
-from ...observe.telemetry import Telemetry
-from ...observe.trace import Trace
 from ...settings import Settings
-from ...transport.host_lane import Exchange, HostLane
+from ...transport.context import RankContext
+from ...transport.endpoints import Exchange
+from ...transport.host_lane import HostLane
 from .findings import Finding, Level
 from .link_test import LinkReport, measure
 
@@ -25,7 +24,7 @@ HOST = "127.0.0.1"
 
 
 class _Rendezvous:
-    """In the place of SGLang's process group: an exchange between threads."""
+    """An exchange between threads, instead of SGLang's process group."""
 
     def __init__(self) -> None:
         self._records = [b"", b""]
@@ -42,12 +41,12 @@ class _Rendezvous:
         return exchange
 
     def leave(self) -> None:
-        """Whoever failed lets the other one go."""
+        """Release the other side after a failure."""
         self._barrier.abort()
 
 
 def check(settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
-    """A finding for each transport, and the measurements by transport."""
+    """A finding and the measurements of each transport."""
     findings: list[Finding] = []
     data: dict[str, Any] = {}
     for transport, name in TRANSPORTS.items():
@@ -64,34 +63,26 @@ def check(settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
 
 
 def run(settings: Settings) -> LinkReport:
-    """Over the transport that `settings` name. Raises PipelineError."""
+    """Over the transport of `settings`. Raises PipelineError."""
     settings = replace(settings, start_limit_s=LIMIT_S, wait_limit_s=LIMIT_S)
-    meeting = _Rendezvous()
+    rendezvous = _Rendezvous()
     with ThreadPoolExecutor(2) as threads:
-        sides = [threads.submit(_side, stage, settings, meeting) for stage in (0, 1)]
+        sides = [threads.submit(_side, stage, settings, rendezvous) for stage in (0, 1)]
     errors = [error for side in sides if (error := side.exception()) is not None]
-    # One that only noticed that the other side had failed says less.
+    # The error of the side that failed first says more.
     errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
     if errors:
         raise errors[0]
     return sides[0].result()
 
 
-def _side(stage: int, settings: Settings, meeting: _Rendezvous) -> LinkReport:
-    lane = HostLane(
-        stage=stage,
-        stages=2,
-        rank=0,
-        settings=settings,
-        telemetry=Telemetry(stage, 0),
-        trace=Trace(),
-        host=HOST,
-    )
+def _side(stage: int, settings: Settings, rendezvous: _Rendezvous) -> LinkReport:
+    lane = HostLane(RankContext.begin(stage, 2, settings), host=HOST)
     try:
-        lane.open(meeting.exchange_of(stage))
+        lane.open(rendezvous.exchange_of(stage))
         return measure(lane, LIMIT_S)
     except BaseException:
-        meeting.leave()
+        rendezvous.leave()
         raise
     finally:
         lane.close()

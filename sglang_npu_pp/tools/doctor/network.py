@@ -1,4 +1,4 @@
-"""Interfaces of this machine, and whether the host lane can listen where it would: directory and ports."""
+"""Interfaces, and directory and ports of the host lane."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .layout import Layout
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface, as psutil describes it."""
+    """A network interface, as described by psutil."""
 
     name: str
     address: str  # IPv4, empty where it has none
@@ -44,7 +44,7 @@ def interfaces() -> Iterator[Interface]:
 
 
 def check(settings: Settings, layout: Layout) -> list[Finding]:
-    """Opens what the server would open, and closes it."""
+    """Opens and closes what the server would open."""
     findings = [Finding(Level.OK, each.name, str(each)) for each in interfaces()]
     if settings.host_transport != "tcp":
         findings.append(_directory(settings))

@@ -1,4 +1,4 @@
-"""The environment variables of this package, with the sentences that the server would say about them."""
+"""Environment variables of this package, with the server's error sentences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .findings import Finding, Level
 
 
 def check(environ: Mapping[str, str]) -> tuple[Settings, list[Finding]]:
-    """The settings in force (defaults in the place of wrong ones), and a finding for each variable."""
+    """The settings in force (defaults for invalid ones), and a finding for each variable."""
     good: dict[str, str] = {}
     findings: list[Finding] = []
     for variable, text in sorted(environ.items()):

@@ -1,7 +1,7 @@
 """The link to another node: `doctor --listen` there, `doctor --peer` here.
 
-The two are stages 0 and 1 of a pipeline without a model. They compare what they run, open a host lane as a
-server would (TCP, CURVE, on the address and port of the settings), and measure it.
+Stages 0 and 1 of a pipeline without a model compare versions and settings, open a host lane as a server would
+(TCP, CURVE, address and port of the settings), and measure it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import sglang_npu_pp
 
 from ...agreement import Statement, differences
 from ...errors import ContractError, PipelineError
-from ...observe.telemetry import Telemetry
-from ...observe.trace import Trace
 from ...patches import installed
 from ...settings import Settings, load_settings
+from ...transport.context import RankContext
 from ...transport.host_lane import HostLane
 from ...transport.message import PROTOCOL
 from .findings import Finding, Level
@@ -32,7 +31,7 @@ _DIALLED = "dialled"  # of a statement: the address at which the other side was 
 
 @dataclass(frozen=True)
 class PeerTest:
-    """What the user asked for."""
+    """The user's options."""
 
     host: str  # where this side listens ("" for everywhere), or where the other one does
     port: int
@@ -48,7 +47,7 @@ class PeerTest:
 
 
 def check(test: PeerTest, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings and the measurement, which is the same on both sides."""
+    """Findings and measurements, equal on both sides."""
     findings: list[Finding] = []
     limit_s = test.limit_s if test.listens else ANSWER_LIMIT_S
     host = test.host or "*"
@@ -85,8 +84,7 @@ def _suggestion(depths: dict[float, int], stages: int) -> str:
 
 
 def _agreed(settings: Settings, listener: Statement) -> Settings:
-    """Our settings, with the listener's in the place of those that must be equal: the link is measured even
-    if they are not."""
+    """Our settings, with the listener's shared ones: the link is measured even if they differ."""
     theirs = load_settings(
         {name: listener.get(name, value) for name, value in settings.shared_values().items()}
     )
@@ -98,15 +96,10 @@ def _agreed(settings: Settings, listener: Statement) -> Settings:
 def _measure(
     rendezvous: Rendezvous, test: PeerTest, settings: Settings, dialled: str
 ) -> tuple[LinkReport, str]:
-    """Open a host lane as a server would, and measure it; also where the other side answered. Raises
+    """Open a host lane as a server would, and measure it; returns the other side's address too. Raises
     PipelineError."""
     lane = HostLane(
-        stage=test.stage,
-        stages=2,
-        rank=0,
-        settings=settings,
-        telemetry=Telemetry(test.stage, 0),
-        trace=Trace(),
+        RankContext.begin(test.stage, 2, settings),
         host=settings.host or (test.host if test.listens else ""),
         master=f"{dialled}:{test.port}",
         port=settings.port + test.stage if settings.port else 0,

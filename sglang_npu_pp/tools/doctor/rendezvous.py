@@ -1,9 +1,8 @@
-"""Two nodes meet before they open a host lane between them, and neither talks to anyone else.
+"""Rendezvous of two nodes before they open a host lane.
 
-In a server the addresses and keys of the host lane are exchanged over SGLang's process group. Here there is
-none, so they go over one encrypted connection (CURVE) for which both sides hold the same secret: the listener
-makes it, prints it, and the operator carries it to the other node. Who does not have it gets no answer to
-anything. The host lane that is opened then has keys of its own, as always.
+A server exchanges addresses and keys over SGLang's process group; here one encrypted connection (CURVE) does,
+with a shared secret that the operator copies from the listener. An unauthenticated client gets no answer. The
+host lane has keys of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ ANSWER_LIMIT_S = 30.0
 """Longest wait for anything once the two sides have met."""
 
 KEY_CHARACTERS = 64  # 32 bytes, in a form that needs no quotes in a shell
-_MESSAGE_LIMIT = 64 << 10  # bytes; what is exchanged here is far smaller
+_MESSAGE_LIMIT = 64 << 10  # bytes; far more than is exchanged here
 _REACH_S = 5.0  # to open a TCP connection
 
 
@@ -35,7 +34,7 @@ def new_key() -> str:
 
 
 def key_pair(key: str) -> KeyPair:
-    """The pair of keys that both sides use. Raises ValueError for text that is no secret of `new_key`."""
+    """The key pair of both sides. Raises ValueError for text that is no secret of `new_key`."""
     if not re.fullmatch(f"[0-9a-f]{{{KEY_CHARACTERS}}}", key):
         raise ValueError(f"the key must be the {KEY_CHARACTERS} characters that `doctor --listen` printed.")
     secret = z85.encode(bytes.fromhex(key))
@@ -43,13 +42,12 @@ def key_pair(key: str) -> KeyPair:
 
 
 class Rendezvous:
-    """The connection; a context manager. `exchange` is what `HostLane.open` needs, for stages 0 and 1."""
+    """The connection; a context manager. `exchange` is for `HostLane.open`, stages 0 and 1."""
 
     def __init__(self, host: str, port: int, key: str, *, listens: bool, limit_s: float) -> None:
-        """`host`, `port`: where this side listens ("*": everywhere; an address, interface or name of this
-        node), or where the other one does, whose address is then in `dialled`. `limit_s`:
-        longest wait for the other side, in seconds; it then answers within ANSWER_LIMIT_S. Raises
-        TransportError if the port is taken or cannot be reached."""
+        """`host`, `port`: where this side listens ("*": everywhere; address, interface or name of this node),
+        or the listener to dial (its address: `dialled`). `limit_s`: wait for the other side, in seconds; it
+        then answers within ANSWER_LIMIT_S. Raises TransportError for a port that is taken or unreachable."""
         self._name, self._listens, self._limit_s = f"{host}:{port}", listens, limit_s
         self._met = False
         keys = key_pair(key)
@@ -85,7 +83,7 @@ class Rendezvous:
             ) from None
 
     def exchange(self, data: bytes) -> list[bytes]:
-        """Both sides' bytes, the listener's first. Raises TransportError when no answer comes in time."""
+        """Both sides' bytes, the listener's first. Raises TransportError without an answer in time."""
         if self._listens:
             theirs = self._receive()
             self._socket.send(data)
@@ -137,8 +135,8 @@ def _endpoint(host: str, port: int) -> str:
 
 
 def _reach(host: str, port: int) -> str:
-    """The address that answers. Tells an unreachable port from a wrong key: ZeroMQ would try again in silence
-    in both cases."""
+    """The address that answers. Distinguishes an unreachable port from a wrong key; ZeroMQ would retry
+    silently."""
     deadline = time.monotonic() + _REACH_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What is installed: SGLang, this plugin, torch, torch_npu, CANN; would SGLang load the plugin?"""
+"""Installed versions (SGLang, this plugin, torch, torch_npu, CANN); would SGLang load the plugin?"""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import sglang_npu_pp
 
+from ...builds import CORE, Known, Seam, read_build, unknown_targets
 from ...errors import ContractError
-from ...patches import installed
+from ...patches import installed, load_contracts, seams_for
+from ...patching import Patch
 from .findings import Finding, Level
 
 DEVICE_LIMIT_S = 120  # torch_npu may take a minute to load on a machine that has just started
@@ -57,7 +59,7 @@ def _sglang() -> Finding:
 
 
 def _plugins(environ: Mapping[str, str]) -> list[Finding]:
-    """Whether SGLang would load this package, and which others it would load."""
+    """Whether SGLang would load this package, and which others."""
     names = {point.name for point in metadata.entry_points(group=installed.PLUGIN_GROUP)}
     only = {name.strip() for name in environ.get(installed.ONLY_PLUGINS, "").split(",") if name.strip()}
     mine = sglang_npu_pp.__name__
@@ -84,7 +86,7 @@ def _plugins(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def _torch_npu() -> Finding:
-    """Loads it in a process of its own, since that fails, or hangs, where CANN or the driver is not sound."""
+    """Loaded in a process of its own: that fails or hangs with a broken CANN or driver."""
     version = version_of("torch_npu")
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     try:
@@ -120,3 +122,60 @@ def _cann(environ: Mapping[str, str]) -> Finding:
         if match:
             return Finding(Level.OK, "CANN", f"{match[1]} at {home}")
     return Finding(Level.NOTE, "CANN", f"{home} does not say which version it is; source CANN's set_env.sh")
+
+
+# --- patches -------------------------------------------------------------------------------------
+
+
+def check_patches() -> list[Finding]:
+    """Whether the installed SGLang is known: a verdict for every feature and every patch.
+
+    Fingerprints are taken from the files, so SGLang is not imported. The server looks at the functions of its
+    own process, and so also sees what another plugin has replaced there.
+    """
+    seams = seams_for("npu" if version_of("torch_npu") else None)
+    try:
+        build = read_build(installed.release(), seams, installed.fingerprint)
+    except ContractError as error:
+        return [Finding(Level.WRONG, "contract", str(error))]
+    return verdicts(Known(build, seams, load_contracts()))
+
+
+def verdicts(known: Known) -> list[Finding]:
+    """A finding for the build, one for each feature, one for each patch."""
+    return [
+        _build(known),
+        *(_feature(known, feature) for feature in known.features),
+        *(_patch(known, seam, patch) for seam in known.seams for patch in seam.patches),
+    ]
+
+
+def _build(known: Known) -> Finding:
+    if CORE not in known.missing:
+        return Finding(Level.OK, "contract", known.sentence.replace("in force", "would be in force", 1))
+    text = f"{known.refusal} SGLang stays as it is; with SGLANG_NPU_PP=require the server does not start."
+    return Finding(Level.WRONG, "contract", text)
+
+
+def _feature(known: Known, feature: str) -> Finding:
+    if feature in known.missing:
+        level = Level.WRONG if feature == CORE else Level.WARNING
+        text = "not in force: a server that uses it stays upstream's, or does not start with require"
+        return Finding(level, feature, f"{text} ({known.missing[feature]})")
+    releases = known.releases_of(feature)
+    return Finding(Level.OK, feature, f"as in {', '.join(releases)}")
+
+
+def _patch(known: Known, seam: Seam, patch: Patch) -> Finding:
+    name = patch.target.partition(":")[2]
+    releases = known.releases[seam.name]
+    release = releases[-1] if releases else known.nearest
+    contract = known.contracts[release]
+    different = unknown_targets(patch, contract, known.build)
+    if different:
+        return Finding(Level.WARNING, name, known.in_words(sorted(set(different))))
+    if not patch.is_needed(contract):
+        return Finding(Level.NOTE, name, f"{release} does not need this patch")
+    checked = len(set(patch.checked_targets(contract)))
+    text = f"as in {release} ({checked} {'function' if checked == 1 else 'functions'})"
+    return Finding(Level.OK, name, text)

@@ -1,1 +1,1 @@
-"""Where the time of a pipeline went, from the traces of its ranks."""
+"""Analysis of traces: where the time of a pipeline went."""

@@ -1,30 +1,8 @@
-"""Where the time of every pipeline stage went, from the traces that its ranks wrote (`SGLANG_NPU_PP_TRACE`).
+"""State of every pipeline stage at every moment, from the traces of its ranks (`SGLANG_NPU_PP_TRACE`).
 
-At every moment a stage is in exactly one state. All times are on stage 0's clock.
-
-compute
-    A forward runs: from the beginning of its launch to the end, which on CPU is all of it; on a device, where
-    the launch returns early, between the events that the device recorded around it.
-exposed communication, by kind (requests, proxy, output)
-    No forward runs, and the scheduler thread is blocked waiting for a message that its sender has pushed
-    already: there is something to run, and only the link (and the receiver's unpacking) is in the way. Also
-    the time in which a launched forward of a later stage waits on the device, for its tensors and to begin.
-    Requests count only in an iteration that launches something.
-back-pressure, by kind
-    No forward runs, and the scheduler thread is blocked because as many messages are in flight as may be.
-bubble
-    There is no batch to run. The scheduler thread waits for a message that its sender has not pushed yet (it
-    still computes, or has nothing to send), or it is in an iteration that neither launches anything nor gets
-    outputs.
-host work
-    All the rest: scheduling, processing results, packing, sending; the device has nothing to do meanwhile.
-idle
-    All stages have a bubble at once, so there is nothing to do. It is left out of the ratios, which are
-    shares of the remaining time.
-
-A wait for a message is cut in two by the moment at which its sender pushed it: before it, the stage had
-nothing to run (a bubble: stages that are not equally long, too few microbatches); from it on, communication
-was exposed. The cut is as exact as the clocks are: to half a round trip of the host lane at the start.
+docs/measuring.md defines the states: compute, exposed communication, back-pressure, bubble, host work, idle.
+All times are on stage 0's clock, exact to half a round trip of the host lane at start. The push of a message
+cuts the wait for it in two: bubble before, exposed communication after.
 """
 
 from __future__ import annotations
@@ -38,6 +16,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from ...observe.trace import Event, RankTrace
+from ...text import number_table
 
 COMPUTE, EXPOSED, BACK_PRESSURE = "compute", "exposed", "back-pressure"
 BUBBLE, HOST, IDLE = "bubble", "host work", "idle"
@@ -50,7 +29,7 @@ Interval = tuple[int, int]
 
 
 class Span(NamedTuple):
-    """A stage was in one state from `begin_ns` to `end_ns`, of stage 0's clock."""
+    """One stage in one state from `begin_ns` to `end_ns`, of stage 0's clock."""
 
     begin_ns: int
     end_ns: int
@@ -62,7 +41,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class StageTimeline:
-    """The states of one stage, one behind the other without a gap."""
+    """The states of one stage, without gaps."""
 
     stage: int
     spans: list[Span]
@@ -72,19 +51,19 @@ class StageTimeline:
         return len({span.iteration for span in self.spans if span.state == COMPUTE})
 
     def seconds(self, state: str, kind: str | None = None) -> float:
-        """Time in a state; of one message kind, or of all."""
+        """Time in a state, of one kind or all."""
         chosen = (s for s in self.spans if s.state == state and kind in (None, s.kind))
         return sum(span.end_ns - span.begin_ns for span in chosen) / 1e9
 
     def share(self, state: str, kind: str | None = None) -> float:
-        """`seconds` as a part of the time in which the pipeline was not idle."""
+        """`seconds` as a share of the pipeline's busy time."""
         busy = sum(s.end_ns - s.begin_ns for s in self.spans if s.state != IDLE) / 1e9
         return self.seconds(state, kind) / busy if busy else 0.0
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All stages over the same time, from `begin_ns` to `end_ns` of stage 0's clock."""
+    """All stages from `begin_ns` to `end_ns` of stage 0's clock."""
 
     begin_ns: int
     end_ns: int
@@ -97,10 +76,8 @@ class Timeline:
         return Timeline(begin_ns, end_ns, stages)
 
     def iterations(self, first: int, last: int) -> Timeline:
-        """The part from the first forward of iteration `first` to the end of the last of iteration `last`.
-
-        Raises ValueError, in one sentence, when there is none.
-        """
+        """From the first forward of iteration `first` to the end of `last`. Raises ValueError if there is
+        none."""
         forwards = [span for stage in self.stages for span in stage.spans if span.state == COMPUTE]
         chosen = [span for span in forwards if first <= span.iteration <= last]
         if not chosen:
@@ -111,7 +88,7 @@ class Timeline:
         return self.cut(min(span.begin_ns for span in chosen), max(span.end_ns for span in chosen))
 
     def middle(self, launches: int) -> Timeline:
-        """The part in which the first stage has its middle `launches` forwards."""
+        """The part with the first stage's middle `launches` forwards."""
         forwards = [span for span in self.stages[0].spans if span.state == COMPUTE]
         first = max(0, (len(forwards) - launches) // 2)
         chosen = forwards[first : first + launches]
@@ -119,10 +96,9 @@ class Timeline:
 
 
 def analyse(traces: Sequence[RankTrace]) -> Timeline:
-    """The states of all stages, between the first launch and the end of the last.
+    """The states of all stages, from the first launch to the end of the last.
 
-    `traces`: one rank of every stage, by stage. Raises ValueError, in one sentence, when a stage is missing
-    or nothing was launched.
+    `traces`: one rank of every stage, by stage. Raises ValueError for a missing stage or no launch.
     """
     if [trace.stage for trace in traces] != list(range(len(traces))) or not traces:
         found = ", ".join(str(trace.stage) for trace in traces) or "none"
@@ -143,7 +119,7 @@ def analyse(traces: Sequence[RankTrace]) -> Timeline:
 
 
 def table(timeline: Timeline) -> str:
-    """Plain text: per stage, milliseconds a launched microbatch and share of the time that was not idle."""
+    """Plain text: per stage, ms per launched microbatch and share of the busy time."""
     stages = timeline.stages
     rows = [["", *(f"stage {stage.stage}" for stage in stages)]]
     rows.append(["microbatches", *(str(stage.launches) for stage in stages)])
@@ -154,9 +130,7 @@ def table(timeline: Timeline) -> str:
     shown.append((BACK_PRESSURE, BACK_PRESSURE, None))
     for label, state, kind in shown:
         rows.append([label, *(_cell(stage, state, kind) for stage in stages)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [_line(row, widths) for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return number_table(rows, left=1)
 
 
 def _cell(stage: StageTimeline, state: str, kind: str | None) -> str:
@@ -164,16 +138,11 @@ def _cell(stage: StageTimeline, state: str, kind: str | None) -> str:
     return f"{each:8.3f} ms {100 * stage.share(state, kind):5.1f} %"
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *cells])
-
-
 # --- from events to states ---------------------------------------------------------------------
 
 
 def _window(recorded: Sequence[list[Event]]) -> Interval:
-    """From the first launch to the end of the last, as far as every stage still has its events."""
+    """From the first launch to the end of the last, while all stages still have events."""
     begins = [event.time_ns for events in recorded for event in events if event.name == "launch"]
     ends = [e.time_ns for events in recorded for e in events if e.name in ("launched", "ran")]
     begin = max(min(begins, default=0), *(events[0].time_ns for events in recorded if events))
@@ -184,7 +153,7 @@ def _window(recorded: Sequence[list[Event]]) -> Interval:
 
 
 def _pushes(events: Iterable[Event]) -> Mapping[tuple[str, int], list[int]]:
-    """When a stage pushed a message, by kind and iteration: once for each receiver, in stage order."""
+    """Push times of a stage by kind and iteration, one per receiver in stage order."""
     times = defaultdict(list)
     for event in events:
         if event.name == "push":
@@ -198,7 +167,7 @@ def _states(
     pushes: Sequence[Mapping[tuple[str, int], list[int]]],
     written_ns: int,
 ) -> Iterator[Span]:
-    """What is known of one stage, overlapping; where nothing is said it was at host work."""
+    """Known states of a stage, overlapping; gaps are host work."""
     launches = {event.iteration: event for event in events if event.name == "launch"}
     on_device = any(event.name == "run" for event in events)
     for began, end_ns in _pairs(events, written_ns):
@@ -230,7 +199,7 @@ _BEGINNINGS = {name for names in _ENDS.values() for name in names}
 
 
 def _pairs(events: Iterable[Event], written_ns: int) -> Iterator[tuple[Event, int]]:
-    """Beginnings, each with the time of its end; of those without one, with the time of the report."""
+    """Begin events with their end times; for open ones the time of the report."""
     begun: dict[tuple[str, str], Event] = {}
     for event in events:
         for name in _ENDS.get(event.name, ()):
@@ -243,16 +212,17 @@ def _pairs(events: Iterable[Event], written_ns: int) -> Iterator[tuple[Event, in
 
 
 def _pushed_ns(wait: Event, stage: int, pushes: Sequence[Mapping[tuple[str, int], list[int]]]) -> int:
-    """When the message that is waited for was pushed; long ago if that is not recorded (any more)."""
-    source = len(pushes) - 1 if wait.kind == "output" else stage - 1
-    times = pushes[source].get((wait.kind, wait.iteration), [])
-    if not times:
-        return 0
-    return times[min(stage, len(times) - 1)] if wait.kind == "output" else times[0]
+    """Push time of the awaited message; long ago if not recorded (any more)."""
+    message = (wait.kind, wait.iteration)
+    if wait.kind != "output" or (stage > 0 and message in pushes[stage - 1]):
+        times = pushes[stage - 1].get(message, [])
+        return times[0] if times else 0
+    times = pushes[-1].get(message, [])
+    return times[min(stage, len(times) - 1)] if times else 0
 
 
 def _empty_iterations(events: Iterable[Event], written_ns: int) -> Iterator[Span]:
-    """Iterations that neither launch anything nor get outputs: a bubble from their beginning to their end."""
+    """Iterations without launch and outputs, as bubbles."""
     began: Event | None = None
     for event in events:
         if event.name == "iteration":
@@ -269,7 +239,7 @@ def _empty_iterations(events: Iterable[Event], written_ns: int) -> Iterator[Span
 
 
 def _paint(spans: Iterable[Span], begin_ns: int, end_ns: int) -> list[Span]:
-    """The one state of every moment: spans that overlap nowhere, the more important one where they did."""
+    """Spans without overlap; the more important state wins."""
     waiting = sorted(_clip(spans, begin_ns, end_ns))
     times = sorted({time for span in waiting for time in span[:2]})
     open_spans: list[tuple[int, int, Span]] = []
@@ -299,13 +269,13 @@ def _clip(spans: Iterable[Span], begin_ns: int, end_ns: int) -> Iterator[Span]:
 
 
 def _common_bubbles(painted: Sequence[Sequence[Span]]) -> list[Interval]:
-    """When all stages have a bubble."""
+    """Bubbles of all stages at once."""
     bubbles = [[span[:2] for span in spans if span.state == BUBBLE] for spans in painted]
     return reduce(_intersection, bubbles)
 
 
 def _intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """Times that are in both of two ordered sequences."""
+    """Times in both of two ordered sequences."""
     common = []
     i = j = 0
     while i < len(first) and j < len(second):

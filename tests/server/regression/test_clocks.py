@@ -91,6 +91,7 @@ def flush_while_a_clock_runs_ahead(server: Server, whose: str) -> requests.Respo
         return flush.result()
 
 
+@pytest.mark.thorough  # flushes and time limits: a test of each is left
 def test_a_flush_waits_as_long_as_the_first_stage_says(server: Server) -> None:
     flushed = flush_while_a_clock_runs_ahead(server, OTHERS)
     assert flushed.ok, flushed.text
@@ -103,7 +104,9 @@ def test_a_flush_that_the_first_stage_gives_up_is_given_up_by_all(server: Server
     assert cached_tokens(server) > 256
 
 
-@pytest.mark.parametrize(("whose", "answer_is"), [(OTHERS, "whole"), (LEADERS, "aborted")])
+@pytest.mark.parametrize(
+    ("whose", "answer_is"), [pytest.param(OTHERS, "whole", marks=pytest.mark.thorough), (LEADERS, "aborted")]
+)
 def test_a_request_runs_as_long_as_the_first_stage_says(server: Server, whose: str, answer_is: str) -> None:
     with running(server, LONG) as finish, ThreadPoolExecutor(1) as threads:
         answer = threads.submit(finish)

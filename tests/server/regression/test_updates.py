@@ -70,6 +70,7 @@ def test_a_flush_waits_for_requests_and_empties_every_stage(patched: Server, poo
     assert cached_tokens(patched) == 0
 
 
+@pytest.mark.thorough
 def test_a_weight_update_waits_for_requests_and_holds_back_the_next(patched: Server, pool: Pool) -> None:
     """A request that runs keeps its weights to the end; those that come meanwhile get the new ones."""
     random_long = ask(patched, LONG)

@@ -1,7 +1,6 @@
-"""A SGLang plugin that lets a disaggregated server run on CPU, and looks at its transfers.
+"""A probe that lets a disaggregated server run on CPU, and looks at its transfers.
 
-Loaded when its directory is on PYTHONPATH, in patched and unpatched servers alike. With KV_PROBE_DIR each
-process writes what it saw there, a line of JSON each, as `<pid>.jsonl`:
+With KV_PROBE_DIR each process writes what it saw there, a line of JSON each, as `<pid>.jsonl`:
 
 {"chunk": pages, "age_ms": age, "oldest_ms": age}
     a transfer of KV begins: how long ago the forward that wrote its pages has ended, mean and maximum

@@ -1,9 +1,8 @@
-"""A SGLang plugin that measures what an iteration of the PP loop costs the host, outside `run_batch`.
+"""A probe that measures what an iteration of the PP loop costs the host, outside `run_batch`.
 
-Loaded when its directory is on PYTHONPATH, in patched and unpatched servers alike; HOST_TIME_DIR says where
-the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last one, as
-`stage<S>-rank<R>.<n>.json`, and begin anew: per kind of batch ("DECODE 16": mode and requests) the number of
-iterations, and in nanoseconds
+HOST_TIME_DIR says where the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last
+one, as `stage<S>-rank<R>.<n>.json`, and begin anew: per kind of batch ("DECODE 16": mode and requests) the
+number of iterations, and in nanoseconds
 
 cpu      CPU time of the scheduler thread; what it waits for does not count, nor does other load
 process  CPU time of all threads of the process, those of gloo and ZeroMQ included

@@ -1,9 +1,8 @@
-"""A SGLang plugin that measures how long the metadata of data-parallel attention block a scheduler, a step.
+"""A probe that measures how long the metadata of data-parallel attention block a scheduler, a step.
 
-Loaded when its directory is on PYTHONPATH, in patched and unpatched servers alike; DP_METADATA_DIR says where
-the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last time, as
-`stage<S>-rank<R>.<n>.json`: for each kind of step a list of [wall, CPU time of the scheduler thread] in
-nanoseconds, one a step. A step goes from one preparation of a batch to the next. "batch": it launched
+DP_METADATA_DIR says where the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last
+time, as `stage<S>-rank<R>.<n>.json`: for each kind of step a list of [wall, CPU time of the scheduler thread]
+in nanoseconds, one a step. A step goes from one preparation of a batch to the next. "batch": it launched
 requests of this rank; "idle": it took part in those of the others; "nothing": no rank had any.
 """
 

@@ -1,7 +1,6 @@
-"""A second SGLang plugin, for tests only: counts what upstream would do, and fills gaps of the CPU path.
+"""A probe for tests: counts what upstream would do, and fills gaps of the CPU path.
 
-Loaded when its directory is on PYTHONPATH, in patched and unpatched servers alike. What it does is chosen by
-environment variables:
+What it does is chosen by environment variables:
 
 PP_PROBE_DIR          count torch.distributed point-to-point operations; one file a process
 PP_PROBE_DEVICE_READS the host reads a device tensor while it handles results: "fail" raises; "count" counts,
