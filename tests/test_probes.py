@@ -26,9 +26,13 @@ print(sorted(name for name, module in sys.modules.items() if (getattr(module, "_
 
 
 def load(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return run(LOAD_PLUGINS.format(folder=str(FOLDER)), variables)
+
+
+def run(program: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "PP_PROBES"}
     return subprocess.run(
-        [sys.executable, "-c", LOAD_PLUGINS.format(folder=str(FOLDER))],
+        [sys.executable, "-c", program],
         cwd="/",
         env={**inherited, **variables},
         capture_output=True,
@@ -79,14 +83,5 @@ def test_a_wrong_name_ends_the_process_with_a_sentence(variables: dict[str, str]
 def test_the_benchmarks_probes_are_found_where_they_lie(name: str) -> None:
     """Not registered: they need SGLang."""
     program = f"import {name}; print({name}.register.__name__)"
-    variables = probe_variables(name, paths=[ROOT])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd="/",
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run(program, probe_variables(name, paths=[ROOT]))
     assert done.stdout.strip() == "register", done.stderr

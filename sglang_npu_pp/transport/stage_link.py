@@ -138,6 +138,7 @@ class StageLink:
         values: dict[str, Any] = {}
         host_specs: list[TensorSpec] = []
         device_specs: list[TensorSpec] = []
+        on_host = False
         for name, value in tensors.items():
             if not isinstance(name, str):
                 raise TypeError(f"{self.context.where}: a tensor dict needs string keys, not {name!r}.")
@@ -151,10 +152,12 @@ class StageLink:
                 on_device[name] = part
                 device_specs.append(spec)
             else:
+                on_host = on_host or device == "cpu"
                 message.tensors[name] = part if device == "cpu" else part.cpu()
                 host_specs.append(spec)
         message.values = values or None
-        message.borrowed = not owned and bool(values or host_specs)
+        # A copy that was staged from a device is ours already.
+        message.borrowed = not owned and (on_host or bool(values))
         if device_specs:
             device_specs, message.device_nbytes = pack_layout(device_specs)
         message.specs = (*host_specs, *device_specs)

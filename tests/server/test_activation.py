@@ -112,6 +112,7 @@ def test_a_rank_without_the_plugin_is_named_and_nothing_hangs(launcher: Launcher
     assert f"rank {1 - without}: after 5 s there is no word from rank {without};" in log
 
 
+@pytest.mark.thorough  # tests/test_agreement.py shows it without a server
 def test_ranks_with_different_settings_are_named(launcher: Launcher) -> None:
     server = launcher.configure(1, 2, patched=True, nnodes=2, node_env={1: {"SGLANG_NPU_PP_WINDOW": "32"}})
     log = log_of_failed_start(server)

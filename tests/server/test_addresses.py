@@ -85,7 +85,7 @@ def test_a_server_that_starts_unpatched_starts_patched(tmp_path: Path, case: Cas
     assert answer["meta_info"]["completion_tokens"] == 4
 
 
-@pytest.mark.thorough  # tests/server/test_replicas.py starts replicas, too
+@pytest.mark.thorough  # tests/patches/test_startup.py shows it without a server
 def test_replicas_have_ports_of_their_own(tmp_path: Path) -> None:
     """Two worlds of ranks 0 and 1 on one machine, and a range of four ports."""
     (port,) = free_ports(1, with_also=(1, 2, 3))
