@@ -33,7 +33,7 @@ from rig.server import Server
 from scripts.environment.parts import PartError, provide
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "rig/assets/random_vl"
+MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 LIMIT_S = "5"  # SGLANG_NPU_PP_BOOTSTRAP_LIMIT_S
 ARGUMENTS = (
