@@ -169,6 +169,13 @@ class Settings:
         _choice("0", "1"),
         "1: an idle server waits for requests instead of spinning; 0: as upstream",
     )
+    certificates: Path | None = _setting(
+        "_CERTIFICATES",
+        "",
+        _optional_path,
+        "folder of the certificates that certify writes, read where this SGLang is not known; empty: "
+        "sglang-npu-pp/certificates in the user's configuration folder (XDG_CONFIG_HOME, or ~/.config)",
+    )
     trace_dir: Path | None = _setting(
         "_TRACE",
         "",
