@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sglang_npu_pp.decisions import SharedDecisions
+from sglang_npu_pp.host_copies import HostCopy
 from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.observe.stage_times import DepthAdviser, ForwardTimer
 from sglang_npu_pp.outcomes import Outcome
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import HostCopy, TokenReturn
+from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from sglang_npu_pp.host_copies import HostCopy, copy_to_host
 from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.patching import Patch
-from sglang_npu_pp.token_return import HostCopy, copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
