@@ -6,7 +6,7 @@ One a process, `current()`. Without it (one stage, an unsupported feature) upstr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,6 +116,8 @@ class AsyncPipeline:
         trace = self.link.trace
         timed = trace.enabled and self.streams.asynchronous
         self.timer = ForwardTimer(self.streams, trace) if timed else None
+        self.early_send = self.link.context.settings.early_send == "1"
+        self.unsent: Callable[[], None] | None = None  # sends the proxies of the last launch
         self.launched: dict[int, Launch] = {}
         self.transfers = TransferGate(self.streams, trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
@@ -193,6 +195,12 @@ class AsyncPipeline:
             batch=batch,
             gather=None if copied else gather,
         )
+
+    def send_unsent(self) -> None:
+        """Send the proxies of this iteration's launch, unless they are sent."""
+        send, self.unsent = self.unsent, None
+        if send is not None:
+            send()
 
     def post_outputs(self, slot: int) -> Pending:
         return self.link.post(
