@@ -235,7 +235,8 @@ def _slots(scheduler: Any, parallel: Any) -> int:
 
 def _make_parts(scheduler: Any, parallel: Any, host_lane: HostLane) -> Parts:
     """In one order on all ranks: most parts talk to other stages."""
-    context, streams = host_lane.context, DeviceStreams(parallel.pp_group.device)
+    context = host_lane.context
+    streams = DeviceStreams(parallel.pp_group.device, pinned=context.settings.pin_memory == "1")
     slots = _slots(scheduler, parallel)
     clock = measure_clock(host_lane, context.settings.start_limit_s)
     link = StageLink(host_lane, _open_device_lane(scheduler, parallel, streams, context), clock)
