@@ -79,6 +79,11 @@ def in_force() -> Mapping[str, bool]:
     return {} if _known is None else {name: name in _known.in_force for name in _known.features}
 
 
+def in_use(arguments: ServerArgs) -> list[str]:
+    """What a server uses of the features that are in force."""
+    return [each.name for each in FEATURES if in_force().get(each.name) and each.is_used(arguments)]
+
+
 def functions() -> str:
     """Equal on ranks whose SGLang has equal functions, as far as they matter here."""
     return "" if _known is None else _known.build.digest

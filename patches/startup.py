@@ -38,7 +38,7 @@ from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
 from .dp_metadata import open_metadata
-from .features import certificate, functions, in_force, unknown_to_a_server
+from .features import certificate, functions, in_force, in_use, unknown_to_a_server
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .parallel import get_parallel
@@ -128,6 +128,7 @@ def _start(scheduler: Any) -> None:
         parallel.pp_size,
         lane,
     )
+    logger.info("sglang-npu-pp: %s uses %s", where, ", ".join(in_use(scheduler.server_args)))
 
 
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:

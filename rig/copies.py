@@ -21,7 +21,9 @@ def make_copy(folder: Path, changes: Changes, label: str = LABEL) -> dict[str, s
     assert sglang.__file__
     site = Path(sglang.__file__).parents[1]
     changed = {name.replace(".", "/") + ".py": change for name, change in changes.items()}
-    changed["sglang/_version.py"] = lambda _text: f"__version__ = version = '{label}'\n__version_tuple__ = ()\n"
+    changed["sglang/_version.py"] = lambda _text: (
+        f"__version__ = version = '{label}'\n__version_tuple__ = ()\n"
+    )
     _link(site / "sglang", folder / "sglang", {Path(name).parent for name in changed}, site)
     for name, change in changed.items():
         (folder / name).unlink(missing_ok=True)
@@ -53,5 +55,3 @@ def _name(folder: Path, label: str) -> None:
     )
     if entry_points := distribution.read_text("entry_points.txt"):
         (found / "entry_points.txt").write_text(entry_points)
-
-

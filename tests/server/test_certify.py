@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from rig.copies import LABEL, Changes, make_copy
+from rig.copies import Changes, make_copy
 from rig.devices import DEVICES
-from rig.server import PATH, Server
+from rig.server import PATH
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 540

@@ -82,14 +82,18 @@ def plan_of(options: argparse.Namespace) -> Plan:
         raise SettingsError("--ab measures speed; leave out --no-speed.")
     if not options.start_limit > 0:
         raise SettingsError("--start-limit must be above 0 s.")
-    load = None if options.no_speed else Load(
-        options.input_tokens,
-        options.output_tokens,
-        options.prompts,
-        options.concurrency,
-        options.rate,
-        options.dataset,
-        tuple(options.load_option),
+    load = (
+        None
+        if options.no_speed
+        else Load(
+            options.input_tokens,
+            options.output_tokens,
+            options.prompts,
+            options.concurrency,
+            options.rate,
+            options.dataset,
+            tuple(options.load_option),
+        )
     )
     default = Path(f"certify-{datetime.now():%Y%m%d-%H%M%S}")
     return Plan(
@@ -130,7 +134,9 @@ class Certification:
             self._say(f"logs of the servers: {logs}")
         return PASSED if report.passed else RED
 
-    def _report(self, known: Known, doctor: Sequence[Check], versions: Mapping[str, str], logs: Path) -> Report:
+    def _report(
+        self, known: Known, doctor: Sequence[Check], versions: Mapping[str, str], logs: Path
+    ) -> Report:
         from . import checks, report
         from .differences import differences
         from .machine import device
@@ -162,7 +168,9 @@ class Certification:
             variants=found.variants,
         )
         _show(all_checks)
-        names = report.write(result, self._plan.output, redactor(self._plan.arguments, self._environ), found.timeline)
+        names = report.write(
+            result, self._plan.output, redactor(self._plan.arguments, self._environ), found.timeline
+        )
         self._say(f"report: {', '.join(map(str, names))}")
         print(f"\n{result.conclusion}", flush=True)
         assert checks
@@ -215,9 +223,7 @@ def _conclusion(found: Sequence[Check], known: Known, certificate: Path | str | 
         return f"Nothing differs. SGLang {known.build.label} is known, so it needs no certificate."
     if isinstance(certificate, str):
         return f"Nothing differs, but there is no certificate: {certificate}."
-    return (
-        f"Nothing differs. SGLang {known.build.label} is certified: the patches are in force for it from now on."
-    )
+    return f"Nothing differs. SGLang {known.build.label} is certified: the patches are in force for it from now on."
 
 
 def _show(found: Sequence[Check]) -> None:

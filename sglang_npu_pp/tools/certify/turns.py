@@ -14,13 +14,14 @@ from ...certificates import VARIABLE as CERTIFICATES
 from ...errors import PipelineError
 from ..timeline.states import Timeline
 from . import resources, speed
+from .ab import turns
 from .battery import choose
 from .checks import checks
 from .examine import Examination, Observed, observe
 from .launch import LaunchedServer, LaunchError, option, reporting
 from .lost_peer import lose_peer
 from .plan import Plan
-from .results import Check, Resources, Side, Speed, Variant, Verdict
+from .results import Check, Resources, Side, Speed, Verdict
 from .served import ServedError, ask_served
 
 MODE = "SGLANG_NPU_PP"
@@ -40,7 +41,7 @@ class Found:
     observed: list[Observed] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
     resources: list[Resources] = field(default_factory=list)
-    variants: list[Variant] = field(default_factory=list)
+    variants: dict[str, list[Speed]] = field(default_factory=dict)  # of --ab, by name
     slow: list[tuple[str, Side, str]] = field(default_factory=list)  # load, side, why it has no speed
     features: tuple[str, ...] = ()  # that the patched server used
     timeline: Timeline | None = None
@@ -71,16 +72,16 @@ class Turns:
         self._refused: dict[str, str] = {}
 
     def run(self) -> Found:
-        """All turns. After a patched server that failed nothing more is asked.
+        """All turns, up to the first server that ends by itself.
 
         Raises:
-            CertifyError: the unpatched server failed.
+            CertifyError: the unpatched server does not start, or is not one that can be examined.
         """
         for number in range(1, self._plan.rounds + 1):
-            self._unpatched(number)
-            self._patched(number)
-            if self.found.observed[-1].ended:
-                return self.found
+            for turn in (self._unpatched, self._patched):
+                turn(number)
+                if self.found.observed[-1].ended:
+                    return self.found
         if self._plan.switches and self._plan.speed is not None:
             self._measure_switches(self._plan.speed)
         return self.found
@@ -91,11 +92,10 @@ class Turns:
         try:
             with self._server(Side.UNPATCHED, number, {MODE: "0"}) as server:
                 found = observe(server, Side.UNPATCHED, number, self._asked(server), times=2)
-                if found.ended:
-                    raise CertifyError(f"the unpatched server failed, so nothing can be compared: {found.ended}")
                 self._refused |= found.refused
                 self.found.observed.append(found)
-                self._measure(server, Side.UNPATCHED, number)
+                if not found.ended:
+                    self._measure(server, Side.UNPATCHED, number)
         except (LaunchError, ServedError, requests.RequestException) as error:
             raise CertifyError(
                 f"the unpatched server cannot be examined, so nothing can be compared: {_reason(error)}"
@@ -192,23 +192,21 @@ class Turns:
 
     def _measure_switches(self, load: speed.Load) -> None:
         """A server for each of the switches, all else as in the patched turns."""
-        from .ab import variants
-
-        for number in range(1, self._plan.rounds + 1):
-            for variant, environment in variants():
-                folder = self._folder_of(Side.PATCHED, number) / variant.replace(" ", "-")
-                self._say(f"round {number} of {self._plan.rounds}, {variant}")
-                try:
-                    with LaunchedServer(
-                        self._plan.arguments,
-                        folder,
-                        environment={**self._environment(folder), **environment},
-                        start_limit_s=self._plan.start_limit_s,
-                    ) as server:
-                        found = self._speed(server, Side.PATCHED, number, load)
-                    self.found.variants.append(Variant(variant, found))
-                except (LaunchError, speed.SpeedError) as error:
-                    self.found.slow.append((f"round {number}, {variant}", Side.PATCHED, _reason(error)))
+        for number, variant in turns(self._plan.rounds):
+            folder = self._folder / f"{variant.name.replace(' ', '-')}-{number}"
+            self._say(f"round {number} of {self._plan.rounds}, {variant.name}: speed")
+            try:
+                with LaunchedServer(
+                    self._plan.arguments,
+                    folder,
+                    environment={**self._environment(folder), **variant.environment},
+                    start_limit_s=self._plan.start_limit_s,
+                ) as server:
+                    found = self._speed(server, Side.PATCHED, number, load)
+                self.found.variants.setdefault(variant.name, []).append(found)
+            except (LaunchError, speed.SpeedError) as error:
+                where = f"round {number}, {variant.name}"
+                self.found.slow.append((where, Side.PATCHED, _reason(error)))
 
 
 def _features(log: str) -> tuple[str, ...]:
@@ -219,5 +217,3 @@ def _features(log: str) -> tuple[str, ...]:
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "reason", error)) or type(error).__name__
-
-
