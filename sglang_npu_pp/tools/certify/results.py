@@ -61,6 +61,7 @@ class Speed:
     ttft_ms: Latency
     tpot_ms: Latency
     itl_ms: Latency
+    load: str = ""  # in words; speeds of one load are compared
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Report:
     certified: bool
     conclusion: str  # one sentence
     seconds: float
+    device: str = ""  # that the servers ran on, in words; says so where it is simulated
 
     @property
     def passed(self) -> bool:
