@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rig import battery, order
+from rig import battery
 from rig.launcher import Launcher, point_to_point_counts, traces
 from rig.releases import IN_VENV, RELEASES, Release
 from sglang_npu_pp.observe.trace import Event
+from sglang_npu_pp.tools.certify import order
 
 Answers = dict[str, Any]
 

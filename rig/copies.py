@@ -1,4 +1,4 @@
-"""Copies of the installed SGLang with a name of their own and changed modules: other builds, for real servers."""
+"""Copies of the installed SGLang, renamed and changed: other builds, for real servers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ Changes = Mapping[str, Callable[[str], str]]
 
 
 def make_copy(folder: Path, changes: Changes, label: str = LABEL) -> dict[str, str]:
-    """Make the copy in `folder`, as links but for what is changed; the variables of a server that imports it."""
+    """Make the copy in `folder`, as links but for what is changed; returns variables of its servers."""
     assert sglang.__file__
     site = Path(sglang.__file__).parents[1]
     changed = {name.replace(".", "/") + ".py": change for name, change in changes.items()}
-    changed["sglang/_version.py"] = lambda _text: (
-        f"__version__ = version = '{label}'\n__version_tuple__ = ()\n"
-    )
+    version = f"__version__ = version = '{label}'\n__version_tuple__ = ()\n"
+    changed["sglang/_version.py"] = lambda _text: version
     _link(site / "sglang", folder / "sglang", {Path(name).parent for name in changed}, site)
     for name, change in changed.items():
         (folder / name).unlink(missing_ok=True)

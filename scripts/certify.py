@@ -1,7 +1,7 @@
 """certify on this machine: on CPU and on the simulated Ascend, with the tiny model that the package ships.
 
     scripts/certify.py                                 both, a round each, at most 10 minutes
-    scripts/certify.py --devices cpu -- --rounds 2     what follows -- goes to `python -m sglang_npu_pp certify`
+    scripts/certify.py --devices cpu -- --rounds 2     what follows -- are options of certify
 
 Reports lie in .run/certify-<device>. Ends with 0 when nothing differs on any device.
 """

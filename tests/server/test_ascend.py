@@ -19,12 +19,13 @@ import pytest
 from ascend_sim.controls import Simulator
 from ascend_sim.deadlock import find_deadlock
 from ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
-from rig import battery, order
+from rig import battery
 from rig.comparison import SWITCHES_OFF
 from rig.launcher import Launcher, traces
 from rig.loads import Pool, make_pool
 from rig.server import Server
 from sglang_npu_pp.observe.trace import Event
+from sglang_npu_pp.tools.certify import order
 from tests.field_cases import field_case
 
 from .held_receive import Held, hold_a_receive

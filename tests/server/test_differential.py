@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
-from rig import comparison, order
+from rig import comparison
 from rig.comparison import CHECKS, SWITCHES_OFF, Layout, Observed, Pair, depth
 from rig.launcher import Launcher
 from sglang_npu_pp.observe.trace import Event
+from sglang_npu_pp.tools.certify import order
 from tests.field_cases import field_case
 
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}

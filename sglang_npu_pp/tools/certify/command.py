@@ -30,10 +30,11 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "certify",
         help="compare a patched server with an unpatched one here, and certify a build that is not known",
-        description="Starts your server unpatched and patched in turns, compares answers, order and speed, and "
-        "writes a report. A build of SGLang that is not known gets a certificate if nothing differs, and is in "
-        "force from then on. Exit code 0: nothing differs, 1: something does, 2: it could not be compared.",
-        epilog="Behind -- stand the arguments of launch_server; without --model-path a tiny model is served.",
+        description="Starts your server unpatched and patched in turns, compares answers, order and speed, "
+        "and writes a report. A build of SGLang that is not known gets a certificate if nothing differs; "
+        "patches are then in force for it. Exit code 0: nothing differs, 1: something does, 2: it could not "
+        "be compared.",
+        epilog="Behind -- stand the arguments of launch_server; without a model a tiny one is served.",
     )
     parser.add_argument("--rounds", type=_count, default=2, metavar="N", help="turns of each server (2)")
     parser.add_argument("--faults", action="store_true", help="also kill a scheduler of the last stage")
@@ -137,7 +138,7 @@ class Certification:
     def _report(
         self, known: Known, doctor: Sequence[Check], versions: Mapping[str, str], logs: Path
     ) -> Report:
-        from . import checks, report
+        from . import report
         from .differences import differences
         from .machine import device
         from .redact import redactor
@@ -173,7 +174,6 @@ class Certification:
         )
         self._say(f"report: {', '.join(map(str, names))}")
         print(f"\n{result.conclusion}", flush=True)
-        assert checks
         return result
 
     def _trial(self, known: Known, logs: Path) -> Path | None:
@@ -223,7 +223,7 @@ def _conclusion(found: Sequence[Check], known: Known, certificate: Path | str | 
         return f"Nothing differs. SGLang {known.build.label} is known, so it needs no certificate."
     if isinstance(certificate, str):
         return f"Nothing differs, but there is no certificate: {certificate}."
-    return f"Nothing differs. SGLang {known.build.label} is certified: the patches are in force for it from now on."
+    return f"Nothing differs. SGLang {known.build.label} is certified: its servers are patched from now on."
 
 
 def _show(found: Sequence[Check]) -> None:

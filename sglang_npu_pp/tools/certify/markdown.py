@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from .ab import COLUMNS, rows
 from .comparing import Compared, Spread, compare_resources, compare_speeds, number
 from .results import Check, Difference, Report, Resources, Side, Verdict
 
@@ -14,8 +15,8 @@ _SIMULATED = "simulated"
 
 def markdown(report: Report) -> str:
     """The whole report; it must have been redacted."""
-    parts = (_head(report), _checks(report), _speed(report), _resources(report), _doctor(report))
-    more = (_differences(report), _installed(report))
+    parts = (_head(report), _checks(report), _speed(report), _switches(report), _resources(report))
+    more = (_doctor(report), _differences(report), _installed(report))
     return "\n\n".join(part for part in (*parts, *more) if part) + "\n"
 
 
@@ -72,6 +73,13 @@ def _speed(report: Report) -> str:
     for load, measures in compare_speeds(report.speeds).items():
         lines += ["", f"Load: {plain(load)}" if load else "", "", *_compared(measures), "", _rounds(measures)]
     return "\n".join([*lines, "", _picture(report)])
+
+
+def _switches(report: Report) -> str:
+    if not report.variants:
+        return ""
+    lines = ["## Switches", "", "Each one off / all on, of the same round: median (least to most)."]
+    return "\n".join([*lines, "", table(COLUMNS, rows(report.variants))])
 
 
 def _picture(report: Report) -> str:

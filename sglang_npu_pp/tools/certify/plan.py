@@ -1,18 +1,18 @@
-"""What one run of certify does: the options and the arguments of launch_server, checked before a server starts."""
+"""What one run of certify does, checked before a server starts."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import SettingsError
+from .speed import Load
 
 MODEL = Path(__file__).with_name("model")
 
-# For the shipped model, on any device. In float32 an answer does not depend on the company of a request; chunks
-# of 256 tokens force chunked prefill for the longer prompts.
+# For the shipped model, on any device. In float32 an answer does not depend on the company of a request;
+# chunks of 256 tokens force chunked prefill for the longer prompts.
 MODEL_ARGUMENTS = (
     *("--model-path", str(MODEL)),
     *("--dtype", "float32"),
@@ -37,7 +37,7 @@ class Plan:
     output: Path
     reference: Path | None
     start_limit_s: float
-    speed: argparse.Namespace | None  # options of the load; None: no speed is measured
+    speed: Load | None  # None: no speed is measured
 
 
 def value_of(arguments: Sequence[str], names: Sequence[str]) -> str | None:

@@ -331,7 +331,7 @@ def _url(url: str) -> str:
 
 
 def _address(match: re.Match[str]) -> str:
-    """The candidate hidden if it is an address, perhaps between colons that are not its own, or with a port."""
+    """The candidate hidden if it is an address, perhaps with a port or between colons of others."""
     text = match[0].partition("%")[0]
     host = text.rpartition(":")[0]
     for inside in (text, text.rstrip(":"), text.lstrip(":"), text.strip(":"), host, host.lstrip(":")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class Side(enum.StrEnum):
@@ -94,6 +94,7 @@ class Report:
     conclusion: str  # one sentence
     seconds: float
     device: str = ""  # that the servers ran on, in words; says so where it is simulated
+    variants: Mapping[str, Sequence[Speed]] = field(default_factory=dict)  # of --ab, by name
 
     @property
     def passed(self) -> bool:
