@@ -67,7 +67,7 @@ def test_a_build_that_is_not_known_is_no_failure() -> None:
 
 def test_warnings_and_notes_pass_and_can_be_read() -> None:
     found = check(Finding(Level.WARNING, "a", "slow"), Finding(Level.NOTE, "b", "good to know"))
-    assert (found.verdict, found.text) == (Verdict.PASSED, "Nothing is wrong, 1 warnings.")
+    assert (found.verdict, found.text) == (Verdict.PASSED, "Nothing is wrong, 1 warning.")
     assert found.details == ["warning: a: slow", "note: b: good to know"]
     assert check(Finding(Level.OK, "a", "fine")).text == "Nothing is wrong."
 

@@ -72,7 +72,11 @@ def _check(section: Section) -> Check:
             section.title, Verdict.LEFT_OUT, "This build is not known: what is run here decides.", details
         )
     warnings = count([section], Level.WARNING)
-    text = "Nothing is wrong." if not warnings else f"Nothing is wrong, {warnings} warnings."
+    text = (
+        "Nothing is wrong."
+        if not warnings
+        else f"Nothing is wrong, {warnings} warning{'s' * (warnings > 1)}."
+    )
     return Check(section.title, Verdict.PASSED, text, details)
 
 

@@ -55,8 +55,12 @@ def _check_table(checks: Sequence[Check], nothing: str) -> Iterator[str]:
     )
     for check in checks:
         if check.details:
-            yield f"\n<details><summary>{plain(check.name)}: {len(check.details)} details</summary>\n"
+            yield f"\n<details><summary>{plain(check.name)}: {_count(check.details)}</summary>\n"
             yield f"{block(chr(10).join(check.details))}\n\n</details>"
+
+
+def _count(details: Sequence[str]) -> str:
+    return "1 detail" if len(details) == 1 else f"{len(details)} details"
 
 
 # --- numbers -----------------------------------------------------------------------------------------
@@ -146,7 +150,8 @@ def _differences(report: Report) -> str:
     if not report.differences:
         return "## Functions that differ\n\nNone: all are as in a known release."
     count = len(report.differences)
-    lines = ["## Functions that differ", "", f"{count} {'is' if count == 1 else 'are'} in no known release."]
+    keep = "function keeps" if count == 1 else "functions keep"
+    lines = ["## Functions that differ", "", f"{count} {keep} this build from being a known one."]
     return "\n".join([*lines, *map(_difference, report.differences)])
 
 

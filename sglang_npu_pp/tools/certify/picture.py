@@ -46,7 +46,7 @@ def _speeds(report: Report) -> Image:
         by_name = {measure.name: measure for measure in measures}
         for axes, name in zip(row, SHOWN, strict=True):
             _bars(axes, by_name[name])
-        row[0].set_title(f"{name_of(SHOWN[0])}\n{load}", loc="left", fontsize=9)
+        row[0].set_title(f"{load}\n{name_of(SHOWN[0])}", loc="left", fontsize=9)
     figure.suptitle(
         f"SGLang {report.build}, {report.device or 'device not known'}", x=0.01, ha="left", fontsize=10
     )

@@ -29,6 +29,7 @@ _GENERIC_USERS = {"root", "user", "admin", "ubuntu", "docker", "sglang", "python
 _GENERIC_HOSTS = {"localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback", "broadcasthost"}
 _PUBLIC_HOSTS = (".github.com", ".huggingface.co", ".pypi.org", ".pytorch.org", ".sglang.ai", ".hiascend.com")
 _HOSTS_FILE = Path("/etc/hosts")
+_LONGEST_ADDRESS = 64  # characters, with what may stand around it
 _LEAST_SECRET = 6  # characters: a shorter secret is replaced as a whole word only
 
 
@@ -91,7 +92,8 @@ _KEYS = re.compile(
 )
 _HARDWARE = re.compile(r"(?<![0-9A-Fa-f:])(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}(?![0-9A-Fa-f:])")
 _IPV6 = re.compile(
-    r"(?<![0-9A-Fa-f:])(?=[0-9A-Fa-f]*:[0-9A-Fa-f]*:)(?:[0-9A-Fa-f:]*:\d+(?:\.\d+){3}|[0-9A-Fa-f:]+)(?:%[\w.-]+)?"
+    r"(?:(?<![\w:])|(?<=\w)(?=:))(?=[0-9A-Fa-f]*:[0-9A-Fa-f]*:)"
+    r"(?:[0-9A-Fa-f:]*:\d+(?:\.\d+){3}|[0-9A-Fa-f:]+)(?:%[\w.-]+)?(?!\w)"
 )
 _IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)")
 _NAMED_ADDRESS = re.compile(r"\bip(?:-\d{1,3}){4}\b(?:\.[\w.-]*\w)?")
@@ -331,14 +333,22 @@ def _url(url: str) -> str:
 
 
 def _address(match: re.Match[str]) -> str:
-    """The candidate hidden if it is an address, perhaps with a port or between colons of others."""
+    """The candidate hidden, if one is inside, between colons and ports that are not its own."""
     text = match[0].partition("%")[0]
-    host = text.rpartition(":")[0]
-    for inside in (text, text.rstrip(":"), text.lstrip(":"), text.strip(":"), host, host.lstrip(":")):
+    for begin, end in _between_colons(text):
+        inside = text[begin:end]
         if re.fullmatch(r"(?:::\d*)?", inside):  # a slice, or an address that all machines have
             continue
         with suppress(ValueError):
             ipaddress.ip_address(inside)
-            begin = text.index(inside)
-            return f"{text[:begin]}{ADDRESS}{text[begin + len(inside) :]}"
+            return f"{text[:begin]}{ADDRESS}{text[end:]}"
     return match[0]
+
+
+def _between_colons(text: str) -> list[tuple[int, int]]:
+    """Begin and end of all of it and of its parts that end at colons, the longest first."""
+    colons = [place for place, character in enumerate(text[:_LONGEST_ADDRESS]) if character == ":"]
+    begins = sorted({0, *colons, *(place + 1 for place in colons)})
+    ends = sorted({len(text), *colons, *(place + 1 for place in colons)})
+    parts = [(begin, end) for begin in begins for end in ends if begin < end]
+    return sorted(parts, key=lambda part: part[0] - part[1])
