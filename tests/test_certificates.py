@@ -450,9 +450,12 @@ def test_the_identity_is_that_of_the_content() -> None:
     assert len(found) == len(changes)
 
 
-def test_a_certificate_covers_a_seam_that_it_names_only() -> None:
-    certificate = Certificate("1.1", "d", (CORE,), FUNCTIONS["1.0"], {}, "0.1.0")
-    assert not certificate.covers(Seam("loop", CORE, ()), Build("1.1", {}))
+def test_a_certificate_covers_a_seam_if_it_names_both_it_and_its_feature() -> None:
+    seam, build = Seam("loop", CORE, ()), Build("1.1", {})
+    certificate = Certificate("1.1", "d", (CORE,), {}, {"loop": "1.0"}, "0.1.0")
+    assert certificate.covers(seam, build)
+    assert not replace(certificate, release_of={}).covers(seam, build)
+    assert not replace(certificate, features=("extras",)).covers(seam, build)
 
 
 def test_what_certify_reads_from_files_is_what_a_server_has() -> None:
