@@ -38,7 +38,10 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
 print(" ".join(sys.argv), flush=True)
 print("The server is fired up and ready to roll!" if "--quiet" not in sys.argv else "quiet", flush=True)
-server.serve_forever()
+try:
+    server.serve_forever()
+finally:
+    child.kill()
 """
 
 

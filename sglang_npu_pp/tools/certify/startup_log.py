@@ -11,6 +11,7 @@ STAGE_MARKERS = (
     ("The server is fired up", "ready"),
 )
 FIRST_STAGE, READY = "spawning", "ready"
+_CONSEQUENCE = "PeerLostError"
 
 
 def reached(text: str) -> str:
@@ -19,10 +20,16 @@ def reached(text: str) -> str:
 
 
 def likely_cause(text: str) -> str:
-    """The last line that looks like the end of a traceback or a usage error; "" without one."""
-    for line in reversed(text.splitlines()):
-        kind, colon, rest = line.partition(": ")
-        raised = colon and kind.endswith(("Error", "Exception")) and " " not in kind
-        if raised or rest.startswith("error: "):
-            return line.strip()
-    return ""
+    """The last line that looks like the end of a traceback or a usage error; "" without one.
+
+    Rather one that does not come from the loss of another process, which follows a cause.
+    """
+    found = [line.strip() for line in text.splitlines() if _is_error(line)]
+    causes = [line for line in found if not line.partition(": ")[0].endswith(_CONSEQUENCE)]
+    return ([""] + (causes or found))[-1]
+
+
+def _is_error(line: str) -> bool:
+    kind, colon, rest = line.partition(": ")
+    raised = bool(colon) and kind.endswith(("Error", "Exception")) and " " not in kind
+    return raised or rest.startswith("error: ")
