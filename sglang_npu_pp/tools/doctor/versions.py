@@ -23,13 +23,18 @@ from .findings import Finding, Level
 
 DEVICE_LIMIT_S = 120  # torch_npu may take a minute to load on a machine that has just started
 _COUNT_DEVICES = "import torch, torch_npu; print('devices', torch.npu.device_count())"
+TESTED_PYTHONS: Mapping[str, tuple[Level, str]] = {
+    "3.11": (Level.OK, ""),
+    "3.12": (Level.NOTE, "; on {} sglang-npu-pp was tested without a server"),
+}
+_OTHER_PYTHON = (Level.WARNING, "; on {} sglang-npu-pp was not tested, use Python 3.11 or 3.12.")
 _CANN_HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 _CANN_DEFAULT = "/usr/local/Ascend/ascend-toolkit/latest"
 
 
 def check(environ: Mapping[str, str]) -> list[Finding]:
     findings = [
-        Finding(Level.OK, "Python", f"{platform.python_version()} at {sys.executable}"),
+        python(platform.python_version(), sys.executable),
         _sglang(),
         Finding(Level.OK, "sglang-npu-pp", sglang_npu_pp.__version__),
         *_plugins(environ),
@@ -39,6 +44,13 @@ def check(environ: Mapping[str, str]) -> list[Finding]:
         text = "not installed: this machine serves on CPU or GPU"
         return [*findings, Finding(Level.NOTE, "torch_npu", text)]
     return [*findings, _torch_npu(), _cann(environ)]
+
+
+def python(version: str, executable: str) -> Finding:
+    """How far sglang-npu-pp was tested with this Python."""
+    minor = ".".join(version.split(".")[:2])
+    level, remark = TESTED_PYTHONS.get(minor, _OTHER_PYTHON)
+    return Finding(level, "Python", f"{version} at {executable}{remark.format(minor)}")
 
 
 def version_of(distribution: str) -> str | None:
