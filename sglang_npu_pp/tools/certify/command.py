@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ... import certificates
-from ...builds import Known, read_build
-from ...errors import ContractError, PipelineError, SettingsError
+from ...builds import CORE, Known
+from ...errors import CertificateError, PipelineError
 from ...settings import load_settings
 from ..imports import without_device_backends
 from .plan import Plan, complete
@@ -75,14 +76,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """Raises SettingsError or ValueError for what does not fit together."""
+    """Raises ValueError for what does not fit together."""
     from .speed import Load
 
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if options.ab and options.no_speed:
-        raise SettingsError("--ab measures speed; leave out --no-speed.")
+        raise ValueError("--ab measures speed; leave out --no-speed.")
     if not options.start_limit > 0:
-        raise SettingsError("--start-limit must be above 0 s.")
+        raise ValueError("--start-limit must be above 0 s.")
     load = (
         None
         if options.no_speed
@@ -119,9 +120,10 @@ class Certification:
 
     def run(self) -> int:
         with without_device_backends():
+            from ..doctor import versions
             from . import doctor_checks
 
-            known = known_build()
+            known = versions.known_build()
             examined = doctor_checks.sections(self._plan.arguments, self._environ)
         doctor = doctor_checks.checks(examined)
         _show(doctor)
@@ -138,6 +140,7 @@ class Certification:
     def _report(
         self, known: Known, doctor: Sequence[Check], versions: Mapping[str, str], logs: Path
     ) -> Report:
+        from ..doctor.versions import sglang_site
         from . import report
         from .differences import differences
         from .machine import device
@@ -146,7 +149,7 @@ class Certification:
 
         if known.missing:
             self._say("the functions that are not known are compared with the nearest release")
-        unknown = differences(known, installed_folder(), self._plan.reference) if known.missing else []
+        unknown = differences(known, sglang_site(), self._plan.reference) if known.missing else []
         found = Turns(self._plan, logs, self._trial(known, logs), self._say).run()
         all_checks = found.checks()
         certificate = self._certify(known, found.features, all_checks) if known.missing else None
@@ -181,7 +184,7 @@ class Certification:
         if not known.missing:
             return None
         folder = logs / "trial"
-        certificates.write(certificates.for_known(known, known.features, trial=True), folder)
+        certificates.write(certificates.for_known(known, _fitting(known), trial=True), folder)
         return folder
 
     def _certify(self, known: Known, features: Sequence[str], found: Sequence[Check]) -> Path | str:
@@ -192,27 +195,22 @@ class Certification:
             return "what matters differs, or was left out"
         if not features:
             return "the patched server did not say which features it uses"
-        certificate = certificates.for_known(known, features)
-        return certificates.write(certificate, certificates.folder(load_settings(self._environ)))
+        settings = load_settings(self._environ)
+        certificate = certificates.for_known(certificates.certified(known, settings), features)
+        return certificates.write(certificate, certificates.folder(settings))
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:4.0f} s] {text}", flush=True)
 
 
-def known_build() -> Known:
-    """What is known of the installed SGLang, which is not imported. Raises ContractError."""
-    from ...patches import installed, load_contracts, seams_for
-    from ..doctor.versions import version_of
-
-    seams = seams_for("npu" if version_of("torch_npu") else None)
-    return Known(read_build(installed.release(), seams, installed.fingerprint), seams, load_contracts())
-
-
-def installed_folder() -> Path:
-    """That holds `sglang/`."""
-    from ...patches import installed
-
-    return Path(installed.folder()).parent
+def _fitting(known: Known) -> list[str]:
+    """Features whose patches fit at all; those that the server does not use need not."""
+    found = [CORE]
+    for feature in known.features[1:]:
+        with suppress(CertificateError):
+            certificates.for_known(known, [feature], trial=True)
+            found.append(feature)
+    return found
 
 
 def _conclusion(found: Sequence[Check], known: Known, certificate: Path | str | None) -> str:
@@ -238,6 +236,3 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
-
-
-__all__ = ["ContractError", "add", "run"]

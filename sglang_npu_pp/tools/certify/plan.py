@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import SettingsError
 from .speed import Load
 
 MODEL = Path(__file__).with_name("model")
@@ -54,22 +53,22 @@ def complete(arguments: Sequence[str]) -> tuple[str, ...]:
     """With a model, where the user names none.
 
     Raises:
-        SettingsError: certify does not work with such a server (yet); one sentence.
+        ValueError: certify does not work with such a server (yet); one sentence.
     """
     if value_of(arguments, _MODEL) is None:
         arguments = (*MODEL_ARGUMENTS, *arguments)
     stages = value_of(arguments, _STAGES)
     if value_of(arguments, ("--config",)) is None and (stages is None or stages == "1"):
-        raise SettingsError(
+        raise ValueError(
             "certify: a server of one stage has nothing to compare; give --pp-size 2 or more behind the --."
         )
     if (value_of(arguments, _NODES) or "1") != "1":
-        raise SettingsError(
+        raise ValueError(
             "certify does not work over several nodes yet; run it with one node, and `doctor --listen` and "
             "`doctor --peer` for the link."
         )
     if (value_of(arguments, _ROLE) or "null") != "null":
-        raise SettingsError(
+        raise ValueError(
             "certify does not start prefill and decode servers yet; leave out --disaggregation-mode."
         )
     return tuple(arguments)

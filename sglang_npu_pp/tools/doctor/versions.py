@@ -147,12 +147,23 @@ def check_patches(settings: Settings) -> list[Finding]:
     Fingerprints are taken from the files, so SGLang is not imported. The server looks at the functions of its
     own process, and so also sees what another plugin has replaced there.
     """
-    seams = seams_for("npu" if version_of("torch_npu") else None)
     try:
-        build = read_build(installed.release(), seams, installed.fingerprint)
+        known = known_build()
     except ContractError as error:
         return [Finding(Level.WRONG, "contract", str(error))]
-    return verdicts(certificates.certified(Known(build, seams, load_contracts()), settings))
+    return verdicts(certificates.certified(known, settings))
+
+
+def known_build() -> Known:
+    """What is known of the installed SGLang by its functions alone. Raises ContractError if there is none."""
+    seams = seams_for("npu" if version_of("torch_npu") else None)
+    build = read_build(installed.release(), seams, installed.fingerprint)
+    return Known(build, seams, load_contracts())
+
+
+def sglang_site() -> Path:
+    """The folder that holds `sglang/`. Raises ContractError if SGLang is not installed."""
+    return installed.folder().parent
 
 
 def verdicts(known: Known) -> list[Finding]:
