@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import sys
 
-from . import certificates
 from .builds import CORE, Known, build_of_this_process
 from .errors import ContractError, PipelineError, SettingsError
 from .patching import AppliedPatches
@@ -45,7 +44,8 @@ def activate(settings: Settings | None = None) -> bool:
         _decide("off, because SGLANG_NPU_PP=0")
         return False
     try:
-        from . import patches  # not before: a process in which it is off does not pay for torch
+        # Not before: a process in which it is off does not pay for torch.
+        from . import certificates, patches
 
         seams = patches.seams_here()
         build = build_of_this_process(patches.sglang_release(), seams)
