@@ -67,6 +67,20 @@ def identity(certificate: Certificate | None) -> str:
     return "none" if certificate is None else f"{certificate.digest} {_checksum(certificate, '')[:16]}"
 
 
+def withdraw(known: Known, folder: Path) -> bool:
+    """Remove the certificate of a build that was shown different since; whether there was one."""
+    own = folder / f"{known.build.digest}{_SUFFIX}"
+    try:
+        own.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CertificateError(
+            f"{own} is of a build that differs, and cannot be removed ({error.strerror}); remove it by hand."
+        ) from None
+    return True
+
+
 # --- making one ----------------------------------------------------------------------------------
 
 

@@ -191,11 +191,14 @@ class Certification:
         """The certificate, or why there is none."""
         from .checks import may_be_certified
 
+        settings = load_settings(self._environ)
+        if any(check.verdict is Verdict.FAILED for check in found):
+            withdrawn = certificates.withdraw(known, certificates.folder(settings))
+            return "its certificate is withdrawn" if withdrawn else "it gets no certificate"
         if not may_be_certified(found):
-            return "what matters differs, or was left out"
+            return "a check that matters was left out"
         if not features:
             return "the patched server did not say which features it uses"
-        settings = load_settings(self._environ)
         certificate = certificates.for_known(certificates.certified(known, settings), features)
         return certificates.write(certificate, certificates.folder(settings))
 
@@ -216,7 +219,8 @@ def _fitting(known: Known) -> list[str]:
 def _conclusion(found: Sequence[Check], known: Known, certificate: Path | str | None) -> str:
     failed = [check.name for check in found if check.verdict is Verdict.FAILED]
     if failed:
-        return f"The {Side.PATCHED} server is not the same server: {', '.join(failed)}."
+        so = f"; {certificate}" if isinstance(certificate, str) else ""
+        return f"The {Side.PATCHED} server is not the same server: {', '.join(failed)}{so}."
     if certificate is None:
         return f"Nothing differs. SGLang {known.build.label} is known, so it needs no certificate."
     if isinstance(certificate, str):
