@@ -162,7 +162,7 @@ def test_the_heading_says_what_ran() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.thorough
+@pytest.mark.release
 def test_two_servers_are_recorded_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "pipelines.svg"
     command = [sys.executable, "-m", "scripts.bench.pipelines", "--link", "none", "--pad", "5"]

@@ -125,7 +125,7 @@ def test_a_harmless_change_is_shown_certified_and_then_in_force(tmp_path: Path) 
     )
 
 
-@pytest.mark.thorough
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("change", "red"),
     [

@@ -30,6 +30,13 @@ LAYOUTS = [
 ]
 
 
+def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
+    """Four stages are run by `make matrix`, too."""
+    if layout is LAYOUTS[0]:
+        return []
+    return [pytest.mark.release if layout.pp == 4 else pytest.mark.thorough]
+
+
 @pytest.fixture(scope="module")
 def upstream_answers() -> dict[tuple[int, int], Observed]:
     """By tp and pp size, which alone decide how numbers are added up: neither the depth nor where the
@@ -39,10 +46,7 @@ def upstream_answers() -> dict[tuple[int, int], Observed]:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(layout, id=layout.name, marks=[pytest.mark.thorough] if layout is not LAYOUTS[0] else [])
-        for layout in LAYOUTS
-    ],
+    params=[pytest.param(layout, id=layout.name, marks=marks_of(layout)) for layout in LAYOUTS],
 )
 def pair(
     request: pytest.FixtureRequest,

@@ -21,7 +21,9 @@ def markdown(report: Report) -> str:
 
 
 def _head(report: Report) -> str:
-    verdict = "certified" if report.certified else "not certified"
+    verdict = (
+        "certified" if report.certified else "nothing differs" if report.passed else "not the same server"
+    )
     rows = [
         ("SGLang", report.build),
         ("digest of its functions", report.digest),
