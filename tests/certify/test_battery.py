@@ -216,9 +216,35 @@ def test_nothing_more_is_asked_of_a_server_that_is_gone(
     found = run(Pages({}), Battery([Case("first", raising(error))] * 9), concurrency=concurrency, limit_s=7)
     assert found.ended == words
     assert not found.answers
-    asked: list[str] = []
-    run(Pages({}), Battery([Case("first", raising(error))] * 9), on_case=asked.append)
-    assert asked == ["first"]
+    emptied: list[int] = []
+    run(Pages({}), Battery([Case("first", raising(error))] * 9), on_fresh=lambda: emptied.append(1))
+    assert emptied == [1]
+
+
+def test_alone_each_case_begins_with_an_empty_cache_but_for_those_that_share_a_prefix() -> None:
+    order: list[str] = []
+
+    def asked(name: str) -> Case:
+        def ask(server: Server, limit_s: float) -> dict[str, Any]:
+            order.append(name)
+            return {}
+
+        return Case(name, ask, fresh=not name.startswith("shared prefix") or name.endswith("0"))
+
+    battery = Battery([asked(name) for name in choose(SERVED).names])
+    run(Pages({}), battery, on_fresh=lambda: order.append("empty"))
+    assert "empty shared prefix 0 shared prefix 1 shared prefix 2 shared prefix 3 empty" in " ".join(order)
+    assert order.count("empty") == len(battery.cases) - 3
+    assert [case.fresh for case in choose(SERVED).cases] == [case.fresh for case in battery.cases]
+
+
+def test_the_order_in_company_stays_when_a_case_is_left_out() -> None:
+    """The unpatched server may refuse one that the patched one is then not asked."""
+
+    whole = [case.name for case in choose(SERVED).mixed()]
+    fewer = [case.name for case in choose(SERVED).without({"stream": "refused"}).mixed()]
+    assert whole != choose(SERVED).names_in_company
+    assert [name for name in whole if name != "stream"] == fewer
 
 
 def test_in_company_only_what_may_have_company_is_asked() -> None:

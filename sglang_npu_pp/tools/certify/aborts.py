@@ -15,6 +15,7 @@ from .battery import prompt
 from .processes import POLL_S
 from .served import Served
 
+_NEVER = (requests.codes.unauthorized, requests.codes.forbidden, requests.codes.not_found)
 LONG_ANSWER = 2000  # tokens; less where the context has less
 TOGETHER = 8
 _ENDS = (requests.codes.bad_request, requests.codes.service_unavailable)  # of requests that had no batch yet
@@ -31,12 +32,17 @@ def abort(server: Server, served: Served, limit_s: float) -> list[str]:
 
 
 def wait_idle(server: Server, limit_s: float) -> list[str]:
-    """Wait until no request is left, and empty the cache of prefixes; a line if that does not come."""
+    """Wait until no request is left, and empty the cache of prefixes; a line if that does not come.
+
+    At once for a server that does not let us (401, 403, 404).
+    """
     deadline = time.monotonic() + limit_s
     while True:  # a server with requests refuses
         response = server.post("/flush_cache", timeout_s=limit_s)
         if response.status_code == requests.codes.ok:
             return []
+        if response.status_code in _NEVER:
+            return [f"the server answers {response.status_code} to /flush_cache"]
         if time.monotonic() > deadline:
             said = response.text.splitlines()[0][:120] if response.text else ""
             return [f"the server is not idle after {limit_s:g} s ({response.status_code}: {said})"]

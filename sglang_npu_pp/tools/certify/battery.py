@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import threading
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ class Case:
     name: str
     ask: Ask
     in_company: bool = True  # may share a batch with others
+    fresh: bool = True  # alone it is asked from an empty cache of prefixes; else behind the case before it
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Battery:
         """Fewer cases: name -> why."""
         cases = [case for case in self.cases if case.name not in reasons]
         return replace(self, cases=cases, left_out={**self.left_out, **reasons})
+
+    def mixed(self) -> list[Case]:
+        """Those that may share a batch, in an order that stays when one is left out."""
+        together = (case for case in self.cases if case.in_company)
+        return sorted(together, key=lambda case: zlib.crc32(case.name.encode()))
 
     @property
     def names(self) -> list[str]:
@@ -105,20 +112,21 @@ def run(
     *,
     concurrency: int = 1,
     limit_s: float = ANSWER_LIMIT_S,
-    on_case: Callable[[str], None] = lambda name: None,
+    on_fresh: Callable[[], object] = lambda: None,
 ) -> Run:
     """Ask all cases; with `concurrency` > 1 those that may share a batch, so many at a time.
 
-    Nothing more is asked of a server that does not answer within `limit_s` seconds, or is gone.
+    `on_fresh` is to empty the cache of prefixes: alone, an answer then depends on no case before it. Nothing
+    more is asked of a server that does not answer within `limit_s` seconds, or is gone.
     """
     result, lock = Run(), threading.Lock()
-    cases = [case for case in battery.cases if concurrency == 1 or case.in_company]
-    random.Random(concurrency).shuffle(cases)
+    cases = battery.cases if concurrency == 1 else battery.mixed()
 
     def ask(case: Case) -> None:
         if result.ended:
             return
-        on_case(case.name)
+        if concurrency == 1 and case.fresh:
+            on_fresh()
         answer, refusal, ended = _outcome(server, case, limit_s)
         with lock:
             if answer is not None:
@@ -190,12 +198,13 @@ def _plain_cases(served: Served) -> list[Case]:
     ids = served.vocabulary // 3
     found = [
         Case(
-            f"shared prefix {number}",  # which the cache of prefixes has from the second of these on
+            f"shared prefix {number}",
             _generation(
                 input_ids=prompt(served, shared, seed=7) + prompt(served, 5, seed=number),
                 sampling_params=NEVER_STOP,
                 **logprobs,
             ),
+            fresh=number == 0,
         )
         for number in range(4)
     ]

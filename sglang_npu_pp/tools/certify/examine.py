@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import requests
@@ -165,8 +166,13 @@ def _aborts(server: LaunchedServer, what: Examination, found: Observed, _: int) 
 
 def _run(server: LaunchedServer, what: Examination, concurrency: int) -> Run:
     """From an empty cache of prefixes, where the server lets it be emptied: the same work every time."""
-    wait_idle(server, IDLE_LIMIT_S)
-    return run(server, what.battery, concurrency=concurrency, limit_s=what.limit_s)
+
+    def empty() -> None:
+        with suppress(requests.RequestException):  # what is asked next says so
+            wait_idle(server, IDLE_LIMIT_S)
+
+    empty()
+    return run(server, what.battery, concurrency=concurrency, limit_s=what.limit_s, on_fresh=empty)
 
 
 def _with_cause(server: LaunchedServer, reason: str) -> str:
