@@ -42,6 +42,7 @@ def differences(
 
 def unknown(known: Known) -> Mapping[str, str]:
     """Target -> the release to compare with, for every function that keeps its seam from being known."""
+    known = Known(known.build, known.seams, known.contracts)  # whatever a certificate says
     contract = known.contracts[known.nearest]
     targets = {
         target
