@@ -4,7 +4,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-all accuracy matrix lint bench picture bench-host-lane lost-peers soak contracts lock clean
+.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-all accuracy certify matrix lint bench picture bench-host-lane lost-peers soak contracts lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -41,6 +41,9 @@ test-all: test test-rest  ## the whole suite: test, then test-rest
 
 accuracy: setup  ## lmms_eval and a random model, unpatched against patched (ARGS="--quick", "--self-test")
 	@$(PYTHON_IN_VENV) scripts/accuracy.py $(ARGS)
+
+certify: setup  ## python -m sglang_npu_pp certify, on CPU and on the simulated Ascend (ARGS="--devices cpu")
+	@$(PYTHON_IN_VENV) scripts/certify.py $(ARGS)
 
 matrix: setup  ## twelve SGLang releases x four layouts, two hours (ARGS="--releases 0.5.15 --layouts tp1-pp2")
 	@$(PYTHON_IN_VENV) scripts/matrix.py $(ARGS)

@@ -40,7 +40,7 @@ def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, la
     pipeline.last_launched = launched
     for req in batch.reqs:
         setattr(req, _LAUNCHED, launched)
-    if not _can_send_early(scheduler):
+    if not (pipeline.early_send and _can_send_early(scheduler)):
         return
     for req in batch.reqs:
         if req.pending_bootstrap or not _has_queue(req):

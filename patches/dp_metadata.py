@@ -169,6 +169,7 @@ def open_metadata(scheduler: Any, parallel: Any, loop: LoopPosition) -> DPMetada
         device,
         context.telemetry.receiving(_KIND),
         where=context.where,
+        pinned=context.settings.pin_memory == "1",
     )
     rows.warm_up()
     return DPMetadata(rows, scheduler, loop)

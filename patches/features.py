@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_npu_pp.builds import CORE, Known
+from sglang_npu_pp.certificates import identity
 
 ServerArgs = Any
 """SGLang's."""
@@ -78,9 +79,19 @@ def in_force() -> Mapping[str, bool]:
     return {} if _known is None else {name: name in _known.in_force for name in _known.features}
 
 
+def in_use(arguments: ServerArgs) -> list[str]:
+    """What a server uses of the features that are in force."""
+    return [each.name for each in FEATURES if in_force().get(each.name) and each.is_used(arguments)]
+
+
 def functions() -> str:
     """Equal on ranks whose SGLang has equal functions, as far as they matter here."""
     return "" if _known is None else _known.build.digest
+
+
+def certificate() -> str:
+    """Equal on ranks with equal certificates, or with none."""
+    return identity(None if _known is None else _known.certificate)
 
 
 def unknown_to_a_server(arguments: ServerArgs, separable: bool = False) -> str | None:
@@ -88,10 +99,11 @@ def unknown_to_a_server(arguments: ServerArgs, separable: bool = False) -> str |
 
     `separable`: those that it can be patched without, in the place of those that it cannot.
     """
-    missing: Mapping[str, str] = {} if _known is None else _known.missing
+    if _known is None:
+        return None
     found = [
-        f"{feature.name} ({missing[feature.name]})"
+        feature.name
         for feature in FEATURES
-        if feature.name in missing and feature.separable is separable and feature.is_used(arguments)
+        if feature.name in _known.missing and feature.separable is separable and feature.is_used(arguments)
     ]
-    return f"this SGLang is not known for {'; '.join(found)}" if found else None
+    return f"this SGLang is not known for {_known.why_not(found)}" if found else None

@@ -82,7 +82,7 @@ PATCHES = (
         why="every stage polls its own compiler; diverging stages run other requests",
         how="stage 0 decides; a rank that is not ready waits for its compiler",
         upstream="sglang #30747 (0.5.16: stage 0 sends its result)",
-        plan="goes with 0.5.15",
+        plan="goes with 0.5.15.post1",
         relies_on=(f"{_MANAGER}.abort_requests",),
         unless=f"{_MANAGER}._pp_sync_ready_failed",
     ),

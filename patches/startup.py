@@ -38,7 +38,7 @@ from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
 from .dp_metadata import open_metadata
-from .features import functions, in_force, unknown_to_a_server
+from .features import certificate, functions, in_force, in_use, unknown_to_a_server
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .parallel import get_parallel
@@ -105,6 +105,8 @@ def _start(scheduler: Any) -> None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
         leave_to_upstream()
         return
+    if without is not None:
+        logger.warning("sglang-npu-pp: %s is patched in part: %s", where, without)
     replica = None if scheduler.server_args.enable_dp_attention else _dp_rank(scheduler, parallel)
     context = RankContext.begin(
         parallel.pp_rank, parallel.pp_size, settings, rank=parallel.tp_rank, replica=replica
@@ -126,6 +128,7 @@ def _start(scheduler: Any) -> None:
         parallel.pp_size,
         lane,
     )
+    logger.info("sglang-npu-pp: %s uses %s", where, ", ".join(in_use(scheduler.server_args)))
 
 
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:
@@ -154,6 +157,7 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
         "path": "asynchronous" if reason is None else f"upstream ({reason})",
         "features": ", ".join(name for name, known in in_force().items() if known),
         "functions": functions(),
+        "certificate": certificate(),
         **settings.shared_values(),
     }
     agree(
@@ -232,7 +236,8 @@ def _slots(scheduler: Any, parallel: Any) -> int:
 
 def _make_parts(scheduler: Any, parallel: Any, host_lane: HostLane) -> Parts:
     """In one order on all ranks: most parts talk to other stages."""
-    context, streams = host_lane.context, DeviceStreams(parallel.pp_group.device)
+    context = host_lane.context
+    streams = DeviceStreams(parallel.pp_group.device, pinned=context.settings.pin_memory == "1")
     slots = _slots(scheduler, parallel)
     clock = measure_clock(host_lane, context.settings.start_limit_s)
     link = StageLink(host_lane, _open_device_lane(scheduler, parallel, streams, context), clock)

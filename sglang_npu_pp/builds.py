@@ -1,8 +1,8 @@
 """Which SGLang this is: known by its functions, whatever it calls itself.
 
 A seam is known where all functions that its patches replace or rely on are as in one release; another seam
-may be as in another release. Seams belong to features. A feature is in force where all of its seams are
-known, and otherwise not at all; without the core nothing is.
+may be as in another release, or certified. Seams belong to features. A feature is in force where all of its
+seams are known, and otherwise not at all; without the core nothing is.
 """
 
 from __future__ import annotations
@@ -55,6 +55,37 @@ class Build:
         return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """What certify has shown equal of one build, patched and unpatched. Files of it: certificates.py."""
+
+    label: str
+    """What the build calls itself: for people only."""
+    digest: str
+    """Of the build."""
+    features: tuple[str, ...]
+    functions: Mapping[str, str | None]
+    """All functions of the seams that are covered."""
+    release_of: Mapping[str, str]
+    """Seam that is covered -> the release that the build is nearest to."""
+    plugin: str
+    """Version of this package, whose patches were in force."""
+    device: str = ""
+    trial: bool = False
+    """For the servers of certify itself, which end before anything is shown."""
+
+    def covers(self, seam: Seam, build: Build) -> bool:
+        """Whether the seam was shown equal, with the functions that the build has now."""
+        return (
+            seam.feature in self.features
+            and seam.name in self.release_of
+            and all(
+                target in self.functions and build.has(target, self.functions[target])
+                for target in seam.targets
+            )
+        )
+
+
 Read = Callable[[str], str | None]
 """Fingerprint of a target, None where there is no such function. Raises ContractError if it is unreadable."""
 
@@ -101,14 +132,39 @@ class Known:
     build: Build
     seams: tuple[Seam, ...]
     contracts: Contracts
+    certificate: Certificate | None = None
+    refused: str = ""
+    """Why a certificate that was found does not count, as a sentence."""
 
     @cached_property
-    def releases(self) -> Mapping[str, tuple[str, ...]]:
+    def by_contract(self) -> Mapping[str, tuple[str, ...]]:
         """Seam -> releases as in which all of its functions are, oldest first."""
         return {
             seam.name: tuple(release for release in self.contracts if not self._unknown(seam, release))
             for seam in self.seams
         }
+
+    @cached_property
+    def by_certificate(self) -> Mapping[str, str]:
+        """Seam that is as in no release, but certified -> its nearest release."""
+        certificate = self.certificate
+        if certificate is None:
+            return {}
+        return {
+            seam.name: certificate.release_of[seam.name]
+            for seam in self.seams
+            if not self.by_contract[seam.name] and certificate.covers(seam, self.build)
+        }
+
+    @cached_property
+    def releases(self) -> Mapping[str, tuple[str, ...]]:
+        """Seam -> releases as in which it is patched, oldest first; none where it is not known."""
+        return {**self.by_contract, **{name: (release,) for name, release in self.by_certificate.items()}}
+
+    @property
+    def device(self) -> str:
+        """That of the patches which are for one device only; empty where there are none."""
+        return next((patch.device for seam in self.seams for patch in seam.patches if patch.device), "")
 
     @cached_property
     def features(self) -> tuple[str, ...]:
@@ -153,27 +209,52 @@ class Known:
         return min(reversed(list(self.contracts)), key=distance)
 
     def releases_of(self, feature: str) -> tuple[str, ...]:
-        """As in which its functions are: those that all of its seams share, or else one of each seam."""
-        each = [self.releases[seam.name] for seam in self.seams if seam.feature == feature]
-        shared = tuple(release for release in self.contracts if all(release in one for one in each))
+        """As in which its functions are: those that all of its seams share, or else one of each seam.
+
+        Certified seams are as in none.
+        """
+        seams = [seam.name for seam in self.seams if seam.feature == feature]
+        each = [self.by_contract[name] for name in seams if name not in self.by_certificate]
+        shared = tuple(release for release in self.contracts if each and all(release in one for one in each))
         single = {releases[-1] for releases in each if releases}
         return shared or tuple(release for release in self.contracts if release in single)
 
     def contract_of(self, seam: Seam) -> Contract:
-        """Of a release as in which the seam is; all such releases agree on what it needs."""
-        return self.contracts[self.releases[seam.name][-1]]
+        """Of a release as in which the seam is; all such releases agree on what it needs.
+
+        What a certified seam needs, its own functions say.
+        """
+        if seam.name in self.by_certificate:
+            return self.build.functions
+        return self.contracts[self.by_contract[seam.name][-1]]
 
     @property
     def sentence(self) -> str:
         """What is in force, for the log."""
-        off = [f"{feature} ({why})" for feature, why in self.missing.items()]
-        features = f"not for {'; '.join(off)}" if off else "all features"
+        features = f"not for {self.why_not(self.missing)}" if self.missing else "all features"
         return f"{len(self.patches)} patches in force for SGLang {self.build.label}{self.content}, {features}"
+
+    def why_not(self, features: Iterable[str]) -> str:
+        """These, each with what keeps it off, and why a certificate does not help."""
+        reasons = [f"{feature} ({self.missing[feature]})" for feature in features]
+        return "; ".join([*reasons, *([self.refused.rstrip(".")] if self.refused else [])])
 
     @property
     def content(self) -> str:
-        """As in which releases its functions are: nothing where its name says so."""
-        known = {seam.name: self.releases[seam.name] for seam in self.seams if self.releases[seam.name]}
+        """As in which releases its functions are, where its name does not say so; what is certified."""
+        parts = [part for part in (self._releases_in_words, self._certified_in_words) if part]
+        return f" ({'; '.join(parts)})" if parts else ""
+
+    @property
+    def _certified_in_words(self) -> str:
+        if self.certificate is None or not self.by_certificate:
+            return ""
+        how = "on trial" if self.certificate.trial else "by certificate"
+        return f"{how}: {', '.join(self.by_certificate)}"
+
+    @property
+    def _releases_in_words(self) -> str:
+        known = {name: releases for name, releases in self.by_contract.items() if releases}
         if not known:
             return ""
         most = max(
@@ -183,14 +264,16 @@ class Known:
         others = [f"{name} of {releases[-1]}" for name, releases in known.items() if most not in releases]
         if not others and most == self.build.label:
             return ""
-        return f" (functions of {', '.join([most, *others])})"
+        return f"functions of {', '.join([most, *others])}"
 
     @property
     def refusal(self) -> ContractError:
         """Why nothing is in force."""
         cause = " (another plugin, or an edited file?)" if self.nearest == self.build.label else ""
+        refused = f" {self.refused}" if self.refused else ""
         return ContractError(
             f"SGLang {self.build.label} is not a build that sglang-npu-pp knows: {self.missing[CORE]}{cause}."
+            f"{refused}"
         )
 
     def _unknown(self, seam: Seam, release: str) -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import sys
 
+from . import certificates
 from .builds import CORE, Known, build_of_this_process
 from .errors import ContractError, PipelineError, SettingsError
 from .patching import AppliedPatches
@@ -48,7 +49,7 @@ def activate(settings: Settings | None = None) -> bool:
 
         seams = patches.seams_here()
         build = build_of_this_process(patches.sglang_release(), seams)
-        known = Known(build, seams, patches.load_contracts())
+        known = certificates.certified(Known(build, seams, patches.load_contracts()), settings)
         if CORE in known.missing:
             raise known.refusal
         _applied = AppliedPatches(known.patches)
@@ -56,7 +57,8 @@ def activate(settings: Settings | None = None) -> bool:
         if settings.mode == "require":
             raise ContractError(
                 f"{error} SGLANG_NPU_PP=require, so this server does not start; install a release "
-                "that is known, or set SGLANG_NPU_PP=auto."
+                "that is known, certify this one (python -m sglang_npu_pp certify), or set "
+                "SGLANG_NPU_PP=auto."
             ) from error
         _decide(f"not activated, SGLang is left as it is: {error}", problem=True)
         return False

@@ -12,7 +12,7 @@ import pytest
 from rig.server import Server, ServerError
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "rig/assets/random_vl"
+MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 SELECTIONS = dict(re.findall(r"^(QUICK|TEST|REST) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
 MARKERS = ("server", "simulator", "thorough")
 

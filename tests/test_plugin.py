@@ -184,6 +184,59 @@ assert Prefill.send_kv_chunk is chunk
     assert "not for disaggregation (" in result.stderr
 
 
+CERTIFIED = """
+from sglang_npu_pp import certificates, patches
+from sglang_npu_pp.builds import CORE, Known, build_of_this_process
+from sglang_npu_pp.settings import load_settings
+
+SchedulerPPMixin._pp_commit_comm_work = SchedulerPPMixin._pp_commit_proxy_send_work
+seams = patches.seams_here()
+known = Known(build_of_this_process(patches.sglang_release(), seams), seams, patches.load_contracts())
+path = certificates.write(certificates.for_known(known, [CORE]), certificates.folder(load_settings()))
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_build_with_a_certificate_is_in_force(run: Run, mode: str, tmp_path: Path) -> None:
+    result = run(
+        CERTIFIED
+        + """
+assert sglang_npu_pp.activate() is True
+assert SchedulerPPMixin._pp_launch_batch is not launch
+assert patches.features.certificate().startswith(path.stem)
+""",
+        SGLANG_NPU_PP=mode,
+        SGLANG_NPU_PP_CERTIFICATES=str(tmp_path / "certificates"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "patches in force for SGLang 0.5.21 (by certificate: proxies), all features" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_certificate_that_others_may_write_does_not_count(run: Run, mode: str, tmp_path: Path) -> None:
+    result = run(
+        CERTIFIED
+        + """
+path.chmod(0o666)
+try:
+    active = sglang_npu_pp.activate()
+except ContractError as error:
+    print("refused:", error)
+else:
+    print("active:", active)
+assert SchedulerPPMixin._pp_launch_batch is launch
+""",
+        SGLANG_NPU_PP=mode,
+        SGLANG_NPU_PP_CERTIFICATES=str(tmp_path / "certificates"),
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stdout if mode == "require" else result.stderr
+    assert "is not a build that sglang-npu-pp knows: " in said
+    assert f" {tmp_path}/certificates/" in said
+    assert ".json can be written by other users (mode 666), so it does not count" in said
+    assert ("refused: " if mode == "require" else "active: False") in result.stdout
+
+
 def test_a_bad_setting_ends_the_process_through_sglangs_own_loader(run: Run) -> None:
     """SGLang only logs what a plugin raises; a server with a wrong setting must not start."""
     result = run(

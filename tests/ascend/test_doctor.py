@@ -9,6 +9,7 @@ import pytest
 
 from ascend_sim import build
 from ascend_sim.environment import environment
+from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.doctor import versions
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
@@ -49,5 +50,5 @@ def test_torch_npu_without_cann_is_wrong(with_torch_npu: Path, monkeypatch: pyte
 
 
 def test_patches_of_the_npu_count_where_torch_npu_is(with_torch_npu: Path) -> None:
-    findings = versions.check_patches()
+    findings = versions.check_patches(Settings())
     assert named(findings, "AscendAttnBackend.init_forward_metadata").level is Level.OK

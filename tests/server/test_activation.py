@@ -69,7 +69,7 @@ def test_a_build_with_another_name_is_in_force(launcher: Launcher) -> None:
 
 def test_require_refuses_a_server_that_uses_what_is_not_known(launcher: Launcher) -> None:
     env = {"PP_PROBE_CHANGED": OF_PREFILLS, "PP_PROBE_FAKE_KV": "1"}
-    arguments = ["--disaggregation-mode", "prefill"]
+    arguments = ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"]
     log = log_of_failed_start(launcher.configure(1, 2, patched=True, env=env, args=arguments))
     assert f"this SGLang is not known for disaggregation ({OF_PREFILLS}" in log
     assert "and SGLANG_NPU_PP=require" in log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class Side(enum.StrEnum):
@@ -61,6 +61,7 @@ class Speed:
     ttft_ms: Latency
     tpot_ms: Latency
     itl_ms: Latency
+    load: str = ""  # in words; speeds of one load are compared
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Report:
     certified: bool
     conclusion: str  # one sentence
     seconds: float
+    device: str = ""  # that the servers ran on, in words; says so where it is simulated
+    variants: Mapping[str, Sequence[Speed]] = field(default_factory=dict)  # of --ab, by name
 
     @property
     def passed(self) -> bool:

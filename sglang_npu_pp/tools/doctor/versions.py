@@ -13,10 +13,12 @@ from pathlib import Path
 
 import sglang_npu_pp
 
+from ... import certificates
 from ...builds import CORE, Known, Seam, read_build, unknown_targets
 from ...errors import ContractError
 from ...patches import installed, load_contracts, seams_for
 from ...patching import Patch
+from ...settings import Settings
 from .findings import Finding, Level
 
 DEVICE_LIMIT_S = 120  # torch_npu may take a minute to load on a machine that has just started
@@ -139,8 +141,8 @@ def _cann(environ: Mapping[str, str]) -> Finding:
 # --- patches -------------------------------------------------------------------------------------
 
 
-def check_patches() -> list[Finding]:
-    """Whether the installed SGLang is known: a verdict for every feature and every patch.
+def check_patches(settings: Settings) -> list[Finding]:
+    """Whether the installed SGLang is known or certified: a verdict for every feature and every patch.
 
     Fingerprints are taken from the files, so SGLang is not imported. The server looks at the functions of its
     own process, and so also sees what another plugin has replaced there.
@@ -150,13 +152,14 @@ def check_patches() -> list[Finding]:
         build = read_build(installed.release(), seams, installed.fingerprint)
     except ContractError as error:
         return [Finding(Level.WRONG, "contract", str(error))]
-    return verdicts(Known(build, seams, load_contracts()))
+    return verdicts(certificates.certified(Known(build, seams, load_contracts()), settings))
 
 
 def verdicts(known: Known) -> list[Finding]:
-    """A finding for the build, one for each feature, one for each patch."""
+    """A finding for the build, one for a certificate, one for each feature, one for each patch."""
     return [
         _build(known),
+        *_certificate(known),
         *(_feature(known, feature) for feature in known.features),
         *(_patch(known, seam, patch) for seam in known.seams for patch in seam.patches),
     ]
@@ -169,18 +172,40 @@ def _build(known: Known) -> Finding:
     return Finding(Level.WRONG, "contract", text)
 
 
+def _certificate(known: Known) -> list[Finding]:
+    """What it covers, or why it is refused; nothing where there is none."""
+    if known.refused:
+        level = Level.WRONG if CORE in known.missing else Level.WARNING
+        return [Finding(level, "certificate", known.refused)]
+    if known.certificate is None:
+        return []
+    found = f"of SGLang {known.certificate.label}, for {', '.join(known.certificate.features)}"
+    covered = ", ".join(known.by_certificate) or "nothing that is unknown"
+    level = Level.WARNING if known.certificate.trial else Level.OK
+    trial = ", on trial: only for servers of certify" if known.certificate.trial else ""
+    return [Finding(level, "certificate", f"{found}: covers {covered}{trial}")]
+
+
 def _feature(known: Known, feature: str) -> Finding:
     if feature in known.missing:
         level = Level.WRONG if feature == CORE else Level.WARNING
         text = "not in force: a server that uses it stays upstream's, or does not start with require"
         return Finding(level, feature, f"{text} ({known.missing[feature]})")
-    releases = known.releases_of(feature)
-    return Finding(Level.OK, feature, f"as in {', '.join(releases)}")
+    of_feature = [seam.name for seam in known.seams if seam.feature == feature]
+    certified = [name for name in of_feature if name in known.by_certificate]
+    if certified == of_feature:
+        return Finding(Level.OK, feature, "by certificate")
+    by_certificate = f"; by certificate: {', '.join(certified)}" if certified else ""
+    return Finding(Level.OK, feature, f"as in {', '.join(known.releases_of(feature))}{by_certificate}")
 
 
 def _patch(known: Known, seam: Seam, patch: Patch) -> Finding:
     name = patch.target.partition(":")[2]
-    releases = known.releases[seam.name]
+    if seam.name in known.by_certificate:
+        needed = patch.is_needed(known.contract_of(seam))
+        text = "by certificate" if needed else f"SGLang {known.build.label} does not need this patch"
+        return Finding(Level.OK if needed else Level.NOTE, name, text)
+    releases = known.by_contract[seam.name]
     release = releases[-1] if releases else known.nearest
     contract = known.contracts[release]
     different = unknown_targets(patch, contract, known.build)
