@@ -26,6 +26,7 @@ import sglang.version
 from sglang.srt.managers.scheduler_pp_mixin import SchedulerPPMixin
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 launch = SchedulerPPMixin._pp_launch_batch
+print("imported", flush=True)
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -45,18 +46,25 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def imported() -> Iterator[subprocess.Popen[str]]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     """A process that has imported SGLang and runs a program a line, each in a child."""
+    errors = tmp_path_factory.mktemp("imported") / "stderr"
     variables = {name: text for name, text in os.environ.items() if not name.startswith("SGLANG_NPU_PP")}
-    with subprocess.Popen(
-        [sys.executable, "-c", IMPORTED],
-        env={**variables, "SGLANG_USE_CPU_ENGINE": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", IMPORTED],
+            env={**variables, "SGLANG_USE_CPU_ENGINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
         assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "imported\n", errors.read_text()
+        yield process
         process.stdin.close()  # which ends it
 
 
