@@ -184,7 +184,7 @@ def start_upload(
 
     `occupied`: behind a forward.
     """
-    streams = DeviceStreams(here.device, pinned=pinned)
+    streams = here.kept["streams"] = DeviceStreams(here.device, pinned=pinned)  # keeps what is staged
     with broken(rule), on_forward_stream(here):
         if occupied:
             occupy(1)
