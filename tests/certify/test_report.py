@@ -124,9 +124,10 @@ def test_the_json_has_everything(tmp_path: Path) -> None:
 
 def test_the_verdict_comes_first() -> None:
     first, _, conclusion, *_ = markdown(REPORT).splitlines()
-    assert first == "# sglang-npu-pp on SGLang 0.5.24.dev7+gabc: not certified"
+    assert first == "# sglang-npu-pp on SGLang 0.5.24.dev7+gabc: not the same server"
     assert conclusion == REPORT.conclusion
     assert "dev7+gabc: certified\n" in markdown(replace(REPORT, certified=True))
+    assert "dev7+gabc: nothing differs\n" in markdown(replace(REPORT, checks=()))
 
 
 def test_checks_are_a_table_with_their_details_below() -> None:
