@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ... import certificates
@@ -61,6 +63,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)  # else the server that is running would stay behind
     try:
         plan = plan_of(options)
         return Certification(plan).run()
@@ -73,6 +76,10 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("certify: interrupted; no report, no certificate.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
