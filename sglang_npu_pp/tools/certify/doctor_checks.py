@@ -11,8 +11,8 @@ from ..doctor.findings import Finding, Level, Section, count
 from ..doctor.layout import Layout
 from .results import Check, Verdict
 
-_BUILD = {"contract", CORE}
-"""Subjects of findings on a build that is not known: certify is there for it."""
+_BUILD = {"contract", "certificate", CORE}
+"""Subjects of findings on a build that is not known, or no longer certified: certify is there for it."""
 
 
 class _Parser(argparse.ArgumentParser):
