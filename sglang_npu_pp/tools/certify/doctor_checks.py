@@ -12,7 +12,7 @@ from ..doctor.layout import Layout
 from .results import Check, Verdict
 
 _BUILD = {"contract", "certificate", CORE}
-"""Subjects of findings on a build that is not known, or no longer by its certificate: certify is there for it."""
+"""Subjects of findings on a build that is not known, or no longer certified: certify is there for it."""
 
 
 class _Parser(argparse.ArgumentParser):
