@@ -117,6 +117,7 @@ def test_fingerprints_are_those_of_the_contracts(release: str, python: Path, env
     assert len(wanted) > 80
 
 
+@pytest.mark.release  # takes minutes; the others here are thorough
 def test_what_needs_no_tensor_passes(python: Path, environ: dict[str, str], tmp_path: Path) -> None:
     result = tmp_path / "result.xml"
     command = ["-m", "pytest", "-p", "tests.without_torch.plugin", "-p", "no:cacheprovider", "-q", "-n", "2"]
