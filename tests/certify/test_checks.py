@@ -113,6 +113,33 @@ def test_each_kind_of_difference_turns_its_check_red(change: dict[str, Any], exp
     assert not may_be_certified(checks([unpatched(), patched(**change)]))
 
 
+def proxies_last(trace: list[Event]) -> list[Event]:
+    """Proxies leave at the end of each iteration."""
+    changed: list[Event] = []
+    late: list[Event] = []
+    for event in trace:
+        if event.name == "iteration":
+            changed, late = [*changed, *late], []
+        (late if (event.name, event.kind) == ("push", "proxy") else changed).append(event)
+    return [*changed, *late]
+
+
+@pytest.mark.parametrize(("early_send", "expected"), [(True, {PROXIES_SENT}), (False, set())])
+def test_the_order_is_that_of_the_switches(early_send: bool, expected: set[str]) -> None:
+    late = with_trace(0, proxies_last(FIRST))
+    assert red(unpatched(), patched(early_send=early_send, **late)) == expected
+    usual = red(unpatched(), patched(early_send=early_send))
+    assert usual == ({PROXIES_SENT} - expected if not early_send else set())
+
+
+def test_a_receive_is_posted_in_its_wait_with_the_switch_off() -> None:
+    in_wait = [Event(0, "wait", "proxy", 0, 9), Event(0, "post_receive", "proxy", 0, 9)]
+    early = with_trace(1, [*LAST, Event(0, "arrive", "proxy", 0, 9), in_wait[1]])
+    assert red(unpatched(), patched(early_receive=False, **early)) == {RECEIVES}
+    found = verdicts(unpatched(), patched(early_receive=False, **with_trace(1, [*LAST, *in_wait])))
+    assert found[RECEIVES] is Verdict.PASSED
+
+
 def test_an_unpatched_server_that_is_patched_is_no_reference() -> None:
     assert red(unpatched(in_force=["stage 0 rank 0"]), patched()) == {IN_FORCE}
 

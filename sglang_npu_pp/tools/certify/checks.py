@@ -158,6 +158,8 @@ class _Rank:
     turn: str
     stages: int  # of the whole server
     traces: Traces
+    early_send: bool = True
+    early_receive: bool = True
 
     @property
     def senders(self) -> Iterator[tuple[int, Sequence[Event]]]:
@@ -188,6 +190,8 @@ def _microbatches(rank: _Rank) -> Lines | None:
 
 
 def _proxies_sent(rank: _Rank) -> Lines | None:
+    if not rank.early_send:
+        return _of_launches(rank.senders, order.proxies_leave_at_the_end_of_the_iteration)
     return _of_launches(rank.senders, order.proxies_leave_right_behind_the_launch)
 
 
@@ -211,6 +215,8 @@ def _receives(rank: _Rank) -> Lines | None:
     posting = [trace for _, trace in rank.receivers if any(event.name == "post_receive" for event in trace)]
     if not posting:
         return None
+    if not rank.early_receive:
+        return [line for trace in posting for line in order.receives_are_posted_in_their_wait(trace)]
     return [
         line for trace in posting for line in order.receives_are_posted_with_their_header(trace, LEAST_SLOTS)
     ]
@@ -236,11 +242,17 @@ def _of_launches(
 
 ORDER: Mapping[str, tuple[OrderCheck, str]] = {
     MICROBATCHES: (_microbatches, "All stages launched the same microbatches in the same order."),
-    PROXIES_SENT: (_proxies_sent, "Proxies leave right behind the launch, before results are processed."),
+    PROXIES_SENT: (
+        _proxies_sent,
+        "Proxies leave where the settings have it; by default right behind the launch.",
+    ),
     PROXIES_WAITED_FOR: (_proxies_waited_for, "Proxies are waited for just before the launch."),
     TOKENS_WAITED_FOR: (_tokens_waited_for, "No launch waits for tokens of an earlier one."),
     OUTPUTS: (_outputs, "Every stage gets each output of the last stage once."),
-    RECEIVES: (_receives, "Receives of device tensors are posted when their header arrives."),
+    RECEIVES: (
+        _receives,
+        "Receives of device tensors are posted where the settings have it; by default at once.",
+    ),
     FORWARDS: (_forwards, "Forwards ran on the device in the order of their launches."),
 }
 """Check -> how, and what is true if nothing is wrong."""
@@ -266,7 +278,8 @@ def _one_order(
 
 def _ranks(one: Observed) -> Iterator[_Rank]:
     for name, traces in one.traces.items():
-        yield _Rank(f"{_turn(one)}, {name}", one.stages, _from_a_common_start(traces))
+        where, traces = f"{_turn(one)}, {name}", _from_a_common_start(traces)
+        yield _Rank(where, one.stages, traces, one.early_send, one.early_receive)
 
 
 def _from_a_common_start(traces: Traces) -> dict[int, list[Event]]:

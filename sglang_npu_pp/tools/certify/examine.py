@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import requests
 
 from ...observe.trace import SUFFIX, Event, read_trace
+from ...settings import load_settings
 from .aborts import abort, wait_idle
 from .asking import ANSWER_LIMIT_S
 from .battery import Battery, Run, run
@@ -44,6 +45,8 @@ class Observed:
     in_force: Sequence[str] = ()  # "stage S rank R" of each that says so in the log
     traces: Mapping[str, Traces] = field(default_factory=dict)  # "rank 0" -> traces, of a patched server
     no_traces: str = ""  # why there are none
+    early_send: bool = True  # by its settings
+    early_receive: bool = True
     left_out: Mapping[str, str] = field(default_factory=dict)  # case -> why it was not asked
     after_aborts: Run | None = None
     abort_problems: Sequence[str] | None = None  # None: not tried
@@ -86,6 +89,7 @@ def observe(
     Never raises for what the server does: an end of it is in `Observed.ended`.
     """
     battery, began_ns = examination.battery, time.monotonic_ns()
+    settings = load_settings(server.variables)
     found = Observed(
         side,
         round,
@@ -95,6 +99,8 @@ def observe(
         left_out=battery.left_out,
         schedulers=len(server.scheduler_pids()),
         in_force=announcements(server.log_text()),
+        early_send=settings.early_send == "1",
+        early_receive=settings.early_receive == "1",
     )
     steps = [_one_by_one] * times + [_together] + ([_traces, _aborts] if aborts else [_traces])
     for step in steps:

@@ -115,6 +115,11 @@ class LaunchedServer:
         return self._address.url
 
     @property
+    def variables(self) -> dict[str, str]:
+        """Of its environment, but the folder of temporary files."""
+        return {**os.environ, **self._environment}
+
+    @property
     def command(self) -> list[str]:
         return [self._python, "-m", "sglang.launch_server", *self.arguments, *self._address.added]
 
@@ -140,7 +145,7 @@ class LaunchedServer:
         # SGLang leaves its ipc sockets in the temporary directory: this one goes with the server.
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-"))
         atexit.register(self.stop)
-        environment = {**os.environ, **self._environment, "TMPDIR": str(self._scratch)}
+        environment = {**self.variables, "TMPDIR": str(self._scratch)}
         # In the user's folder: arguments may have paths that begin there.
         self._tree.launch(self.command, environment=environment, folder=Path.cwd(), log=self.log)
 
