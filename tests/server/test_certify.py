@@ -22,6 +22,7 @@ from rig.server import PATH, Server
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 540
+END_LIMIT_S = 60
 LOOP = "sglang.srt.managers.scheduler_pp_mixin"
 LAUNCH = f"{LOOP}:SchedulerPPMixin._pp_launch_batch"
 
@@ -44,14 +45,20 @@ class Build:
     def certify(self, *options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "sglang_npu_pp", "certify", "--rounds", "1", "--no-speed"]
         command += [*options, "--output", str(self.output), "--", "--device", "cpu", "--pp-size", "2"]
-        return subprocess.run(
+        with subprocess.Popen(
             command,
             env={**os.environ, **self.environment},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=LIMIT_S,
-            check=False,
-        )
+        ) as process:
+            try:
+                said, errors = process.communicate(timeout=LIMIT_S)
+            except BaseException:
+                process.terminate()  # not killed: it ends its server
+                process.communicate(timeout=END_LIMIT_S)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
     def log_of_a_start(self, log: Path) -> str:
         """Of a patched server that has answered."""
