@@ -36,7 +36,7 @@ from sglang_npu_pp.tools.certify.lost_peer import lose_peer
 from sglang_npu_pp.tools.certify.results import Check, Side, Verdict
 from sglang_npu_pp.tools.certify.served import ask_served
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.release
 
 NONE = boundary.NONE
 SILENT = (*order.SILENT, boundary.HALF_COPIED, *boundary.FAULTS)
@@ -182,7 +182,7 @@ def fragile(launcher: Launcher) -> Iterator[tuple[LaunchedServer, Faults]]:
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        (order.DROPPED, "WaitLimitError: stage 0 rank 0: "),
+        (order.DROPPED, "WaitLimitError: stage "),  # of either: stage 1 then waits for stage 0
         (order.SENT_TWICE, "SequenceError: stage 0 rank 0: "),
     ],
 )
