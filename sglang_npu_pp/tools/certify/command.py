@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -157,13 +158,14 @@ class Certification:
         if known.missing:
             self._say("the functions that are not known are compared with the nearest release")
         unknown = differences(known, sglang_site(), self._plan.reference) if known.missing else []
-        found = Turns(self._plan, logs, self._trial(known, logs), self._say).run()
+        tried = _on_trial(known)
+        found = Turns(self._plan, logs, self._trial(tried, logs), self._say).run()
         all_checks = found.checks()
         certificate = self._certify(known, found.features, all_checks) if known.missing else None
         result = Report(
             build=known.build.label,
             digest=known.build.digest,
-            decision=known.sentence if known.in_force else str(known.refusal),
+            decision=tried.sentence,
             versions=versions,
             arguments=self._plan.arguments,
             checks=all_checks,
@@ -186,12 +188,12 @@ class Certification:
         print(f"\n{result.conclusion}", flush=True)
         return result
 
-    def _trial(self, known: Known, logs: Path) -> Path | None:
+    def _trial(self, tried: Known, logs: Path) -> Path | None:
         """Folder with a certificate for these servers only."""
-        if not known.missing:
+        if tried.certificate is None:
             return None
         folder = logs / "trial"
-        certificates.write(certificates.for_known(known, _fitting(known), trial=True), folder)
+        certificates.write(tried.certificate, folder)
         return folder
 
     def _certify(self, known: Known, features: Sequence[str], found: Sequence[Check]) -> Path | str:
@@ -211,6 +213,13 @@ class Certification:
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:4.0f} s] {text}", flush=True)
+
+
+def _on_trial(known: Known) -> Known:
+    """With all that fits in force. Raises CertificateError where the core does not fit."""
+    if not known.missing:
+        return known
+    return replace(known, certificate=certificates.for_known(known, _fitting(known), trial=True))
 
 
 def _fitting(known: Known) -> list[str]:
