@@ -24,7 +24,7 @@ from ...errors import CertificateError, PipelineError
 from ...settings import load_settings
 from ..imports import without_device_backends
 from .plan import Plan, complete
-from .results import Check, Report, Side, Verdict
+from .results import Check, Report, Verdict
 
 PASSED, RED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
@@ -236,7 +236,7 @@ def _conclusion(found: Sequence[Check], known: Known, certificate: Path | str | 
     failed = [check.name for check in found if check.verdict is Verdict.FAILED]
     if failed:
         so = f"; {certificate}" if isinstance(certificate, str) else ""
-        return f"The {Side.PATCHED} server is not the same server: {', '.join(failed)}{so}."
+        return f"The two servers are not equal: {', '.join(failed)}{so}."
     if certificate is None:
         return f"Nothing differs. SGLang {known.build.label} is known, so it needs no certificate."
     if isinstance(certificate, str):
