@@ -9,12 +9,15 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 import zlib
 from typing import Any
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell has it ignored
 
 MISTAKE = os.environ.get("MISTAKE", "")
 TITLES = ("sglang::scheduler_PP0_TP0", "sglang::scheduler_PP1_TP0")

@@ -21,6 +21,7 @@ LIMIT_S = 30.0
 # Called as python is: with -m sglang.launch_server and the arguments.
 SERVER = """
 import http.server, json, os, signal, subprocess, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell has it ignored
 port = int(sys.argv[sys.argv.index("--port") + 1])
 
 class Handler(http.server.BaseHTTPRequestHandler):
