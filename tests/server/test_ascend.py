@@ -102,12 +102,15 @@ def on_cpu(reference: OnCPU) -> Observed:
     return reference.observed
 
 
+def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
+    if layout == SOAKED:
+        return []
+    return [pytest.mark.release if layout.pp == 4 or not layout.switches else pytest.mark.thorough]
+
+
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(layout, id=str(layout), marks=[pytest.mark.thorough] if layout != SOAKED else [])
-        for layout in LAYOUTS
-    ],
+    params=[pytest.param(layout, id=str(layout), marks=marks_of(layout)) for layout in LAYOUTS],
 )
 def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU) -> Observed:
     """The same of a server on the simulated Ascend, with what it did. Memory that is freed is overwritten."""
