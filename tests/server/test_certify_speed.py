@@ -14,7 +14,7 @@ from sglang_npu_pp.tools.certify import resources, speed
 from sglang_npu_pp.tools.certify.results import Side
 from sglang_npu_pp.tools.certify.speed import Load, Served
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.release
 LOAD = Load(input_tokens=32, output_tokens=8, prompts=8, concurrency=4)
 
 

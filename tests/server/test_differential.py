@@ -31,10 +31,11 @@ LAYOUTS = [
 
 
 def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
-    """Four stages are run by `make matrix`, too."""
+    """Four stages are run by `make matrix`, too; switches on the simulated Ascend."""
     if layout is LAYOUTS[0]:
         return []
-    return [pytest.mark.release if layout.pp == 4 else pytest.mark.thorough]
+    further = layout.pp == 4 or layout.patched_env.items() >= SWITCHES_OFF.items()
+    return [pytest.mark.release if further else pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")
