@@ -4,7 +4,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-all accuracy matrix lint bench picture bench-host-lane lost-peers soak contracts lock clean
+.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-release test-all accuracy certify matrix lint bench picture bench-host-lane lost-peers soak contracts lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -21,10 +21,11 @@ serve-npu-sim: setup  ## the same on the simulated Ascend: SGLang's NPU path, th
 demo: setup  ## serve, ask which digit a picture shows, end; fails when the answer is wrong
 	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)
 
-# Each test is in `test` or in `test-rest`, none in both; `quick` is a part of `test` (tests/test_loop.py).
-QUICK := not (server or simulator or thorough)
-TEST := not thorough
-REST := thorough
+# Each test is in one of `test`, `test-rest`, `test-release`; `quick` is a part of `test` (tests/test_loop.py).
+QUICK := not (server or simulator or thorough or release)
+TEST := not (thorough or release)
+REST := thorough and not release
+RELEASE := release
 
 quick: setup  ## tests that need neither a server nor the simulated Ascend, a few minutes; no lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadscope -m "$(QUICK)" --durations=10 $(ARGS)
@@ -37,12 +38,19 @@ test-rest: setup  ## what `make test` leaves out: further layouts, releases, set
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
 	$(PYTHON_IN_VENV) -m pytest -m "$(REST)" --durations=25 $(ARGS)
 
-test-all: test test-rest  ## the whole suite: test, then test-rest
+test-release: setup  ## before a release: planted faults that our gates must notice, four stages, a benchmark's cell
+	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
+	$(PYTHON_IN_VENV) -m pytest -m "$(RELEASE)" --durations=25 $(ARGS)
+
+test-all: test test-rest test-release  ## the whole suite, one after the other
 
 accuracy: setup  ## lmms_eval and a random model, unpatched against patched (ARGS="--quick", "--self-test")
 	@$(PYTHON_IN_VENV) scripts/accuracy.py $(ARGS)
 
-matrix: setup  ## six SGLang releases x four layouts, an hour (ARGS="--releases 0.5.15 --layouts tp1-pp2")
+certify: setup  ## python -m sglang_npu_pp certify, on CPU and on the simulated Ascend (ARGS="--devices cpu")
+	@$(PYTHON_IN_VENV) scripts/certify.py $(ARGS)
+
+matrix: setup  ## twelve SGLang releases x four layouts, two hours (ARGS="--releases 0.5.15 --layouts tp1-pp2")
 	@$(PYTHON_IN_VENV) scripts/matrix.py $(ARGS)
 
 lint: setup  ## ruff and mypy

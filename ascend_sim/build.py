@@ -5,6 +5,9 @@ that torch_npu is linked with; the other one has the kernels of aten operators (
 is linked with torch and torch_npu. What torch_npu is linked with and nobody wrote becomes a function that
 aborts with its own name.
 
+The first library alone can be built against another torch_npu than the one here, without its torch
+(`symbols.py`).
+
 A build is kept in a directory named after everything that it depends on, so that it is made once. Compiled
 sources are kept as well, because the kernels take far longer than the rest.
 """
@@ -32,6 +35,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = Path(__file__).resolve().parent / "cann"
 SITE = REPOSITORY / ".venv" / "beside" / "ascend_sim"
 
+CHOSEN = "ASCEND_SIM_TORCH_NPU"  # a folder with another one (scripts/environment/torch_npu.py)
+
 LIBRARY = "libascend_sim.so"
 KERNEL_LIBRARY = "libascend_sim_kernels.so"
 # The libraries of CANN that torch_npu is linked with or opens: links to one file, which is loaded once.
@@ -48,9 +53,10 @@ NAMES_IN_CANN = (
 # Directories of an installed CANN that torch_npu looks for when it is imported. They are empty.
 HOME = "cann"
 DIRECTORIES_IN_HOME = ("runtime", "compiler", "opp")
-FUNCTIONS_OF_CANN = re.compile(r"(acl[A-Za-z]|rt[A-Z]|Msprof|Hccl|Adx|mstx)\w*")
+FUNCTIONS_OF_CANN = re.compile(r"(?:acl[A-Za-z]|rt[A-Z]|Msprof|Hccl|Adx|mstx)\w*")
 
 OBJECTS = "objects"
+REFUSED = "refused.txt"  # names of the functions that abort, a line each
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-pthread")
 COMPILE_LIMIT_S = 300.0
@@ -76,7 +82,9 @@ def unavailable() -> str | None:
 
 
 def torch_npu() -> Path | None:
-    """The directory of the package torch_npu, which is not imported."""
+    """The directory of the package torch_npu, which is not imported: one that was chosen, or the suite's."""
+    if chosen := os.environ.get(CHOSEN):
+        return Path(chosen) / "torch_npu"
     if (SITE / "torch_npu").is_dir():
         return SITE / "torch_npu"
     return _package("torch_npu")
@@ -90,8 +98,20 @@ def build() -> Path:
     reason = unavailable()
     if reason is not None:
         raise BuildError(reason)
+    return _build("build", _torch_npu(), sorted(SOURCES.glob("aten_*.cpp")))
+
+
+def build_cann(package: Path) -> Path:
+    """The directory with the libraries of CANN for the torch_npu in a folder, without the kernels.
+
+    Neither that torch_npu nor a torch is loaded. Raises BuildError.
+    """
+    return _build("cann", package, ())
+
+
+def _build(name: str, package: Path, kernels: Sequence[Path]) -> Path:
     cache = Path(os.environ.get("ASCEND_SIM_CACHE") or REPOSITORY / ".venv" / "ascend_sim")
-    target = cache / f"build-{_key([*SOURCES.glob('*.h'), *SOURCES.glob('*.cpp')])}"
+    target = cache / f"{name}-{_key([*SOURCES.glob('*.h'), *SOURCES.glob('*.cpp')], package)}"
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -100,7 +120,7 @@ def build() -> Path:
             return target
         with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as scratch:
             finished = Path(scratch) / "finished"
-            _build_into(finished, Path(scratch), cache / OBJECTS)
+            _build_into(finished, Path(scratch), cache / OBJECTS, package, kernels)
             with contextlib.suppress(OSError):  # somebody else was faster, with the same result
                 finished.rename(target)
     assert target.is_dir(), f"{target} was not made"
@@ -120,19 +140,24 @@ def _torch() -> Path:
     return package
 
 
+def torch_libraries() -> Path:
+    """The folder with the shared libraries of torch."""
+    return _torch() / "lib"
+
+
 def _torch_npu() -> Path:
     package = torch_npu()
     assert package is not None
     return package
 
 
-def _key(sources: Iterable[Path]) -> str:
-    """Of what is made from these files, and of all else that it depends on."""
+def _key(sources: Iterable[Path], package: Path) -> str:
+    """Of what is made from these files for a torch_npu, and of all else that it depends on."""
     digest = hashlib.sha256()
-    for source in [Path(__file__), _torch_npu() / "version.py", *sorted(sources)]:
+    for source in [Path(__file__), package / "version.py", *sorted(sources)]:
         digest.update(f"{source.name} {source.stat().st_size}\n".encode())
         digest.update(source.read_bytes())
-    for part in (_torch_npu(), _torch(), importlib.metadata.version("torch"), _compiler()):
+    for part in (package, _torch(), importlib.metadata.version("torch"), _compiler()):
         digest.update(f"{part}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -167,24 +192,26 @@ def _only_builder(cache: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(target: Path, scratch: Path, objects_made_before: Path) -> None:
+def _build_into(
+    target: Path, scratch: Path, objects_made_before: Path, package: Path, kernel_sources: Sequence[Path]
+) -> None:
     target.mkdir()
     objects_made_before.mkdir(exist_ok=True)
 
     def compile_once(source: Path, includes: Sequence[str]) -> Path:
-        compiled = objects_made_before / f"{source.stem}-{_key(_with_headers(source))}.o"
+        compiled = objects_made_before / f"{source.stem}-{_key(_with_headers(source), package)}.o"
         if not compiled.exists():
             _compile(source, scratch, includes).rename(compiled)
         return compiled
 
-    kernel_sources = sorted(SOURCES.glob("aten_*.cpp"))
-    sources = [source for source in sorted(SOURCES.glob("*.cpp")) if source not in kernel_sources]
+    sources = sorted(set(SOURCES.glob("*.cpp")) - set(SOURCES.glob("aten_*.cpp")))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels first, because they take longest
         kernels = [pool.submit(compile_once, source, _kernel_includes()) for source in kernel_sources]
-        parts = [pool.submit(compile_once, source, _includes()) for source in sources]
+        parts = [pool.submit(compile_once, source, _includes(package)) for source in sources]
         objects = [part.result() for part in parts]
-        missing = _write_missing_functions(scratch / "missing.cpp", objects)
-        objects.append(_compile(missing, scratch, ()))
+        refused = sorted(linked_functions(package) - symbols(objects, "--defined-only"))
+        (target / REFUSED).write_text("".join(f"{name}\n" for name in refused))
+        objects.append(_compile(_write_refusals(scratch / "refusals.cpp", refused), scratch, ()))
         _link(target / LIBRARY, objects)
         for name in NAMES_IN_CANN:
             (target / name).symlink_to(LIBRARY)
@@ -194,8 +221,8 @@ def _build_into(target: Path, scratch: Path, objects_made_before: Path) -> None:
             _link(target / KERNEL_LIBRARY, [kernel.result() for kernel in kernels], _kernel_libraries(target))
 
 
-def _includes() -> list[str]:
-    include = _torch_npu() / "include"
+def _includes(package: Path) -> list[str]:
+    include = package / "include"
     cann = include / "third_party"
     # As the headers of a system, so that our warnings are about our sources.
     return [
@@ -208,20 +235,20 @@ def _includes() -> list[str]:
 def _kernel_includes() -> list[str]:
     include = _torch() / "include"
     paths = (include, include / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_paths()["include"]))
-    return [argument for path in paths for argument in ("-isystem", str(path))] + _includes()
+    return [argument for path in paths for argument in ("-isystem", str(path))] + _includes(_torch_npu())
 
 
 def _kernel_libraries(target: Path) -> list[str]:
-    torch_libraries, npu_libraries = _torch() / "lib", _torch_npu() / "lib"
+    of_torch, of_torch_npu = torch_libraries(), _torch_npu() / "lib"
     return [
-        f"-L{torch_libraries}",
+        f"-L{of_torch}",
         "-ltorch_cpu",
         "-lc10",
-        f"-L{npu_libraries}",
+        f"-L{of_torch_npu}",
         "-ltorch_npu",
         f"-L{target}",
         "-lascendcl",
-        f"-Wl,-rpath,{torch_libraries}:{npu_libraries}:$ORIGIN",
+        f"-Wl,-rpath,{of_torch}:{of_torch_npu}:$ORIGIN",
         "-Wl,--allow-shlib-undefined",
     ]
 
@@ -236,23 +263,27 @@ def _link(library: Path, objects: Iterable[Path], libraries: Sequence[str] = ())
     _run(["g++", *FLAGS, "-shared", *map(str, objects), *libraries, "-o", str(library)])
 
 
-def _write_missing_functions(target: Path, objects: Iterable[Path]) -> Path:
-    package = _torch_npu()
-    users = [
-        package / "lib" / "libtorch_npu.so",
-        package / "lib" / "libnpu_profiler.so",
-        package / "lib" / "libtensorpipe.so",
-        *package.glob("_C*.so"),
-    ]
-    used = {name for name in _symbols(users, "-D", "--undefined-only") if FUNCTIONS_OF_CANN.fullmatch(name)}
-    missing = sorted(used - _symbols(objects, "--defined-only"))
-    functions = [f'extern "C" void {name}() {{ sim::not_simulated("{name}"); }}' for name in missing]
+def _write_refusals(target: Path, names: Iterable[str]) -> Path:
+    functions = [f'extern "C" void {name}() {{ sim::not_simulated("{name}"); }}' for name in names]
     declaration = "namespace sim { [[noreturn]] void not_simulated(const char* what); }"
     target.write_text("\n".join([declaration, *functions, ""]))
     return target
 
 
-def _symbols(files: Iterable[Path], *options: str) -> set[str]:
+def libraries(package: Path) -> list[Path]:
+    """Of a torch_npu, those that are loaded when it is imported."""
+    names = ("libtorch_npu.so", "libnpu_profiler.so", "libtensorpipe.so")
+    return [*(package / "lib" / name for name in names), *sorted(package.glob("_C*.so"))]
+
+
+def linked_functions(package: Path) -> set[str]:
+    """Functions of CANN that a torch_npu is linked with."""
+    undefined = symbols(libraries(package), "-D", "--undefined-only")
+    return {name for name in undefined if FUNCTIONS_OF_CANN.fullmatch(name)}
+
+
+def symbols(files: Iterable[Path], *options: str) -> set[str]:
+    """Names that `nm` lists for these files, without versions."""
     lines = _run(["nm", *options, *map(str, files)]).splitlines()
     return {line.split()[-1].split("@")[0] for line in lines if line and not line.endswith(":")}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 
+from sglang_npu_pp.builds import CORE, Seam
 from sglang_npu_pp.patching import Contracts, Patch
 
 from . import (
@@ -17,6 +18,7 @@ from . import (
     disaggregation,
     dp_metadata,
     ending,
+    features,
     grammars,
     groups,
     lora,
@@ -38,33 +40,41 @@ def _only(when: Callable[..., bool], patches: tuple[Patch, ...]) -> tuple[Patch,
 
 # On a server that stays on upstream's path every call is the original's. Startup decides whether it does; the
 # launcher goes by the arguments of the server.
-PATCHES: tuple[Patch, ...] = (
-    *startup.PATCHES,
-    *groups.PATCHES,  # each looks whether its group has lanes
-    *_only(has_pipeline, requests.PATCHES),
-    *_only(has_pipeline, decisions.PATCHES),
-    *_only(has_pipeline, control.PATCHES),
-    *_only(is_ours, control.CLIENT_PATCHES),
-    *_only(has_pipeline, time_limits.PATCHES),
-    *_only(has_pipeline, grammars.PATCHES),
-    *_only(has_pipeline, lora.PATCHES),
-    *_only(has_pipeline, queue_order.PATCHES),
-    *_only(has_pipeline, proxies.PATCHES),
-    *_only(has_pipeline, outputs.PATCHES),
-    *_only(has_pipeline, attention.PATCHES),
-    *_only(has_pipeline, dp_metadata.PATCHES),
-    *_only(is_ours, bootstrap.PATCHES),
-    *_only(has_pipeline, disaggregation.PATCHES),
-    *ending.PATCHES,
+SEAMS: tuple[Seam, ...] = (
+    Seam("startup", CORE, startup.PATCHES),
+    Seam("groups", CORE, groups.PATCHES),  # each looks whether its group has lanes
+    Seam("requests", CORE, _only(has_pipeline, requests.PATCHES)),
+    Seam("decisions", CORE, _only(has_pipeline, decisions.PATCHES)),
+    Seam(
+        "control",
+        CORE,
+        (*_only(has_pipeline, control.PATCHES), *_only(is_ours, control.CLIENT_PATCHES)),
+    ),
+    Seam("time_limits", CORE, _only(has_pipeline, time_limits.PATCHES)),
+    Seam("grammars", CORE, _only(has_pipeline, grammars.PATCHES)),
+    Seam("lora", features.LORA, _only(has_pipeline, lora.PATCHES)),
+    Seam("queue_order", CORE, _only(has_pipeline, queue_order.PATCHES)),
+    Seam("proxies", CORE, _only(has_pipeline, proxies.PATCHES)),
+    Seam("outputs", CORE, _only(has_pipeline, outputs.PATCHES)),
+    Seam("attention", features.NPU_BACKEND, _only(has_pipeline, attention.PATCHES)),
+    Seam("dp_metadata", features.DP_ATTENTION, _only(has_pipeline, dp_metadata.PATCHES)),
+    Seam("bootstrap", features.BOOTSTRAP, _only(is_ours, bootstrap.PATCHES)),
+    Seam("disaggregation", features.DISAGGREGATION, _only(has_pipeline, disaggregation.PATCHES)),
+    Seam("ending", features.END, ending.PATCHES),
 )
+PATCHES: tuple[Patch, ...] = tuple(patch for seam in SEAMS for patch in seam.patches)
 
 
-def patches_here() -> tuple[Patch, ...]:
-    """The patches for the device of this process's SGLang."""
+def seams_for(device: str | None) -> tuple[Seam, ...]:
+    """Seams of a device: "npu", or None for any other."""
+    return tuple(seam for seam in SEAMS if all(patch.device in (None, device) for patch in seam.patches))
+
+
+def seams_here() -> tuple[Seam, ...]:
+    """For the device of this process's SGLang."""
     from sglang.srt.utils import is_npu
 
-    device = "npu" if is_npu() else None
-    return tuple(patch for patch in PATCHES if patch.device in (None, device))
+    return seams_for("npu" if is_npu() else None)
 
 
 def sglang_release() -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from sglang_npu_pp.host_copies import upload
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import upload
 
 from .pipeline import current
 

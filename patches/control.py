@@ -17,6 +17,8 @@ after its requests, so this exchange would deadlock.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from sglang_npu_pp.patching import Patch
 
 from .disaggregation import is_disaggregated
 from .intake import needs_agreement
+from .parallel import get_parallel
 from .pipeline import AsyncPipeline, current
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -127,7 +130,7 @@ def _without_consequences(request: Any) -> Any:
     """The local part; effects on later requests come after the agreement."""
     later = {"flush_cache": False, "weight_version": None}
     changes = {name: value for name, value in later.items() if hasattr(request, name)}
-    return msgspec.structs.replace(request, **changes) if changes else request
+    return _changed(request, **changes) if changes else request
 
 
 def _all_outcomes(scheduler: Any, pipeline: AsyncPipeline, outcome: Outcome) -> list[Outcome]:
@@ -145,8 +148,6 @@ def _all_outcomes(scheduler: Any, pipeline: AsyncPipeline, outcome: Outcome) -> 
 
 
 def _ranks_of_a_stage() -> int:
-    from sglang.srt.runtime_context import get_parallel
-
     return int(get_parallel().tp_size)
 
 
@@ -169,7 +170,7 @@ def _record_version(scheduler: Any, request: Any) -> None:
 def _answer(output: Any, outcomes: list[Outcome]) -> Any:
     """The stage with the layer answers for a weight."""
     if hasattr(output, "parameter") and output.parameter is None:
-        return msgspec.structs.replace(output, parameter=first_value(outcomes))
+        return _changed(output, parameter=first_value(outcomes))
     return output
 
 
@@ -220,7 +221,7 @@ def _restore(
     if not may_have_changed(outcomes):
         scheduler.tp_worker.model_runner.model_config.model_path = path
         return ""
-    again = msgspec.structs.replace(_without_consequences(request), model_path=path, load_format=load_format)
+    again = _changed(_without_consequences(request), model_path=path, load_format=load_format)
     attempt = _attempt(pipeline, handler, again)
     failed = failures(_all_outcomes(scheduler, pipeline, attempt.outcome))
     flushed = _flush(scheduler, request)
@@ -279,7 +280,7 @@ def _refusal(request: Any, output: Any, reason: str) -> Any:
         changes["loaded_adapters"] = _without_adapter(output.loaded_adapters, request)
     if "success" not in changes and "updated" not in changes:
         changes["rid"] = _REFUSED + reason  # an answer without words: `collect_replies` reads it
-    return msgspec.structs.replace(output, **changes)
+    return _changed(output, **changes)
 
 
 def _blank_answer(request: Any) -> Any:
@@ -289,8 +290,7 @@ def _blank_answer(request: Any) -> Any:
     if kind is None:
         return None
     known = {"success": False, "updated": False, "message": "", "parameter": None}
-    required = [field.name for field in msgspec.structs.fields(kind) if field.required]
-    return kind(**{name: known.get(name) for name in required})
+    return kind(**{name: known.get(name) for name in _required(kind)})
 
 
 def _without_adapter(adapters: Any, request: Any) -> Any:
@@ -307,6 +307,30 @@ def _message(output: Any) -> str:
 
 def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(".: ")
+
+
+# --- upstream's messages, which are dataclasses in 0.5.14 -----------------------------------------
+
+
+def _changed(message: Any, /, **changes: Any) -> Any:
+    if not dataclasses.is_dataclass(message):
+        return msgspec.structs.replace(message, **changes)
+    changed = copy.copy(message)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def _required(kind: Any) -> list[str]:
+    """Fields without a default."""
+    if not dataclasses.is_dataclass(kind):
+        return [field.name for field in msgspec.structs.fields(kind) if field.required]
+    missing = dataclasses.MISSING
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is missing and field.default_factory is missing
+    ]
 
 
 # --- the client's side -------------------------------------------------------------------------

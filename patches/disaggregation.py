@@ -40,7 +40,7 @@ def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, la
     pipeline.last_launched = launched
     for req in batch.reqs:
         setattr(req, _LAUNCHED, launched)
-    if not _can_send_early(scheduler):
+    if not (pipeline.early_send and _can_send_early(scheduler)):
         return
     for req in batch.reqs:
         if req.pending_bootstrap or not _has_queue(req):
@@ -87,9 +87,9 @@ def get(original: Any, queue: Any) -> Any:
 
 
 def _can_send_early(scheduler: Any) -> bool:
-    """Equal on all ranks. Not with 0.5.15 (no step for one chunk) or staging buffers (their own grid), nor
-    where the prefix tree must not hold uncomputed KV: with a hierarchical cache (copied to the host) or
-    further state (Mamba, sliding windows; copied into the tree)."""
+    """Equal on all ranks. Not up to 0.5.15.post1 (no step for one chunk), with staging buffers (their own
+    grid), or where the prefix tree must not hold uncomputed KV: with a hierarchical cache (copied to the
+    host) or further state (Mamba, sliding windows; copied into the tree)."""
     parameters = inspect.signature(scheduler.process_prefill_chunk).parameters
     return (
         "last_batch" in parameters
@@ -156,6 +156,7 @@ PATCHES = (
             f"{_MIXIN}.process_batch_result_disagg_prefill",
             f"{_MIXIN}.maybe_send_cached_prefix_chunk",
             "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.event_loop_pp_disagg_prefill",
+            "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.event_loop_pp_disagg_decode",
         ),
     ),
     Patch(

@@ -40,12 +40,12 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("num_tokens", "global_num_tokens"),
     Column("num_tokens_for_logprob", "global_num_tokens_for_logprob"),
-    Column("can_cuda_graph", "can_cuda_graph", all),  # 0.5.15
+    Column("can_cuda_graph", "can_cuda_graph", all),  # up to 0.5.16
     Column("can_run_decode_cuda_graph", "can_run_decode_cuda_graph", all),
     Column("is_extend_in_batch", "is_extend_in_batch", any),
     Column("local_can_run_tbo"),
     Column("local_forward_mode"),
-    Column("can_run_breakable_cuda_graph", "can_run_breakable_cuda_graph", all),  # 0.5.15
+    Column("can_run_breakable_cuda_graph", "can_run_breakable_cuda_graph", all),  # up to 0.5.16
     Column("can_run_prefill_cuda_graph", "can_run_prefill_cuda_graph", all),
     Column("prefill_cuda_graph_max_prefix_len", "prefill_cuda_graph_max_prefix_len", max),
     Column("can_run_draft_cuda_graph", "can_run_draft_cuda_graph", all),
@@ -169,6 +169,7 @@ def open_metadata(scheduler: Any, parallel: Any, loop: LoopPosition) -> DPMetada
         device,
         context.telemetry.receiving(_KIND),
         where=context.where,
+        pinned=context.settings.pin_memory == "1",
     )
     rows.warm_up()
     return DPMetadata(rows, scheduler, loop)
@@ -191,7 +192,7 @@ def _metadata() -> DPMetadata | None:
 
 
 def all_gather(original: Any, info: Any, device: Any, group: Any, use_all_reduce: bool = False) -> None:
-    """`use_all_reduce`: elastic expert parallelism, from 0.5.18 on."""
+    """`use_all_reduce`: elastic expert parallelism, from 0.5.16 on."""
     metadata = _metadata()
     if metadata is None or use_all_reduce or not metadata.carries(info, device):
         more = {"use_all_reduce": True} if use_all_reduce else {}

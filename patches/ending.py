@@ -26,6 +26,7 @@ from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
 
+from .features import unknown_to_a_server
 from .pipeline import current_or_none, has_pipeline
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -53,7 +54,11 @@ def launch_scheduler_processes(
     """In the launcher of every node; returns when the processes were started, before they are ready."""
     from sglang.srt.managers.load_snapshot import shm_path_for
 
-    ours = server_args.pp_size > 1 and server_args.speculative_algorithm is None
+    ours = (
+        server_args.pp_size > 1
+        and server_args.speculative_algorithm is None
+        and unknown_to_a_server(server_args) is None
+    )
     at_once = ours and not has_own_end(server_args)
     node = Node(psutil.Process(), (Path(shm_path_for(port_args.instance_id)),))
     global _node
@@ -84,7 +89,7 @@ def launch_scheduler_processes(
 
 def _look_before_it_ends(result: Any, watch: Watch, on_lost: Callable[[int, PeerLostError], None]) -> None:
     """Launchers of later nodes wait for their schedulers, then kill the rest of the node at once."""
-    wait_for_schedulers = getattr(result, "block_until_scheduler_exits", None)  # 0.5.18 and later
+    wait_for_schedulers = getattr(result, "block_until_scheduler_exits", None)  # 0.5.17 and later
     if wait_for_schedulers is None:
         return
 

@@ -1,6 +1,6 @@
-"""Seam: readiness of compiled grammars, in 0.5.15.
+"""Seam: readiness of compiled grammars, up to 0.5.15.post1.
 
-Every rank compiles in threads. From 0.5.18 on stage 0 sends ready requests and those past the wait limit;
+Every rank compiles in threads. From 0.5.16 on stage 0 sends ready requests and those past the wait limit;
 before, only the ranks of a stage agree. Here the leader of stage 0 decides for all.
 """
 
@@ -81,8 +81,8 @@ PATCHES = (
         wrapper=get_ready_grammar_requests,
         why="every stage polls its own compiler; diverging stages run other requests",
         how="stage 0 decides; a rank that is not ready waits for its compiler",
-        upstream="sglang #30747 (0.5.18: stage 0 sends its result)",
-        plan="goes with 0.5.15",
+        upstream="sglang #30747 (0.5.16: stage 0 sends its result)",
+        plan="goes with 0.5.15.post1",
         relies_on=(f"{_MANAGER}.abort_requests",),
         unless=f"{_MANAGER}._pp_sync_ready_failed",
     ),

@@ -179,7 +179,7 @@ def send_recv_tensor_dict(
 def send_object(
     original: Any, group: Any, obj: Any, dst: int, async_send: bool = False, tag: int = 0
 ) -> list[Any]:
-    """`tag`: from 0.5.18 on."""
+    """`tag`: from 0.5.16 on."""
     _lanes(group).push(Kind.OBJECT, _peer(group, dst, 0), (tag, obj))
     return _works([Done()]) if async_send else []
 
@@ -292,7 +292,7 @@ PATCHES = (
         send_recv_tensor_dict,
         "needs batch_isend_irecv so that two rendezvous sends do not wait for each other",
         "post, push, wait",
-        optional=True,  # 0.5.15 and 0.5.18 do not have it
+        optional=True,  # from 0.5.20 on
     ),
     _replaced("send_object", send_object, "two rendezvous messages", "one push"),
     _replaced("recv_object", recv_object, "two blocking receives", "one message"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .disaggregation import is_disaggregated
+from .parallel import get_parallel, memory_settings
 from .pipeline import current_or_none
 
 
@@ -54,8 +55,6 @@ def may_sleep(scheduler: Any) -> bool:
 
 
 def _has_data_parallel_attention(scheduler: Any) -> bool:
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     elastic = getattr(parallel, "attn_dp_enabled", False)  # 0.5.22 and later: a rank that joins later, too
     return bool(parallel.attn_dp_size > 1 or elastic)
@@ -72,11 +71,7 @@ _SECOND_TIERS = (
 
 def _has_second_tier(scheduler: Any) -> bool:
     """Releases differ in these settings and their places."""
-    from sglang.srt import runtime_context
-
-    places = [scheduler, scheduler.server_args]
-    if hasattr(runtime_context, "get_memory"):  # 0.5.18 and later
-        places.append(runtime_context.get_memory())
+    places = [scheduler, scheduler.server_args, *memory_settings()]
     return any(getattr(place, flag, False) for place in places for flag in _SECOND_TIERS)
 
 
@@ -111,7 +106,7 @@ def _has_health_checks(scheduler: Any) -> bool:
     return bool(scheduler.return_health_check_ipcs)
 
 
-# Polls in the loops of 0.5.15 to 0.5.23. These rule out sleep: transfers, handshakes and prefetched KV of
+# Polls in the loops of 0.5.13 to 0.5.23. These rule out sleep: transfers, handshakes and prefetched KV of
 # disaggregated servers; data-parallel attention, whose ranks all listen, and joining elastic ranks; a cache's
 # second tier, on every stage (write-back, load-back, prefetch, storage); the input blocker's barrier; the
 # scripted test runtime.

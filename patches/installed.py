@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from sglang_npu_pp.errors import ContractError
-from sglang_npu_pp.patching import fingerprint_on_disk
+from sglang_npu_pp.fingerprints import fingerprint_on_disk
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 """Entry-point group whose plugins SGLang loads."""

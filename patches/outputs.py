@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from sglang_npu_pp.host_copies import upload
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import PassedEvent
-from sglang_npu_pp.token_return import upload
 
 from .hidden_states import give_hidden_states
 from .pipeline import AsyncPipeline, Launch, current

@@ -6,17 +6,18 @@ One a process, `current()`. Without it (one stage, an unsupported feature) upstr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sglang_npu_pp.decisions import SharedDecisions
+from sglang_npu_pp.host_copies import HostCopy
 from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.observe.stage_times import DepthAdviser, ForwardTimer
 from sglang_npu_pp.outcomes import Outcome
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import HostCopy, TokenReturn
+from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
 from sglang_npu_pp.transport.message import Kind
 from sglang_npu_pp.transport.stage_link import GatherGroup, Pending, StageLink
@@ -115,6 +116,8 @@ class AsyncPipeline:
         trace = self.link.trace
         timed = trace.enabled and self.streams.asynchronous
         self.timer = ForwardTimer(self.streams, trace) if timed else None
+        self.early_send = self.link.context.settings.early_send == "1"
+        self.unsent: Callable[[], None] | None = None  # sends the proxies of the last launch
         self.launched: dict[int, Launch] = {}
         self.transfers = TransferGate(self.streams, trace)
         self.last_launched: Any = None  # prefill server: the event behind the last launch
@@ -192,6 +195,12 @@ class AsyncPipeline:
             batch=batch,
             gather=None if copied else gather,
         )
+
+    def send_unsent(self) -> None:
+        """Send the proxies of this iteration's launch, unless they are sent."""
+        send, self.unsent = self.unsent, None
+        if send is not None:
+            send()
 
     def post_outputs(self, slot: int) -> Pending:
         return self.link.post(

@@ -3,10 +3,15 @@
 Upstream receives them one by one before the launch and sends them at the end of the iteration, behind another
 microbatch's results. Here the receive is posted there, waited for just before the forward, and the send right
 behind it, as of outputs (last stage) and KV chunks (prefill server).
+
+`SGLANG_NPU_PP_EARLY_SEND=0` sends proxies at upstream's place, in the same order on the device lane. No
+circle of waits forms: a stage waits for messages of this iteration of earlier stages (requests, proxies) and
+of earlier iterations (outputs, consensus), and sends all of an iteration before the next.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import zlib
 from collections.abc import Iterator
@@ -16,9 +21,9 @@ from typing import Any
 
 import torch
 
+from sglang_npu_pp.host_copies import HostCopy, copy_to_host
 from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.patching import Patch
-from sglang_npu_pp.token_return import HostCopy, copy_to_host
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
@@ -37,7 +42,7 @@ def recv_proxy_tensors(original: Any, scheduler: Any) -> Any:
 
 
 def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> tuple[Any, Any]:
-    """`arguments` end alike in all releases; from 0.5.18 on the batch comes first."""
+    """`arguments` end alike in all releases; from 0.5.16 on the batch comes first."""
     pipeline = current()
     *given, proxies, mb_metadata, last_rank_comm_queue = arguments
     microbatch = _Microbatch.of(scheduler.mbs[mb_id])
@@ -45,21 +50,24 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     _decide_what_was_put_off(pipeline)
     with _timed(scheduler, pipeline, mb_id, counted=not microbatch.skipped):
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
-    pipeline.link.release(launched)  # the proxies are used up once that event has passed
     outputs = None
     if pipeline.is_last:
+        pipeline.link.release(launched)  # the proxies are used up once that event has passed
         outputs = _return_outputs(
             scheduler, pipeline, mb_id, microbatch, result, last_rank_comm_queue.pop()[1]
         )
-    else:
-        _send_proxies(scheduler, pipeline, microbatch, result)
+    elif not microbatch.prebuilt:
+        pipeline.unsent = functools.partial(_send_proxies, scheduler, pipeline, microbatch.words, result)
+        if pipeline.early_send:
+            pipeline.send_unsent()
     pipeline.launched[mb_id] = Launch(pipeline.iteration, microbatch.skipped, outputs)
     send_launched_chunks(scheduler, pipeline, microbatch.batch, launched)
     return result, launched
 
 
 def send_dict_to_next_stage(original: Any, scheduler: Any, *arguments: Any, **options: Any) -> list[Any]:
-    """Nothing: `launch_batch` has sent the proxies."""
+    """The proxies, unless `launch_batch` has sent them."""
+    current().send_unsent()
     return []
 
 
@@ -155,13 +163,13 @@ def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) 
         logger.info("sglang-npu-pp: %s", adviser.advice(scheduler.max_running_requests, limit))
 
 
-def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, microbatch: _Microbatch, result: Any) -> None:
+def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, batch: str, result: Any) -> None:
     """On the forward stream: the next forward may overwrite packed tensors."""
-    if microbatch.prebuilt:
-        return
     with scheduler.forward_stream_ctx:
         proxies = result.pp_hidden_states_proxy_tensors.tensors
-        pipeline.send_proxies(proxies, microbatch.words, _gather_group(scheduler))
+        pipeline.send_proxies(proxies, batch, _gather_group(scheduler))
+        # Behind the packing: a tensor that is sent may be the received one, changed in place.
+        pipeline.link.release(pipeline.streams.record())
 
 
 def _return_outputs(
@@ -209,7 +217,7 @@ PATCHES = (
         target=f"{_MIXIN}._pp_send_dict_to_next_stage",
         wrapper=send_dict_to_next_stage,
         why="would send the proxies a second time",
-        how="does nothing",
+        how="does nothing; with SGLANG_NPU_PP_EARLY_SEND=0 it sends them on the lanes",
         upstream="sglang #19582",
         plan=_PLAN,
         relies_on=(f"{_MIXIN}._pp_send_proxy_to_next_stage",),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.transport.message import Kind
 
+from .parallel import get_parallel
 from .pipeline import current
 
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -38,17 +40,20 @@ def _receive_as_upstream_counts() -> Callable[[Any], list[Any]]:
     def receive(receiver: Any) -> list[Any]:
         return current().receive_requests()
 
-    decorate: Callable[..., Any]
-    try:
+    decorated: Callable[[Any], list[Any]] = _decorator_of_recv_requests()(receive)
+    return decorated
+
+
+def _decorator_of_recv_requests() -> Callable[..., Any]:
+    with suppress(ImportError):
         from sglang.srt.observability import scheduler_stage_metrics as stages
-    except ImportError:  # up to 0.5.18 there are only profiles
+
+        return stages.scheduler_stage_method(stages.SCHEDULER_STAGE_RECV_REQUESTS)
+    with suppress(ImportError):  # up to 0.5.19 there are only profiles
         from sglang.srt.utils.nvtx_utils import scheduler_nvtx_method
 
-        decorate = scheduler_nvtx_method("scheduler.recv_requests")
-    else:
-        decorate = stages.scheduler_stage_method(stages.SCHEDULER_STAGE_RECV_REQUESTS)
-    decorated: Callable[[Any], list[Any]] = decorate(receive)
-    return decorated
+        return scheduler_nvtx_method("scheduler.recv_requests")
+    return lambda function: function  # in 0.5.13 neither
 
 
 def _enter_barrier(receiver: Any) -> None:
@@ -99,8 +104,6 @@ def _broadcast_inside_stage(scheduler: Any, data: Any) -> Any:
 
 
 def is_leader() -> bool:
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     return parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
 
@@ -124,8 +127,6 @@ PATCHES = (
             "sglang.srt.utils.poll_based_barrier:PollBasedBarrier.poll_global_arrived",
             f"{_SCHEDULER}.ingest_requests",
             f"{_MIXIN}.event_loop_pp",
-            f"{_MIXIN}.event_loop_pp_disagg_prefill",
-            f"{_MIXIN}.event_loop_pp_disagg_decode",
             f"{_MIXIN}.init_pp_loop_state",
             "sglang.srt.observability.scheduler_stage_metrics:scheduler_stage_method",
         ),

@@ -38,8 +38,10 @@ from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
 from .dp_metadata import open_metadata
+from .features import certificate, functions, in_force, in_use, unknown_to_a_server
 from .groups import attach_link
 from .idle import sleep_when_idle
+from .parallel import get_parallel
 from .pipeline import (
     AsyncPipeline,
     LoopPosition,
@@ -85,25 +87,26 @@ def init_torch_distributed(original: Any, runner: Any) -> Any:
 
 
 def _start(scheduler: Any) -> None:
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
+    settings = load_settings()
+    reason, without = _unsupported(scheduler), unknown_to_a_server(scheduler.server_args, separable=True)
+    refused = reason or without
+    if refused is not None and settings.mode == "require":
+        raise ContractError(
+            f"{where}: {refused}, and SGLANG_NPU_PP=require; start without it, or set "
+            "SGLANG_NPU_PP=auto to serve on upstream's path."
+        )
     if parallel.pp_size == 1:
         logger.info("sglang-npu-pp: %s; one stage, nothing to make asynchronous", _decision)
         return
-    settings = load_settings()
-    reason = _unsupported(scheduler)
-    if reason is not None and settings.mode == "require":
-        raise ContractError(
-            f"{where}: {reason}, and SGLANG_NPU_PP=require; start without it, or set "
-            "SGLANG_NPU_PP=auto to serve on upstream's path."
-        )
     _agree_with_all_ranks(settings, reason)
     if reason is not None:
         logger.warning("sglang-npu-pp: %s stays on upstream's path: %s", where, reason)
         leave_to_upstream()
         return
+    if without is not None:
+        logger.warning("sglang-npu-pp: %s is patched in part: %s", where, without)
     replica = None if scheduler.server_args.enable_dp_attention else _dp_rank(scheduler, parallel)
     context = RankContext.begin(
         parallel.pp_rank, parallel.pp_size, settings, rank=parallel.tp_rank, replica=replica
@@ -125,6 +128,7 @@ def _start(scheduler: Any) -> None:
         parallel.pp_size,
         lane,
     )
+    logger.info("sglang-npu-pp: %s uses %s", where, ", ".join(in_use(scheduler.server_args)))
 
 
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:
@@ -137,9 +141,10 @@ def init_pp_loop_state(original: Any, scheduler: Any) -> None:
 
 def _unsupported(scheduler: Any) -> str | None:
     """Configuration without an asynchronous path; equal on all ranks."""
-    if not scheduler.spec_algorithm.is_none():
+    arguments = scheduler.server_args
+    if arguments.pp_size > 1 and not scheduler.spec_algorithm.is_none():
         return "speculative decoding with pipeline parallelism is not supported yet"
-    return None
+    return unknown_to_a_server(arguments)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
@@ -150,6 +155,9 @@ def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
         "sglang-npu-pp": __version__,
         "protocol": str(PROTOCOL),
         "path": "asynchronous" if reason is None else f"upstream ({reason})",
+        "features": ", ".join(name for name, known in in_force().items() if known),
+        "functions": functions(),
+        "certificate": certificate(),
         **settings.shared_values(),
     }
     agree(
@@ -228,7 +236,8 @@ def _slots(scheduler: Any, parallel: Any) -> int:
 
 def _make_parts(scheduler: Any, parallel: Any, host_lane: HostLane) -> Parts:
     """In one order on all ranks: most parts talk to other stages."""
-    context, streams = host_lane.context, DeviceStreams(parallel.pp_group.device)
+    context = host_lane.context
+    streams = DeviceStreams(parallel.pp_group.device, pinned=context.settings.pin_memory == "1")
     slots = _slots(scheduler, parallel)
     clock = measure_clock(host_lane, context.settings.start_limit_s)
     link = StageLink(host_lane, _open_device_lane(scheduler, parallel, streams, context), clock)
@@ -256,7 +265,7 @@ def _export(link: StageLink, slots: int, labels: Mapping[str, str]) -> None:
         DEVICE_SLOTS: 0 if link.device_lane is None else settings.slots,
     }
     try:
-        Exporter(link.telemetry, limits, labels=labels).start()
+        Exporter(link.telemetry, limits, features=in_force(), labels=labels).start()
     except Exception:
         logger.exception("sglang-npu-pp: this rank goes on without metrics")
 

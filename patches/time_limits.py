@@ -1,4 +1,4 @@
-"""Seam: limits of waiting and running time of requests, up to 0.5.18.
+"""Seam: limits of waiting and running time of requests, up to 0.5.19.
 
 `SGLANG_REQ_WAITING_TIMEOUT` and `SGLANG_REQ_RUNNING_TIMEOUT`, in seconds. From 0.5.20 on the leader of stage
 0 sends aborts with the requests. Before, each rank uses its own clock, so a request may end on one and run on
@@ -55,7 +55,7 @@ def abort_on_waiting_timeout(original: Any, scheduler: Any) -> None:
 
 
 def abort_on_running_timeout(original: Any, scheduler: Any, *batch: Any) -> None:
-    """`batch`: in 0.5.18 the running batch, which 0.5.15 takes from the scheduler."""
+    """`batch`: from 0.5.16 on the running batch, which 0.5.15 takes from the scheduler."""
     pipeline = current()
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
@@ -74,7 +74,7 @@ def _patch(name: str, wrapper: Any, what: str) -> Patch:
         why=f"every rank decides by its own clock {what}; diverging stages run other requests",
         how="ends the requests named by stage 0",
         upstream="0.5.20 (aborts of the leader in the list of requests)",
-        plan="goes with 0.5.18",
+        plan="goes with 0.5.19",
         relies_on=(f"{_SCHEDULER}.get_next_batch_to_run",),
         optional=True,
     )

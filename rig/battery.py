@@ -6,20 +6,21 @@ log-probabilities, which `differences` compares with a tolerance.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import random
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rig.server import Server
+from sglang_npu_pp.tools.certify import asking, comparison
+from sglang_npu_pp.tools.certify.asking import generate, stream, summary
 
 LOGPROB_TOLERANCE = 1e-3
+OUTPUT_TOKENS = asking.OUTPUT_TOKENS
 LENGTHS = (1, 2, 7, 31, 64, 129, 255, 256, 257, 511, 1000, 1500)  # tokens; chunks are 256
-OUTPUT_TOKENS = 16
 DIGITS = sorted((Path(__file__).parents[1] / "scripts/assets/digits").glob("*.png"))
 QUESTION = "which digit is shown in the image?\nanswer with a single digit."
 
@@ -32,60 +33,9 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [generator.randrange(10, 500) for _ in range(length)]
 
 
-def generate(server: Server, *, timeout_s: float = 300, **request: Any) -> dict[str, Any]:
-    """POST /generate, greedy unless `sampling_params` says otherwise; raises for an HTTP error."""
-    sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, **request.pop("sampling_params", {})}
-    response = server.post("/generate", {**request, "sampling_params": sampling}, timeout_s=timeout_s)
-    response.raise_for_status()
-    return response.json()
-
-
 def ask_about(server: Server, picture: Path) -> dict[str, Any]:
     """Ask which digit a picture shows, with log-probabilities."""
-    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    body = {
-        "model": "default",
-        "max_tokens": 12,
-        "temperature": 0,
-        "logprobs": True,
-        "top_logprobs": 2,
-        "messages": [{"role": "user", "content": content}],
-    }
-    response = server.post("/v1/chat/completions", body)
-    response.raise_for_status()
-    choice = response.json()["choices"][0]
-    tokens = choice["logprobs"]["content"]
-    return {
-        "text": choice["message"]["content"],
-        "finish": choice["finish_reason"],
-        "logprobs": [token["logprob"] for token in tokens],
-        "top": [[other["logprob"] for other in token["top_logprobs"]] for token in tokens],
-    }
-
-
-def summary(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an answer of /generate must be equal."""
-    meta = answer["meta_info"]
-    kept = {"ids": answer["output_ids"], "text": answer["text"], "finish": meta["finish_reason"]}
-    for name, column in (("output_token_logprobs", 0), ("input_token_logprobs", 0)):
-        if meta.get(name):
-            kept[name] = [entry[column] for entry in meta[name]]
-    for name in ("output_top_logprobs", "input_top_logprobs", "output_token_ids_logprobs"):
-        if meta.get(name):
-            kept[name] = [None if row is None else [entry[0] for entry in row] for row in meta[name]]
-    return kept
-
-
-def stream(server: Server, **request: Any) -> list[str]:
-    """The texts of a streamed generation, one a chunk."""
-    sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, **request.pop("sampling_params", {})}
-    body = {**request, "sampling_params": sampling, "stream": True}
-    with server.post("/generate", body, stream=True) as response:
-        response.raise_for_status()
-        lines = [line for line in response.iter_lines() if line.startswith(b"data: ")]
-    assert lines[-1] == b"data: [DONE]", lines[-1]
-    return [json.loads(line[6:])["text"] for line in lines[:-1]]
+    return asking.ask_about(server, picture.read_bytes(), QUESTION)
 
 
 def _length_case(length: int) -> Case:
@@ -189,22 +139,8 @@ def differences(
     """A line for everything in `found` that is not as expected; cases `without` must not be in it."""
     names = [name for name in expected if name not in without]
     assert set(names) == found.keys()
-    return [f"{name}: {line}" for name in names for line in _compare(expected[name], found[name], "")]
-
-
-def _compare(expected: Any, found: Any, where: str) -> Iterator[str]:
-    if isinstance(expected, Mapping) and isinstance(found, Mapping) and expected.keys() == found.keys():
-        for key in expected:
-            yield from _compare(expected[key], found[key], f"{where}/{key}")
-    elif _is_list(expected) and _is_list(found) and len(expected) == len(found):
-        for index, (left, right) in enumerate(zip(expected, found, strict=True)):
-            yield from _compare(left, right, f"{where}/{index}")
-    elif isinstance(expected, float) and isinstance(found, float):
-        if not abs(expected - found) <= LOGPROB_TOLERANCE:
-            yield f"{where} is {found}, expected {expected}"
-    elif expected != found:
-        yield f"{where} is {found!r}, expected {expected!r}"
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return [
+        f"{name}: {line}"
+        for name in names
+        for line in comparison.differences(expected[name], found[name], LOGPROB_TOLERANCE)
+    ]

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import requests
 
-from rig.ports import HOST, free_ports
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 LIMIT_S = 30.0
 MUCH = 256 << 20  # bytes

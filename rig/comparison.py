@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rig import battery, order
+from rig import battery
 from rig.launcher import Launcher, point_to_point_counts, traces
 from rig.releases import IN_VENV, RELEASES, Release
 from sglang_npu_pp.observe.trace import Event
+from sglang_npu_pp.tools.certify import order
 
 Answers = dict[str, Any]
 
@@ -32,6 +33,21 @@ class Layout(NamedTuple):
     @property
     def device_lane(self) -> bool:
         return self.patched_env.get("SGLANG_NPU_PP_PROXY_LANE") == "device"
+
+    @property
+    def early_send(self) -> bool:
+        return self.patched_env.get("SGLANG_NPU_PP_EARLY_SEND") != "0"
+
+    @property
+    def early_receive(self) -> bool:
+        return self.patched_env.get("SGLANG_NPU_PP_EARLY_RECEIVE") != "0"
+
+
+SWITCHES_OFF = {
+    "SGLANG_NPU_PP_PIN_MEMORY": "0",
+    "SGLANG_NPU_PP_EARLY_SEND": "0",
+    "SGLANG_NPU_PP_EARLY_RECEIVE": "0",
+}
 
 
 def depth(value: int) -> tuple[str, str]:
@@ -116,7 +132,7 @@ def concurrent_answers_differ(pair: Pair) -> list[str]:
 
 def patches_are_not_in_force(pair: Pair) -> list[str]:
     """Every scheduler says it once; the number depends on the release."""
-    said = pair.patched.log.count(f"patches in force for SGLang {pair.release.name}; stage ")
+    said = pair.patched.log.count(f"patches in force for SGLang {pair.release.name}, all features; stage ")
     expected = pair.layout.tp * pair.layout.pp // pair.layout.options.get("nnodes", 1)  # on the first node
     return [] if said == expected else [f"{said} schedulers say that they are patched, not {expected}"]
 
@@ -142,8 +158,14 @@ def stages_launch_different_microbatches(pair: Pair) -> list[str]:
     ]
 
 
-def proxies_leave_late(pair: Pair) -> list[str]:
-    return [line for trace in pair.senders for line in order.proxies_leave_right_behind_the_launch(trace)]
+def proxies_leave_at_another_place(pair: Pair) -> list[str]:
+    early = pair.layout.early_send
+    expected = (
+        order.proxies_leave_right_behind_the_launch
+        if early
+        else order.proxies_leave_at_the_end_of_the_iteration
+    )
+    return [line for trace in pair.senders for line in expected(trace)]
 
 
 def proxies_are_waited_for_early(pair: Pair) -> list[str]:
@@ -160,7 +182,9 @@ def outputs_do_not_come_from_the_last_stage(pair: Pair) -> list[str]:
 
 
 def no_message_is_early(pair: Pair) -> list[str]:
-    """Messages are there before they are asked for."""
+    """Messages are there before they are asked for, unless they are sent late."""
+    if not pair.layout.early_send:
+        return []
     return [
         f"no proxies of stage {stage} arrived before stage {stage + 1} asked for them"
         for stage, trace in enumerate(pair.receivers)
@@ -168,13 +192,15 @@ def no_message_is_early(pair: Pair) -> list[str]:
     ]
 
 
-def device_receives_are_posted_late(pair: Pair) -> list[str]:
+def device_receives_are_posted_at_another_place(pair: Pair) -> list[str]:
     lines = []
     for stage, trace in enumerate(pair.receivers, start=1):
         if any(event.name == "post_receive" for event in trace) != pair.layout.device_lane:
             lines.append(f"stage {stage} does not use the lane that it was given")
-        if pair.layout.device_lane:
+        if pair.layout.device_lane and pair.layout.early_receive:
             lines += order.receives_are_posted_with_their_header(trace, slots=4)
+        elif pair.layout.device_lane:
+            lines += order.receives_are_posted_in_their_wait(trace)
     return lines
 
 
@@ -185,12 +211,12 @@ CHECKS: tuple[Callable[[Pair], list[str]], ...] = (
     patches_are_not_in_force,
     gloo_carries_messages,
     stages_launch_different_microbatches,
-    proxies_leave_late,
+    proxies_leave_at_another_place,
     proxies_are_waited_for_early,
     tokens_are_waited_for_before_the_launch,
     outputs_do_not_come_from_the_last_stage,
     no_message_is_early,
-    device_receives_are_posted_late,
+    device_receives_are_posted_at_another_place,
 )
 
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rig.ports import HOST
 from rig.probes import probe_variables
 from rig.server import Server
 from scripts.environment.parts import LIBRARIES, Part
+from sglang_npu_pp.tools.certify.ports import HOST
 
 ENGINE = Part("mooncake")
 MODES = ("prefill", "decode")

@@ -13,14 +13,12 @@ import functools
 import multiprocessing
 import os
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -44,13 +42,6 @@ START_LIMIT_S = 120.0
 GROUP_LIMIT = timedelta(seconds=60)
 
 Result = TypeVar("Result")
-
-
-@contextlib.contextmanager
-def short_directory() -> Iterator[Path]:
-    """A temporary directory whose path leaves room for a socket name (107 bytes in all)."""
-    with tempfile.TemporaryDirectory(prefix="pp-", dir="/tmp") as path:
-        yield Path(path)
 
 
 def store_exchange(store: Any, round_name: str, stage: int, stages: int) -> Exchange:

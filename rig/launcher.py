@@ -14,7 +14,7 @@ from rig.server import Server
 from sglang_npu_pp.observe.trace import Event, read_traces
 
 ROOT = Path(__file__).parents[1]
-RANDOM_MODEL = ROOT / "rig/assets/random_vl"  # random weights: the sensitive twin
+RANDOM_MODEL = ROOT / "sglang_npu_pp/tools/certify/model"  # random weights: the sensitive twin
 MOE_MODEL = ROOT / "rig/assets/random_moe"  # random weights, experts
 DIGITS_MODEL = ROOT / "scripts/assets/digits_vl"  # trained
 

@@ -81,8 +81,14 @@ class Release:
 RELEASES: Mapping[str, Release] = {
     release.name: release
     for release in (
+        Release("0.5.13.post1", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
+        Release("0.5.14", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.15", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
+        Release("0.5.15.post1", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
+        Release("0.5.16", LLGUIDANCE, one_bind_per_stage=True, alone=TOKEN_IDS_LOGPROB),
+        Release("0.5.17", LLGUIDANCE, one_bind_per_stage=True, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.18", LLGUIDANCE, one_bind_per_stage=True, alone=TOKEN_IDS_LOGPROB),
+        Release("0.5.19", LLGUIDANCE, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.20", LLGUIDANCE, alone=TOKEN_IDS_LOGPROB),
         Release(IN_VENV),
         Release("0.5.22"),

@@ -5,13 +5,10 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +18,12 @@ import psutil
 import requests
 
 from rig.devices import DEVICES, DeviceUnavailableError
-from rig.ports import HOST, free_ports
+from sglang_npu_pp.tools.certify.ports import DERIVED_FROM_PORT, HOST, free_ports, why_not_free
+from sglang_npu_pp.tools.certify.processes import POLL_S, ProcessTree, schedulers, wait_gone
+from sglang_npu_pp.tools.certify.reports import TELEMETRY_DIR_VARIABLE, ReportError, write_reports
+from sglang_npu_pp.tools.certify.startup_log import READY, likely_cause, reached
 
 LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
-TELEMETRY_DIR_VARIABLE = "SGLANG_NPU_PP_TELEMETRY_DIR"
-TRACE_SUFFIX = ".trace.json"  # of the files that are not counters
 PATH = "PYTHONPATH"
 REFUSED_VARIABLE = "SGLANG_SERVERS_REFUSED"  # why no server may be started in this process and its children
 
@@ -37,25 +35,9 @@ SMALL_MODEL_ARGS = (
     *("--mem-fraction-static", "0.3"),
 )
 
-# What SGLang logs when a part of its start begins, in order of appearance.
-STAGE_MARKERS = (
-    ("Init parallel begin", "joining ranks"),
-    ("Load weight begin", "weights"),
-    ("Load weight end", "memory pools"),
-    ("Application startup complete", "warm-up"),
-    ("The server is fired up", "ready"),
-)
-FIRST_STAGE, READY = "spawning", "ready"
-
-# Prefixes of the shared memory that SGLang and multiprocessing leave in /dev/shm.
-SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_PREFIXES = ("sgl_", "sglang_", "sem.", "psm_", "torch_")
-
-# Ports that SGLang derives from --port and from --dist-init-addr, where attention is data-parallel.
-DERIVED_FROM_PORT = (13, *range(233, 240))
+# Ports that SGLang derives from --dist-init-addr, where attention is data-parallel.
 DERIVED_FROM_INIT_PORT = (*range(1, 7), 13)
 
-POLL_S = 0.1
 TRACK_EVERY_S = 1.0
 
 
@@ -124,9 +106,7 @@ class Server:
         self._node_ports = free_ports(nnodes, with_also=DERIVED_FROM_PORT)
         if port is not None:
             self._node_ports[0] = port
-        self._launchers: list[subprocess.Popen[bytes]] = []
-        self._seen: dict[int, psutil.Process] = {}
-        self._shared_memory: set[Path] = set()
+        self._tree = ProcessTree()
         self._scratch: Path | None = None
 
     # -- what is started ---------------------------------------------------------------------
@@ -205,7 +185,7 @@ class Server:
             ServerError: it runs already, the model directory is incomplete, the port is taken, or servers
                 are refused.
         """
-        if self._launchers:
+        if self._tree.launchers:
             raise ServerError("this server has been started already")
         if isinstance(self.model, Path) and not (self.model / "config.json").is_file():
             raise ServerError(f"{self.model} is not a model directory: it has no config.json")
@@ -220,17 +200,9 @@ class Server:
         common = {**os.environ, **self.environment, "TMPDIR": str(self._scratch)}
         for node in range(self.nnodes):
             environment = {**common, **self.node_env.get(node, {})}
-            with self._log_of(node).open("wb") as log:
-                launcher = subprocess.Popen(
-                    self.command(node),
-                    cwd=self._scratch,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            self._launchers.append(launcher)
+            self._tree.launch(
+                self.command(node), environment=environment, folder=self._scratch, log=self._log_of(node)
+            )
 
     def wait_ready(
         self,
@@ -240,7 +212,7 @@ class Server:
         """Wait until the server has passed its own warm-up; return the seconds that took.
 
         `on_progress(stage, elapsed_s)` is called about ten times a second; `stage` is one of the
-        names in `STAGE_MARKERS`, or "spawning".
+        names in `startup_log`.
 
         Raises:
             ServerError: a launcher ended, or `limit_s` passed; with the last lines of the log.
@@ -266,7 +238,7 @@ class Server:
 
     def check_alive(self, when: str) -> None:
         """Raise `ServerError` if a launcher has ended; `when` completes the sentence."""
-        for node, launcher in enumerate(self._launchers):
+        for node, launcher in enumerate(self._tree.launchers):
             if launcher.poll() is not None:
                 where = f" of node {node}" if self.nnodes > 1 else ""
                 raise ServerError(
@@ -290,36 +262,19 @@ class Server:
     def stop(self, limit_s: float = 15.0) -> None:
         """End every process that this server started and remove what they leave behind.
 
-        Asks the launchers first (SIGINT: SGLang is gone in two seconds, where SIGTERM makes it
-        drain and write crash diagnostics for twenty), kills what is left after `limit_s`. Safe to
-        call twice.
+        Safe to call twice; see `ProcessTree.end`.
 
         Raises:
             ServerError: a process survived SIGKILL.
         """
         if self._scratch is None:
             return
-        processes = self._track()
-        for launcher in self._launchers:
-            if launcher.poll() is None:
-                launcher.send_signal(signal.SIGINT)
-        left = wait_gone(processes, limit_s)
-        for process in {*left, *self._track()}:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        left = wait_gone(self._seen.values(), limit_s)
-        for launcher in self._launchers:
-            launcher.poll()
-        self._launchers.clear()
-        self._seen.clear()
-        for segment in self._shared_memory:
-            segment.unlink(missing_ok=True)
-        self._shared_memory.clear()
+        left = self._tree.end(limit_s)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch = None
         atexit.unregister(self.stop)  # last: a Ctrl-C in the middle leaves the rest to atexit
         if left:
-            raise ServerError(f"processes {[p.pid for p in left]} survived SIGKILL")
+            raise ServerError(f"processes {left} survived SIGKILL")
 
     # -- talking to it -----------------------------------------------------------------------
 
@@ -347,13 +302,7 @@ class Server:
 
     def scheduler_pids(self) -> list[int]:
         """Process ids of the schedulers, in the order of their titles (stage, then rank)."""
-        titles = {}
-        for process in self._track():
-            with suppress(psutil.Error):
-                title = " ".join(process.cmdline())
-                if title.startswith("sglang::scheduler"):
-                    titles[process.pid] = title
-        return sorted(titles, key=titles.__getitem__)
+        return list(schedulers(self._track()))
 
     def dump_telemetry(self, limit_s: float = 10.0) -> list[Path]:
         """Have every scheduler write its telemetry file now; return the files, all complete.
@@ -365,27 +314,15 @@ class Server:
         if TELEMETRY_DIR_VARIABLE not in self.environment:
             raise ServerError(f"this server was started without {TELEMETRY_DIR_VARIABLE}")
         folder = Path(self.environment[TELEMETRY_DIR_VARIABLE])
-        schedulers = self.scheduler_pids()
-        before = modification_times(folder)
-        for pid in schedulers:
-            if not handles_signal(pid, signal.SIGUSR2):
-                raise ServerError(f"scheduler {pid} does not write telemetry: is the plugin active?")
-            os.kill(pid, signal.SIGUSR2)
-        deadline = time.monotonic() + limit_s
-        while True:
-            now = modification_times(folder)
-            written = sorted(path for path, mtime in now.items() if before.get(path) != mtime)
-            counters = [path for path in written if not path.name.endswith(TRACE_SUFFIX)]  # come last
-            if len(counters) >= len(schedulers) and all(is_complete_json(path) for path in written):
-                return written
-            self.check_alive("while it was writing telemetry")
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{len(written)} of {len(schedulers)} telemetry files were written to {folder} "
-                    f"in {limit_s:.0f} s",
-                    self.log_tail(),
-                )
-            time.sleep(POLL_S)
+        try:
+            return write_reports(
+                folder,
+                self.scheduler_pids(),
+                limit_s,
+                lambda: self.check_alive("while it was writing telemetry"),
+            )
+        except ReportError as error:
+            raise ServerError(str(error), self.log_tail()) from None
 
     def log_text(self, node: int = 0) -> str:
         """Everything that node has logged so far."""
@@ -409,51 +346,31 @@ class Server:
         return self.log if node == 0 else self.log.with_name(f"{self.log.name}.node{node}")
 
     def _stage(self) -> str:
-        text = self.log_text()
-        reached = [stage for marker, stage in STAGE_MARKERS if marker in text]
+        stage = reached(self.log_text())
         # A log level above info hides the marker of readiness; /health then costs a request.
-        if READY not in reached and any(arg.startswith("--log-level") for arg in self.args):
+        if stage != READY and any(arg.startswith("--log-level") for arg in self.args):
             with suppress(requests.RequestException):
                 if self.get("/health", timeout_s=10.0).status_code == requests.codes.ok:
                     return READY
-        return reached[-1] if reached else FIRST_STAGE
+        return stage
 
     def _likely_cause(self, node: int) -> str:
-        """The last line of a node's log that looks like the end of a traceback or a usage error."""
-        for line in reversed(self.log_text(node).splitlines()):
-            kind, colon, rest = line.partition(": ")
-            raised = colon and kind.endswith(("Error", "Exception")) and " " not in kind
-            if raised or rest.startswith("error: "):
-                return f": {line.strip()}"
-        return ""
+        """Behind a colon, where the node's log has one."""
+        cause = likely_cause(self.log_text(node))
+        return f": {cause}" if cause else ""
+
+    @property
+    def _shared_memory(self) -> set[Path]:
+        return self._tree.shared_memory
 
     def _track(self) -> list[psutil.Process]:
-        """Every living process of this server; notes them and the shared memory they use.
-
-        Sessions catch orphans, the family tree catches processes that left their session.
-        """
-        launchers = [launcher.pid for launcher in self._launchers]
-        for pid in psutil.pids():
-            with suppress(psutil.Error, OSError):
-                if pid not in self._seen and os.getsid(pid) in launchers:
-                    self._seen[pid] = psutil.Process(pid)
-        for launcher in launchers:
-            with suppress(psutil.Error):
-                for child in psutil.Process(launcher).children(recursive=True):
-                    self._seen.setdefault(child.pid, child)
-        alive = [process for process in self._seen.values() if is_alive(process)]
-        self._shared_memory |= mapped_shared_memory(alive)
-        return alive
+        return self._tree.alive()
 
 
 def check_port_is_free(port: int) -> None:
     """Raise `ServerError` if something listens on `port` of the loopback interface."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ServerError(f"port {port} of {HOST} is not free: {error.strerror}") from None
+    if reason := why_not_free(port):
+        raise ServerError(f"port {port} of {HOST} is not free: {reason}")
 
 
 def layer_partition(model: Path, pp: int) -> str | None:
@@ -471,65 +388,3 @@ def layer_partition(model: Path, pp: int) -> str | None:
             later = [each + (stage < extra) for stage in range(pp - 1)]
             return ",".join(map(str, [deepstack, *later]))
     return None
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs: not gone, not another process with its id, not a zombie."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_gone(processes: Iterable[psutil.Process], limit_s: float) -> list[psutil.Process]:
-    """Wait until none of `processes` is alive, at most `limit_s`; return those that still are."""
-    deadline = time.monotonic() + limit_s
-    left = [process for process in processes if is_alive(process)]
-    while left and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-        left = [process for process in left if is_alive(process)]
-    return left
-
-
-def mapped_shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
-    """Segments in /dev/shm that these processes use and that SGLang does not always remove."""
-    inodes = set()
-    for process in processes:
-        with suppress(OSError):
-            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                if f"{SHARED_MEMORY}/" in line:
-                    inodes.add(int(line.split()[4]))
-    # By inode: glibc renames a semaphore after it was mapped, so the path in maps is not its name.
-    found = set()
-    for path in SHARED_MEMORY.iterdir():
-        if path.name.startswith(SHARED_MEMORY_PREFIXES):
-            with suppress(FileNotFoundError):  # another server's, which has removed it meanwhile
-                if path.lstat().st_ino in inodes:
-                    found.add(path)
-    return found
-
-
-def handles_signal(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for the signal (Linux: SigCgt in /proc)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("SigCgt:"):
-            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
-
-
-def modification_times(folder: Path) -> dict[Path, int]:
-    """Nanoseconds since the epoch for every JSON file in `folder`."""
-    times = {}
-    for path in folder.glob("*.json"):
-        with suppress(FileNotFoundError):
-            times[path] = path.stat().st_mtime_ns
-    return times
-
-
-def is_complete_json(path: Path) -> bool:
-    """Whether the whole file has been written."""
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True

@@ -12,13 +12,15 @@ recorded as absent: a patch that must replace it will refuse that release.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import functools
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
 from scripts.output import number_table, plain_console  # noqa: E402
+from sglang_npu_pp.fingerprints import fingerprint_in_file, source_in_file  # noqa: E402
 from sglang_npu_pp.patches import ABSENT, PATCHES, load_contracts  # noqa: E402
-from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_source, source_in_file  # noqa: E402
+from sglang_npu_pp.patching import Contract, contract_targets  # noqa: E402
 
 CONTRACTS = ROOT / "patches" / "contracts.json"
 
@@ -46,13 +49,11 @@ def downloaded(release: str) -> Iterator[zipfile.ZipFile]:
             yield wheel
 
 
-def read_source(wheel: zipfile.ZipFile, target: str) -> str | None:
-    """The text of the function at `target`, None if the release does not have it."""
+def read(wheel: zipfile.ZipFile, target: str, what: Callable[[str, str], str | None]) -> str | None:
+    """`what` of the function at `target`, given its module's text; None if the release does not have it."""
     module, _, qualname = target.partition(":")
     name = module.replace(".", "/") + ".py"
-    if name not in wheel.namelist():
-        return None
-    return source_in_file(wheel.read(name).decode(), qualname)
+    return what(wheel.read(name).decode(), qualname) if name in wheel.namelist() else None
 
 
 def release_name(text: str) -> str:
@@ -64,11 +65,52 @@ def release_name(text: str) -> str:
 
 
 def read_contract(release: str) -> Contract:
+    """Says, too, what the patches would import in vain."""
     with downloaded(release) as wheel:
-        sources = {target: read_source(wheel, target) for target in contract_targets(PATCHES)}
-    return {
-        target: None if source is None else fingerprint_source(source) for target, source in sources.items()
-    }
+        for line in missing_imports(wheel):
+            print(f"{release}: {line}, which is not there")
+        return {target: read(wheel, target, fingerprint_in_file) for target in contract_targets(PATCHES)}
+
+
+def imports_of_patches() -> Iterator[tuple[str, str, str]]:
+    """File, module and name of what the patches import from SGLang, but where they can do without."""
+    for path in sorted(CONTRACTS.parent.glob("*.py")):
+        inside: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), False)]
+        while inside:
+            node, guarded = inside.pop()
+            guarded = guarded or (isinstance(node, ast.Try | ast.With) and "ImportError" in ast.unparse(node))
+            inside += [(child, guarded) for child in ast.iter_child_nodes(node)]
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module and module.startswith("sglang.") and not guarded:
+                assert isinstance(node, ast.ImportFrom)
+                yield from ((path.name, module, name.name) for name in node.names)
+
+
+def missing_imports(wheel: zipfile.ZipFile) -> list[str]:
+    """What the patches import and this release does not have, a line each."""
+    files = set(wheel.namelist())
+    lines = []
+    for file, module, name in imports_of_patches():
+        folder = module.replace(".", "/")
+        source = next((each for each in (f"{folder}.py", f"{folder}/__init__.py") if each in files), None)
+        known = _names(wheel.read(source).decode()) if source else set()
+        if not {name, "*"} & known and not {f"{folder}/{name}.py", f"{folder}/{name}/__init__.py"} & files:
+            lines.append(f"patches/{file} imports {name} from {module}")
+    return lines
+
+
+@functools.cache
+def _names(source: str) -> frozenset[str]:
+    """Bound anywhere in the text of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+    return frozenset(found)
 
 
 def write(contracts: Mapping[str, Contract]) -> None:
@@ -108,7 +150,7 @@ def source_difference(name: str, old: str, new: str) -> list[str]:
     with downloaded(old) as before, downloaded(new) as after:
         for target in contract_targets(PATCHES):
             if target.endswith(name):
-                a, b = ((read_source(wheel, target) or "").splitlines() for wheel in (before, after))
+                a, b = ((read(wheel, target, source_in_file) or "").splitlines() for wheel in (before, after))
                 lines += difflib.unified_diff(a, b, f"{old} {target}", f"{new} {target}", lineterm="")
     return lines
 
@@ -131,7 +173,7 @@ def main() -> None:
     if releases:
         write(contracts)
     if arguments.diff or not (releases or arguments.source):
-        plain_console(160).print(differences(load_contracts()))
+        plain_console(240).print(differences(load_contracts()))
     if arguments.source:
         print("\n".join(source_difference(*arguments.source)))
 

@@ -1,7 +1,8 @@
 """Run the core of the suite on every supported SGLang release and print release x layout x verdict.
 
-    scripts/matrix.py                                    everything: about 48 starts of a server, an hour
+    scripts/matrix.py                                    everything: about 96 starts of a server, two hours
     scripts/matrix.py --releases 0.5.15 0.5.23 --layouts tp1-pp2 --json result.json
+    scripts/matrix.py --torch-npu 2.10.0                 instead tests/ascend, on that torch_npu and its torch
 
 A cell starts the release unpatched and patched, asks both the same requests, one by one and sixteen at a
 time, and compares answers and recorded order (rig/comparison.py, which the suite uses too). The exit
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +35,8 @@ from rig.comparison import Layout, compare, complaints, depth  # noqa: E402
 from rig.launcher import Launcher  # noqa: E402
 from rig.releases import RELEASES, Release  # noqa: E402
 from rig.server import ServerError  # noqa: E402
+from scripts.environment import torch_npu  # noqa: E402
+from scripts.environment.installer import InstallerError  # noqa: E402
 from scripts.environment.parts import PartError, provide  # noqa: E402
 from scripts.output import plain_console  # noqa: E402
 
@@ -73,6 +78,8 @@ class Cell:
 
 def main() -> int:
     options = parse_command_line()
+    if options.torch_npu:
+        return run_on_torch_npu(options.torch_npu)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     cells: list[Cell] = []
@@ -103,7 +110,27 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--releases", nargs="+", choices=RELEASES, default=list(RELEASES), metavar="RELEASE")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--json", type=Path, help="write all cells, with every complaint, to this file")
+    parser.add_argument(
+        "--torch-npu",
+        metavar="VERSION",
+        help="run tests/ascend on it, and on its torch (a download of 300 MB)",
+    )
     return parser.parse_args()
+
+
+def run_on_torch_npu(version: str) -> int:
+    """Exit status of tests/ascend on the simulated Ascend; 1 where one of the packages is not to be had."""
+    try:
+        environ = torch_npu.environment(version)
+    except InstallerError as error:
+        console.print(f"matrix: {error}", markup=False)
+        return 1
+    console.print(f"tests/ascend on torch_npu {version} and torch {torch_npu.torch_of(version)}")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ascend"]
+    required = {"REQUIRE_ASCEND_SIM": "1"}  # not to skip everything
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **required, **environ}, check=False
+    ).returncode
 
 
 def install(releases: Sequence[str]) -> None:

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
 from rig.devices import DEVICES  # noqa: E402
-from rig.ports import free_ports  # noqa: E402
 from rig.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError  # noqa: E402
+from sglang_npu_pp.tools.certify.ports import free_ports  # noqa: E402
 
 ASSETS = ROOT / "scripts" / "assets"
 QUESTION = "which digit is shown in the image?\nanswer with a single digit."  # as it was trained

@@ -29,7 +29,7 @@ class Decisions:
     overdue: frozenset[str] = frozenset()
     """Ids of requests past a time limit; from SGLang 0.5.20 on upstream sends aborts."""
     grammars: Grammars = NO_GRAMMARS
-    """From SGLang 0.5.18 on upstream sends them."""
+    """From SGLang 0.5.16 on upstream sends them."""
 
 
 class SharedClock:

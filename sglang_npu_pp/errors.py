@@ -13,6 +13,10 @@ class ContractError(PipelineError):
     """Unknown SGLang internals, or a failed patch."""
 
 
+class CertificateError(ContractError):
+    """A certificate that does not count, or cannot be made."""
+
+
 class AgreementError(PipelineError):
     """Ranks with different plugins or settings."""
 

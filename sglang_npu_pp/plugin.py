@@ -10,8 +10,9 @@ import logging
 import multiprocessing
 import sys
 
+from .builds import CORE, Known, build_of_this_process
 from .errors import ContractError, PipelineError, SettingsError
-from .patching import AppliedPatches, check_contracts
+from .patching import AppliedPatches
 from .settings import Settings, load_settings
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -43,22 +44,27 @@ def activate(settings: Settings | None = None) -> bool:
         _decide("off, because SGLANG_NPU_PP=0")
         return False
     try:
-        from . import patches  # not before: a process in which it is off does not pay for torch
+        # Not before: a process in which it is off does not pay for torch.
+        from . import certificates, patches
 
-        release = patches.sglang_release()
-        needed = check_contracts(patches.patches_here(), release, patches.load_contracts())
-        _applied = AppliedPatches(needed)
+        seams = patches.seams_here()
+        build = build_of_this_process(patches.sglang_release(), seams)
+        known = certificates.certified(Known(build, seams, patches.load_contracts()), settings)
+        if CORE in known.missing:
+            raise known.refusal
+        _applied = AppliedPatches(known.patches)
     except (ContractError, ImportError) as error:
         if settings.mode == "require":
             raise ContractError(
                 f"{error} SGLANG_NPU_PP=require, so this server does not start; install a release "
-                "that is known, or set SGLANG_NPU_PP=auto."
+                "that is known, certify this one (python -m sglang_npu_pp certify), or set "
+                "SGLANG_NPU_PP=auto."
             ) from error
         _decide(f"not activated, SGLang is left as it is: {error}", problem=True)
         return False
-    sentence = f"{len(needed)} patches in force for SGLang {release}"
-    patches.startup.set_decision(sentence)
-    _decide(sentence)
+    patches.features.set_known(known)
+    patches.startup.set_decision(known.sentence)
+    _decide(known.sentence)
     return True
 
 

@@ -1,8 +1,8 @@
 """Asynchronous gather of one row of integers from every rank of a group.
 
 For data-parallel attention: token counts and kind of batch before a forward. One collective a step, on
-preallocated (pinned) buffers; on an accelerator with its own stream and communicator, so not after launched
-forwards.
+preallocated buffers (pinned, unless set otherwise); on an accelerator with its own stream and communicator,
+so not after launched forwards.
 
 Ideas: vllm-ascend #2582 (one packed collective on the device, preallocated; there on the model's group), vllm
 #39115 (a reused event races, so a fresh one a copy).
@@ -63,16 +63,16 @@ class RowGather:
         device: torch.device,
         counters: ChannelCounters,
         where: str,
+        pinned: bool = True,
     ) -> None:
         self._group, self._counters, self.where = group, counters, where
-        self._streams = DeviceStreams(device)
+        self._streams = DeviceStreams(device, pinned=pinned)
         self._stream = self._streams.new_stream()
         shape = (group.size(), width)
-        pinned = self._streams.asynchronous
-        self._row = torch.zeros(width, dtype=torch.int64, pin_memory=pinned)
-        self._rows = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+        self._row = torch.zeros(width, dtype=torch.int64, pin_memory=self._streams.pinned)
+        self._rows = torch.zeros(shape, dtype=torch.int64, pin_memory=self._streams.pinned)
         self._cells = self._row.numpy()  # the same memory
-        if pinned:
+        if self._streams.asynchronous:
             with self._streams.use(self._stream):
                 self._row_there = torch.empty(width, dtype=torch.int64, device=device)
                 self._rows_there = torch.empty(shape, dtype=torch.int64, device=device)
@@ -138,8 +138,16 @@ class RowGather:
         return lambda: work.wait()
 
     def _post_on_device(self) -> Callable[[], Any]:
+        pinned = self._streams.pinned
         with self._streams.use(self._stream):
-            self._row_there.copy_(self._row, non_blocking=True)
+            # Without pinned memory this blocks; the stream is empty, since its last gather was read.
+            self._row_there.copy_(self._row, non_blocking=pinned)
             _all_gather(self._rows_there.view(-1), self._row_there, group=self._group)
+            if not pinned:
+                return self._fetch
             self._rows.copy_(self._rows_there, non_blocking=True)
             return self._streams.record().synchronize
+
+    def _fetch(self) -> None:
+        with self._streams.use(self._stream):
+            self._rows.copy_(self._rows_there)  # waits for the gather

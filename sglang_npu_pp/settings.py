@@ -131,6 +131,28 @@ class Settings:
         "at start",
         shared=True,
     )
+    pin_memory: str = _setting(
+        "_PIN_MEMORY",
+        "1",
+        _choice("0", "1"),
+        "1: copies between host and device go through pinned memory; 0: through plain memory, by a copy that "
+        "blocks, in another thread or on another stream than the forwards",
+    )
+    early_send: str = _setting(
+        "_EARLY_SEND",
+        "1",
+        _choice("0", "1"),
+        "1: proxies and KV chunks are sent right behind their launch; 0: where upstream sends them, proxies "
+        "at the end of the iteration and chunks in the next one",
+        shared=True,
+    )
+    early_receive: str = _setting(
+        "_EARLY_RECEIVE",
+        "1",
+        _choice("0", "1"),
+        "1: receives of the device lane are posted when their header arrives; 0: when they are waited for",
+        shared=True,
+    )
     checksum: str = _setting(
         "_CHECKSUM",
         "small",
@@ -168,6 +190,13 @@ class Settings:
         "1",
         _choice("0", "1"),
         "1: an idle server waits for requests instead of spinning; 0: as upstream",
+    )
+    certificates: Path | None = _setting(
+        "_CERTIFICATES",
+        "",
+        _optional_path,
+        "folder of the certificates that certify writes, read where this SGLang is not known; empty: "
+        "sglang-npu-pp/certificates in the user's configuration folder (XDG_CONFIG_HOME, or ~/.config)",
     )
     trace_dir: Path | None = _setting(
         "_TRACE",

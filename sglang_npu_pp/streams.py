@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -27,12 +28,17 @@ class PassedEvent:
 
 
 class DeviceStreams:
-    """Stream operations of one device; `asynchronous` is False on CPU."""
+    """Stream operations of one device; `asynchronous` is False on CPU.
 
-    def __init__(self, device: torch.device | str) -> None:
+    `pinned`: whether copies to and from the host go through pinned memory.
+    """
+
+    def __init__(self, device: torch.device | str, *, pinned: bool = True) -> None:
         self.device = torch.device(device)
         self.asynchronous = self.device.type != "cpu"
+        self.pinned = self.asynchronous and pinned
         self._module: Any = torch.get_device_module(self.device) if self.asynchronous else None
+        self._kept: list[tuple[torch.Tensor, Event]] = []
 
     def new_stream(self) -> Any:
         return self._module.Stream() if self.asynchronous else None
@@ -45,6 +51,19 @@ class DeviceStreams:
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """Make `stream` current inside the block."""
         return self._module.stream(stream) if self.asynchronous else nullcontext()
+
+    def apart(self) -> AbstractContextManager[Any]:
+        """Make a stream of copies current: a copy that blocks waits for all of its stream."""
+        return self.use(self._stream_of_copies)
+
+    @functools.cached_property
+    def _stream_of_copies(self) -> Any:
+        return self.new_stream()
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Hold `tensor` of another stream's memory until the current stream has come to this point."""
+        self._kept = [each for each in self._kept if not each[1].query()]
+        self._kept.append((tensor, self.record()))
 
     def record(self) -> Event:
         """A fresh event in the current stream; a reused one races (vllm #39115)."""

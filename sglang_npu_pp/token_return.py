@@ -1,10 +1,7 @@
-"""Sampled token ids: device to pinned memory, last stage to every stage.
+"""Sampled token ids: last stage to every stage.
 
-Asynchronous copies, each with its event. On an accelerator a thread waits and sends; on CPU the caller sends
-at launch.
-
-Ideas: vllm-ascend #2788 (pinned copy, not `tolist()`; reverted, its buffer sized from an undefined
-attribute), vllm #39115 (a reused event races).
+On an accelerator a thread waits until they are on the host (`host_copies`), and sends them; on CPU the caller
+sends at launch.
 """
 
 from __future__ import annotations
@@ -14,12 +11,9 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-
-from .streams import DeviceStreams, Event
+from .host_copies import HostCopy
 from .transport.message import Kind
 from .transport.outbox import Outbox
 from .transport.stage_link import StageLink
@@ -33,55 +27,6 @@ FOR_FIRST_STAGE = (
 LOOK_S = 0.1  # how often the sending thread looks at its connections when it has nothing to send
 CLOSE_LIMIT_S = 5.0  # for what is queued when the server ends
 ABANDON_LIMIT_S = 1.0  # then, for a sender that waits for room
-
-
-@dataclass
-class HostCopy:
-    """Outputs of one microbatch in flight to the host: `values`, valid after `wait()`.
-
-    `sources`: the device tensors, held because the allocator ignores the copy stream.
-    """
-
-    values: dict[str, Any]
-    ready: Event
-    sources: dict[str, Any] = field(default_factory=dict)
-
-    def wait(self) -> dict[str, Any]:
-        self.ready.synchronize()
-        return self.values
-
-
-def copy_to_host(
-    outputs: Mapping[str, Any], streams: DeviceStreams, copy_stream: Any, produced: Any
-) -> HostCopy:
-    """Start copying device tensors, also in lists, to pinned memory, on `copy_stream` behind `produced`; not
-    on CPU."""
-    if not streams.asynchronous:
-        values = dict(outputs)
-        return HostCopy(values, streams.record(), sources=values)
-    with streams.use(copy_stream):
-        streams.wait_for(produced)
-        values = {name: _to_pinned(value) for name, value in outputs.items()}
-        return HostCopy(values, streams.record(), sources=dict(outputs))
-
-
-def _to_pinned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.device.type == "cpu":
-            return value
-        pinned = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
-        return pinned.copy_(value, non_blocking=True)
-    if isinstance(value, list | tuple):
-        return type(value)(_to_pinned(item) for item in value)
-    return value
-
-
-def upload(tensor: torch.Tensor, streams: DeviceStreams) -> torch.Tensor:
-    """`tensor` on the device, ordered on the current stream, without blocking; on CPU itself."""
-    if not streams.asynchronous:
-        return tensor
-    # An unpinned copy blocks the host. Pinned memory of its own: torch reuses it only behind the copy.
-    return tensor.pin_memory().to(streams.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,22 @@ class LateIndices:
 
     def __init__(self, indices: torch.Tensor, streams: DeviceStreams) -> None:
         """Start copying `indices`, shape (count,), on the current stream."""
+        self._streams = streams
         self._source: torch.Tensor | None = indices  # lives until it is copied
-        self._on_host = torch.empty(indices.shape, dtype=indices.dtype, device="cpu", pin_memory=True)
-        self._on_host.copy_(indices, non_blocking=True)
-        self._copied = streams.record()
+        self._on_host = torch.empty(
+            indices.shape, dtype=indices.dtype, device="cpu", pin_memory=streams.pinned
+        )
+        if streams.pinned:
+            self._on_host.copy_(indices, non_blocking=True)
+        self._passed = streams.record()  # behind the copy, or what it copies
 
     def wait(self) -> npt.NDArray[Any]:
-        if self._source is not None:
-            self._copied.synchronize()
+        source = self._source
+        if source is not None:
+            self._passed.synchronize()
+            if not self._streams.pinned:  # a copy that blocks, in the transfer thread
+                with self._streams.apart():
+                    self._on_host.copy_(source)
             self._source = None
         return self._on_host.numpy()
 

@@ -7,17 +7,23 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every child
 
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from ascend_sim import build
-from rig.harness import Team, TeamKeeper, short_directory
+from rig.folders import short_directory
 from rig.server import REFUSED_VARIABLE
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from rig.harness import Team, TeamKeeper
+
+with suppress(ModuleNotFoundError):  # of a Python without torch (tests/test_pythons.py)
+    torch.set_num_threads(1)
 
 # Examples talk to other processes, so how long one takes says nothing; what is tested is order and values.
 settings.register_profile(
@@ -85,6 +91,8 @@ def collected(pytestconfig: pytest.Config) -> list[pytest.Item]:
 
 @pytest.fixture(scope="session")
 def _keeper() -> Iterator[TeamKeeper]:
+    from rig.harness import Team, TeamKeeper  # with tensors, which a Python without torch has none of
+
     keeper = TeamKeeper(lambda: Team(3, process_group=True))
     yield keeper
     keeper.close()

@@ -22,6 +22,7 @@ CASES = {
     "sglang-28424": "a grammar was ready on one stage before another, so they ran different batches "
     "(also #30747)",
     "sglang-36248": "a prefill graph reads its proxies where they were when it was captured",
+    "sglang-39423": "pinned copies from the host hung now and then on Ascend with data-parallel attention",
     "vllm-54962": "a send buffer was rewritten by the next forward; what was computed from it stayed in the "
     "prefix cache",
     "vllm-56956": "a warm-up broadcast and activations between stages waited for each other",

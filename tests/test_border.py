@@ -198,7 +198,7 @@ def test_an_import_that_leads_up_is_seen(module: str, line: str) -> None:
     ("module", "line"),
     [
         ("ascend_sim.controls", "from sglang_npu_pp.errors import PipelineError"),
-        ("ascend_sim.build", "from rig import ports"),
+        ("ascend_sim.build", "from rig import folders"),
         ("rig.battery", "from scripts.bench import plan"),
         ("rig.npu_ranks", "from tests.ascend_sim import hccl_ranks"),
         ("scripts.serve", "def late():\n    from tests.server import clocks"),

@@ -33,6 +33,9 @@ RUN_BY = {
     "test_the_listener_prints_the_command_for_the_other_node",
     "python -m sglang_npu_pp doctor --peer 10.0.0.1:5001 --key KEY": "tests/doctor/test_peer.py::"
     "test_both_sides_see_the_same_link",
+    "python -m sglang_npu_pp certify --rounds 2 --faults -- --model-path /models/Qwen3-VL-8B-Instruct "
+    "--tp-size 2 --pp-size 2": "tests/server/test_certify.py::"
+    "test_a_harmless_change_is_shown_certified_and_then_in_force",
     "python -m sglang_npu_pp ledger --markdown > docs/patches.md": "tests/test_ledger.py::"
     "test_the_document_is_what_the_command_prints",
     "python -m sglang_npu_pp settings --markdown > docs/settings.md": "tests/test_settings_command.py::"

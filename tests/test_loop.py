@@ -12,9 +12,11 @@ import pytest
 from rig.server import Server, ServerError
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "rig/assets/random_vl"
-SELECTIONS = dict(re.findall(r"^(QUICK|TEST|REST) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
-MARKERS = ("server", "simulator", "thorough")
+MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
+SELECTIONS = dict(
+    re.findall(r"^(QUICK|TEST|REST|RELEASE) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+)
+MARKERS = ("server", "simulator", "thorough", "release")
 
 
 def selected(expression: str, items: list[pytest.Item]) -> set[str]:
@@ -26,12 +28,12 @@ def selected(expression: str, items: list[pytest.Item]) -> set[str]:
     }
 
 
-def test_every_test_is_in_one_of_two_selections(collected: list[pytest.Item]) -> None:
+def test_every_test_is_in_one_of_three_selections(collected: list[pytest.Item]) -> None:
     everything = {item.nodeid for item in collected}
-    test, rest = selected(SELECTIONS["TEST"], collected), selected(SELECTIONS["REST"], collected)
+    parts = [selected(SELECTIONS[name], collected) for name in ("TEST", "REST", "RELEASE")]
     assert len(everything) == len(collected)
-    assert test | rest == everything
-    assert not test & rest
+    assert set.union(*parts) == everything
+    assert sum(map(len, parts)) == len(everything)
 
 
 def test_the_quick_selection_is_part_of_the_usual_one(collected: list[pytest.Item]) -> None:
@@ -55,7 +57,7 @@ def test_the_makefile_and_ci_run_these_selections_once() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in SELECTIONS:
         assert len(re.findall(rf'-m pytest (?:-n 2 --dist loadscope )?-m "\$\({name}\)"', makefile)) == 1
-    assert re.search(r"^test-all: test test-rest ", makefile, re.MULTILINE)
+    assert re.search(r"^test-all: test test-rest test-release ", makefile, re.MULTILINE)
     assert re.findall(r"^make ([a-z-]+)", (ROOT / ".ci/run").read_text(), re.MULTILINE) == [
         "test",
         "test-rest",

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rig.server import ServerError
 from scripts import matrix
+from scripts.environment.installer import InstallerError
 
 
 @pytest.fixture
@@ -89,3 +90,15 @@ def test_an_interrupted_run_shows_what_it_has(run: Any) -> None:
     assert status == 130
     assert len(report) == 1
     assert "Interrupted" in text
+
+
+def test_a_torch_npu_that_cannot_be_installed_ends_it_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(version: str) -> None:
+        raise InstallerError(f"torch=={version}+cpu could not be installed")
+
+    monkeypatch.setattr("sys.argv", ["matrix", "--torch-npu", "2.10.0"])
+    monkeypatch.setattr(matrix.torch_npu, "environment", fail)
+    assert matrix.main() == 1
+    assert capsys.readouterr().out == "matrix: torch==2.10.0+cpu could not be installed\n"

@@ -95,6 +95,12 @@ def test_copies_add_up_to_the_total_however_often_they_are_made(steps: list[tupl
         assert exported.value(metrics.BYTES, kind, "sent") == counters.bytes
 
 
+def test_each_feature_says_whether_it_is_in_force() -> None:
+    exported = Exported(busy(), features={"core": True, "LoRA": False})
+    assert exported.value(metrics.FEATURE, "core") == 1
+    assert exported.value(metrics.FEATURE, "LoRA") == 0
+
+
 def test_more_labels_tell_replicas_apart() -> None:
     exported = Exported(busy(), labels={"dp_rank": "1"})
     exported.exporter.copy()

@@ -74,7 +74,8 @@ def test_the_wheel_has_every_module(built: Path) -> None:
         licence = wheel.read(f"{NAME}.dist-info/licenses/LICENSE").decode()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sglang_npu_pp").rglob("*.py")}
     modules |= {f"sglang_npu_pp/{path.relative_to(ROOT)}" for path in (ROOT / "patches").rglob("*.py")}
-    assert packed == modules | {"sglang_npu_pp/py.typed", "sglang_npu_pp/patches/contracts.json"}
+    model = {str(path.relative_to(ROOT)) for path in (ROOT / "sglang_npu_pp/tools/certify/model").iterdir()}
+    assert packed == modules | model | {"sglang_npu_pp/py.typed", "sglang_npu_pp/patches/contracts.json"}
     assert "License-Expression: Apache-2.0" in metadata
     assert licence == (ROOT / "LICENSE").read_text()
 

@@ -26,6 +26,7 @@ import sglang.version
 from sglang.srt.managers.scheduler_pp_mixin import SchedulerPPMixin
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 launch = SchedulerPPMixin._pp_launch_batch
+print("imported", flush=True)
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -45,18 +46,25 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def imported() -> Iterator[subprocess.Popen[str]]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     """A process that has imported SGLang and runs a program a line, each in a child."""
+    errors = tmp_path_factory.mktemp("imported") / "stderr"
     variables = {name: text for name, text in os.environ.items() if not name.startswith("SGLANG_NPU_PP")}
-    with subprocess.Popen(
-        [sys.executable, "-c", IMPORTED],
-        env={**variables, "SGLANG_USE_CPU_ENGINE": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", IMPORTED],
+            env={**variables, "SGLANG_USE_CPU_ENGINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
         assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "imported\n", errors.read_text()
+        yield process
         process.stdin.close()  # which ends it
 
 
@@ -108,11 +116,26 @@ assert SchedulerPPMixin._pp_launch_batch is launch
     assert "sglang-npu-pp: off, because SGLANG_NPU_PP=0" in result.stderr
 
 
-@pytest.mark.parametrize(("mode", "release"), [("auto", "0.6.0"), ("require", "0.5.23.post1")])
-def test_an_unknown_release_is_left_alone_or_refused(run: Run, mode: str, release: str) -> None:
+@pytest.mark.parametrize("release", ["0.5.22.dev1+g1234", "nightly"])
+def test_a_known_build_is_in_force_whatever_it_calls_itself(run: Run, release: str) -> None:
     result = run(
         f"sglang.version.__version__ = {release!r}"
         """
+assert sglang_npu_pp.activate() is True
+assert SchedulerPPMixin._pp_launch_batch is not launch
+""",
+        SGLANG_NPU_PP="require",
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"patches in force for SGLang {release} (functions of 0.5.21), all features" in result.stderr
+
+
+@pytest.mark.parametrize(("mode", "release"), [("auto", "0.6.0"), ("require", "0.5.21")])
+def test_an_unknown_build_is_left_alone_or_refused(run: Run, mode: str, release: str) -> None:
+    result = run(
+        f"sglang.version.__version__ = {release!r}"
+        """
+SchedulerPPMixin._pp_commit_comm_work = SchedulerPPMixin._pp_commit_proxy_send_work
 try:
     active = sglang_npu_pp.activate()
 except ContractError as error:
@@ -126,10 +149,10 @@ assert not hasattr(GroupCoordinator, "irecv_tensor_dict")
     )
     assert result.returncode == 0, result.stderr
     if mode == "require":
-        assert f"refused: SGLang {release} is not a release that sglang-npu-pp knows" in result.stdout
+        assert f"refused: SGLang {release} is not a build that sglang-npu-pp knows" in result.stdout
     else:
         assert "active: False" in result.stdout
-        assert result.stderr.count(f"SGLang is left as it is: SGLang {release} is not a release") == 1
+        assert result.stderr.count(f"SGLang is left as it is: SGLang {release} is not a build") == 1
 
 
 def test_a_function_that_differs_from_its_release_is_named_and_nothing_is_patched(run: Run) -> None:
@@ -142,7 +165,76 @@ assert SchedulerPPMixin._pp_launch_batch is launch
         SGLANG_NPU_PP="auto",
     )
     assert result.returncode == 0, result.stderr
-    assert "SchedulerPPMixin._pp_commit_comm_work differs from that release" in result.stderr
+    assert "SchedulerPPMixin._pp_commit_comm_work differs from SGLang 0.5.21 (another plugin" in result.stderr
+
+
+def test_a_feature_whose_functions_differ_is_left_out_alone(run: Run) -> None:
+    result = run(
+        """
+from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin as Prefill
+Prefill.send_kv_chunk = chunk = Prefill.process_prefill_chunk
+assert sglang_npu_pp.activate() is True
+assert SchedulerPPMixin._pp_launch_batch is not launch
+assert Prefill.send_kv_chunk is chunk
+""",
+        SGLANG_NPU_PP="require",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "send_kv_chunk differs from SGLang 0.5.21)" in result.stderr
+    assert "not for disaggregation (" in result.stderr
+
+
+CERTIFIED = """
+from sglang_npu_pp import certificates, patches
+from sglang_npu_pp.builds import CORE, Known, build_of_this_process
+from sglang_npu_pp.settings import load_settings
+
+SchedulerPPMixin._pp_commit_comm_work = SchedulerPPMixin._pp_commit_proxy_send_work
+seams = patches.seams_here()
+known = Known(build_of_this_process(patches.sglang_release(), seams), seams, patches.load_contracts())
+path = certificates.write(certificates.for_known(known, [CORE]), certificates.folder(load_settings()))
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_build_with_a_certificate_is_in_force(run: Run, mode: str, tmp_path: Path) -> None:
+    result = run(
+        CERTIFIED
+        + """
+assert sglang_npu_pp.activate() is True
+assert SchedulerPPMixin._pp_launch_batch is not launch
+assert patches.features.certificate().startswith(path.stem)
+""",
+        SGLANG_NPU_PP=mode,
+        SGLANG_NPU_PP_CERTIFICATES=str(tmp_path / "certificates"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "patches in force for SGLang 0.5.21 (by certificate: proxies), all features" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_certificate_that_others_may_write_does_not_count(run: Run, mode: str, tmp_path: Path) -> None:
+    result = run(
+        CERTIFIED
+        + """
+path.chmod(0o666)
+try:
+    active = sglang_npu_pp.activate()
+except ContractError as error:
+    print("refused:", error)
+else:
+    print("active:", active)
+assert SchedulerPPMixin._pp_launch_batch is launch
+""",
+        SGLANG_NPU_PP=mode,
+        SGLANG_NPU_PP_CERTIFICATES=str(tmp_path / "certificates"),
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stdout if mode == "require" else result.stderr
+    assert "is not a build that sglang-npu-pp knows: " in said
+    assert f" {tmp_path}/certificates/" in said
+    assert ".json can be written by other users (mode 666), so it does not count" in said
+    assert ("refused: " if mode == "require" else "active: False") in result.stdout
 
 
 def test_a_bad_setting_ends_the_process_through_sglangs_own_loader(run: Run) -> None:

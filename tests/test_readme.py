@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_npu_pp.observe.metrics import COUNTERS, LIMITS, PREFIX
+from sglang_npu_pp.observe.metrics import COUNTERS, FEATURE, LIMITS, PREFIX
 from sglang_npu_pp.patches import PATCHES, load_contracts
 from sglang_npu_pp.settings import Settings
 
@@ -38,7 +38,7 @@ def test_the_table_of_metrics_is_what_is_exported() -> None:
     listed = [row for row in rows if row[0].startswith(f"`{PREFIX}")]
     assert listed == [
         [f"`{metric.name}`", ", ".join(f"`{label}`" for label in metric.labels), metric.meaning]
-        for metric in (*COUNTERS, *LIMITS)
+        for metric in (*COUNTERS, *LIMITS, FEATURE)
     ]
 
 
@@ -53,7 +53,7 @@ def test_every_make_target_that_is_named_exists() -> None:
 def test_the_number_of_patches_is_right() -> None:
     (release,) = re.findall(r"patches in force for SGLang ([\d.]+)", README)
     needed = [patch for patch in PATCHES if patch.is_needed(load_contracts()[release])]
-    assert f"sglang-npu-pp: {len(needed)} patches in force for SGLang {release};" in README
+    assert f"sglang-npu-pp: {len(needed)} patches in force for SGLang {release}, all features;" in README
 
 
 def test_every_release_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from rig import battery
 from rig.releases import IN_VENV, RELEASES
 from scripts import fingerprint as script
 from scripts.environment.parts import parts
+from sglang_npu_pp.fingerprints import fingerprint_in_file
 from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
-from sglang_npu_pp.patching import Contract, contract_targets, fingerprint_in_file
+from sglang_npu_pp.patching import Contract, contract_targets
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = load_contracts()
+IDLE_SLEEPER = ("sglang.srt.managers.scheduler_components.idle_sleeper", "IdleSleeper")
 EACH_RELEASE = pytest.mark.parametrize("release", RELEASES)
 
 
@@ -59,8 +62,14 @@ def test_releases_differ_in_the_patches_that_say_so() -> None:
     send, prefetch = "send_recv_tensor_dict", "prefetch_prefill_dp_rank_queries"
     limits = {"_abort_on_waiting_timeout", "_abort_on_running_timeout"}
     assert {release: names - common for release, names in needed.items()} == {
+        "0.5.13.post1": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
+        "0.5.14": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.15": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
+        "0.5.15.post1": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
+        "0.5.16": {"init_torch_distributed", *limits},
+        "0.5.17": {"init_torch_distributed", *limits},
         "0.5.18": {"init_torch_distributed", *limits},
+        "0.5.19": {"init_torch_distributed", *limits, prefetch},
         "0.5.20": {"init_torch_distributed", send, prefetch},
         "0.5.21": {send, prefetch, "_send_kv_chunk"},
         "0.5.22": {send, prefetch, "_send_kv_chunk"},
@@ -105,7 +114,7 @@ def test_releases_are_in_their_order_whatever_they_are_called(
     contract = CONTRACTS["0.5.22"]
     script.write({**CONTRACTS, **dict.fromkeys(more, contract)})
     written = json.loads(script.CONTRACTS.read_text())
-    assert written["releases"][:4] == ["0.5.9", "0.5.13", "0.5.13.post1", "0.5.15"]
+    assert written["releases"][:4] == ["0.5.9", "0.5.13", "0.5.13.post1", "0.5.14"]
     assert written["releases"][-5:] == ["0.5.22.dev1+gabc", "0.5.22rc1", "0.5.22", "0.5.23", "0.5.100"]
 
 
@@ -114,9 +123,35 @@ def test_the_script_adds_a_post_release(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(script, "CONTRACTS", tmp_path / "contracts.json")
     script.CONTRACTS.write_text(text)
     monkeypatch.setattr(script, "read_contract", lambda release: {**CONTRACTS["0.5.15"]})
-    monkeypatch.setattr("sys.argv", ["fingerprint.py", "0.5.13.post1"])
+    monkeypatch.setattr("sys.argv", ["fingerprint.py", "0.5.12.post1"])
     script.main()
-    assert json.loads(script.CONTRACTS.read_text())["releases"] == ["0.5.13.post1", *CONTRACTS]
+    assert json.loads(script.CONTRACTS.read_text())["releases"] == ["0.5.12.post1", *CONTRACTS]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("v0.5.15.post1", "0.5.15.post1"),
+        ("0.5.22.dev1+g1234", "0.5.22.dev1+g1234"),
+        ("0.5.24-rc1", "0.5.24rc1"),
+        ("0.5.24a2", "0.5.24a2"),
+    ],
+)
+def test_the_script_calls_a_release_as_pip_does(given: str, name: str) -> None:
+    assert script.release_name(given) == name
+
+
+def test_imports_that_a_release_does_not_have_are_named(tmp_path: Path) -> None:
+    """`import` inside `try` or `suppress` is for some releases only."""
+    wanted = set(script.imports_of_patches())
+    assert ("startup.py", "sglang.srt.distributed.parallel_state", "model_parallel_is_initialized") in wanted
+    assert not {name for _, module, name in wanted if "scheduler_stage_metrics" in (module, name)}
+    with zipfile.ZipFile(tmp_path / "sglang.whl", "w") as wheel:
+        for _, module, name in wanted - {("idle.py", *IDLE_SLEEPER)}:
+            wheel.writestr(f"{module.replace('.', '/')}/{name}.py", "")
+        assert script.missing_imports(wheel) == [
+            f"patches/idle.py imports {IDLE_SLEEPER[1]} from {IDLE_SLEEPER[0]}"
+        ]
 
 
 def test_the_script_says_what_is_no_release(
@@ -131,12 +166,12 @@ def test_the_script_says_what_is_no_release(
 def test_the_table_shows_what_changed_where() -> None:
     target = "sglang.srt.distributed.parallel_state:GroupCoordinator.send_recv_tensor_dict"
     table = script.differences(CONTRACTS)
-    console = Console(record=True, width=160, file=io.StringIO())
+    console = Console(record=True, width=240, file=io.StringIO())
     console.print(table)
     cells = [re.sub("[│┃]", " ", line).split() for line in console.export_text().splitlines()]
     assert cells[1] == [*CONTRACTS, "function"]
     (line,) = (each for each in cells if each[-1:] == [target.rpartition("srt.")[2]])
-    assert line[:-1] == ["-", "-", "A", "A", "A", "A"]
+    assert line[:-1] == [*["-"] * 8, *["A"] * 4]
     left = len(contract_targets(PATCHES)) - table.row_count
     assert " ".join(cells[-1]).startswith(f"{left} more functions")
 

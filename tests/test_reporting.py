@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rig.server import is_alive
 from sglang_npu_pp.observe.telemetry import read_snapshots
 from sglang_npu_pp.observe.trace import read_trace
+from sglang_npu_pp.tools.certify.processes import is_alive
 
 PROGRAM = """
 import signal, sys

@@ -18,9 +18,10 @@ import torch
 
 from rig.harness import Here, Rank, Team, close_lanes, receive, results
 from sglang_npu_pp.errors import PeerLostError, PipelineError
+from sglang_npu_pp.host_copies import HostCopy, copy_to_host
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, copy_to_host, upload
+from sglang_npu_pp.token_return import PORT, TokenReturn
 from sglang_npu_pp.transport.message import Kind
 
 LIMIT_S = 20
@@ -146,18 +147,6 @@ def test_a_failure_of_the_sending_thread_surfaces_in_the_scheduler() -> None:
     (check,) = link.watching
     with pytest.raises(PipelineError, match="the probe does not send"):
         check()  # by whoever waits for a message meanwhile
-
-
-def test_nested_outputs_keep_their_shape() -> None:
-    outputs = {"ids": torch.tensor([1]), "top": [torch.tensor([2]), (3, None)], "none": None}
-    copied = copy_to_host(outputs, DeviceStreams("cpu"), None, None).wait()
-    assert copied["top"][1] == (3, None)
-    assert copied["none"] is None
-
-
-def test_on_cpu_an_upload_is_the_tensor_itself() -> None:
-    tensor = torch.tensor([1, 2])
-    assert upload(tensor, DeviceStreams("cpu")) is tensor
 
 
 # --- between real ranks ------------------------------------------------------------------------

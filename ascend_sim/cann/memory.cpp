@@ -10,6 +10,10 @@
 #include "sim.h"
 #include "stream.h"
 
+#ifndef ACL_ERROR_HOST_MEMORY_NOT_REGISTERED  // by the headers of torch_npu 2.10.0
+#define ACL_ERROR_HOST_MEMORY_NOT_REGISTERED 507911
+#endif
+
 namespace sim {
 namespace {
 
@@ -94,6 +98,14 @@ const char* name_of(aclrtMemcpyKind kind) {
 using sim::Memory;
 using sim::Place;
 
+namespace {
+
+template <class Device>
+Device device_of(aclError (*)(Device, aclrtMemUsageInfo*, size_t, size_t*));
+using DeviceNumber = decltype(device_of(aclrtGetMemUsageInfo));  // unsigned for torch_npu 2.10.0, signed later
+
+}  // namespace
+
 extern "C" {
 
 aclError aclrtMalloc(void** address, size_t bytes, aclrtMemMallocPolicy) {
@@ -175,7 +187,7 @@ aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free, size_t* total) {
 }
 
 // Which component of CANN uses how much: none uses any.
-aclError aclrtGetMemUsageInfo(int32_t, aclrtMemUsageInfo*, size_t, size_t* count) {
+aclError aclrtGetMemUsageInfo(DeviceNumber, aclrtMemUsageInfo*, size_t, size_t* count) {
   *count = 0;
   return ACL_SUCCESS;
 }

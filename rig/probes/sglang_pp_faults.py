@@ -6,11 +6,13 @@ struck is written beside it, in "<file>.struck".
 
 Planted around `Scheduler.run_batch`: what a later stage computes with, and what the last stage sampled,
 whatever brought it there or takes it away, patched or not. "crash of <title>" raises in the scheduler of that
-title.
+title. Faults in order and lifetime, which only the patches can have, are in sglang_pp_order_faults.py.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ NONE = "none"
 Tensors = dict[str, torch.Tensor]
 RESIDUAL = "residual"
 DELAYED_MICROBATCH = 20
+HALF_COPIED = "launched before the copy is finished"
 
 
 def plant(path: Path) -> None:
@@ -32,6 +35,8 @@ def plant(path: Path) -> None:
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.run_batch", planted.run_batch, HookType.AROUND
     )
+    if os.environ.get("SGLANG_NPU_PP") != "0":
+        importlib.import_module("sglang_pp_order_faults").plant(planted.fault, planted.note)
 
 
 class Planted:
@@ -47,7 +52,7 @@ class Planted:
     def run_batch(
         self, original: Callable[..., Any], scheduler: Any, batch: Any, proxies: Any = None, **more: Any
     ) -> Any:
-        fault = self._fault()
+        fault = self.fault()
         if fault.startswith("crash of ") and fault.endswith(setproctitle.getproctitle()):
             raise RuntimeError(fault)
         self._microbatch += 1
@@ -60,7 +65,7 @@ class Planted:
             self._swap(result.next_token_ids)
         return result
 
-    def _fault(self) -> str:
+    def fault(self) -> str:
         """The fault in force; a new text in the file starts the count of microbatches anew."""
         try:
             armed = self._path.read_text().strip()
@@ -79,10 +84,14 @@ class Planted:
             for name, tensor in spoiled.items():
                 rows = min(len(tensor), len(earlier[name]))
                 tensor[:rows] = earlier[name][:rows]
-            self._note()
+            self.note()
+        elif fault == HALF_COPIED and earlier:
+            for name, tensor in spoiled.items():
+                keep_second_half(tensor, earlier[name])
+            self.note()
         elif fault in TENSOR_FAULTS:
             TENSOR_FAULTS[fault](spoiled)
-            self._note()
+            self.note()
         return spoiled
 
     def _is_stale(self, fault: str) -> bool:
@@ -101,7 +110,7 @@ class Planted:
             first = differing[0]
             tokens[first : first + 2] = tokens[first : first + 2].flip(0)
             self._microbatch = 0
-            self._note()
+            self.note()
 
     def _drop_deepstack(self, scheduler: Any, drop: bool) -> None:
         """The features that vision layers feed into the first text layers; they live on the first stage."""
@@ -117,10 +126,11 @@ class Planted:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if kwargs.get("input_deepstack_embeds") is None:
             return args, kwargs
-        self._note()
+        self.note()
         return args, {**kwargs, "input_deepstack_embeds": None}
 
-    def _note(self) -> None:
+    def note(self) -> None:
+        """Count a strike."""
         self._struck += 1
         self._struck_path.write_text(str(self._struck))
 
@@ -142,6 +152,12 @@ def round_to_fp8(tensors: Tensors) -> None:
 def scale(tensors: Tensors) -> None:
     for tensor in tensors.values():
         tensor.mul_(1.01)
+
+
+def keep_second_half(tensor: torch.Tensor, earlier: torch.Tensor) -> None:
+    """Of each row what the buffer held before, as in a forward that does not wait for the copy's end."""
+    rows, half = min(len(tensor), len(earlier)), tensor.shape[-1] // 2
+    tensor[:rows, ..., half:] = earlier[:rows, ..., half:]
 
 
 TENSOR_FAULTS: Mapping[str, Callable[[Tensors], None]] = {

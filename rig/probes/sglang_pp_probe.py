@@ -9,6 +9,8 @@ PP_PROBE_KEEP_FREE_PAGES=1
                       the first list of free pages is not freed while a stream still reads it
 PP_PROBE_FAKE_KV=1    a disaggregated server moves its KV cache with SGLang's own fake backend
 PP_PROBE_RELEASE=X    SGLang calls itself release X
+PP_PROBE_CHANGED=module:Class.method
+                      this function of SGLang is not as in any release, and does what it does
 PP_PROBE_FAIL_PATCH=1 the last patch cannot be applied
 PP_PROBE_FAULT_FILE   which fault strikes between two stages, see sglang_pp_faults.py
 PP_PROBE_STATES=1     schedulers say what they hold when they are idle: see sglang_pp_states.py
@@ -20,6 +22,7 @@ PP_PROBE_PHASES, PP_PROBE_SLOW_GRAMMARS, PP_PROBE_DIVERGE, PP_PROBE_ONLY_ON_STAG
 
 from __future__ import annotations
 
+import functools
 import importlib
 import mmap
 import multiprocessing
@@ -40,6 +43,8 @@ def register() -> None:
         import sglang.version
 
         sglang.version.__version__ = release
+    if changed := os.environ.get("PP_PROBE_CHANGED"):
+        change(changed)
     if os.environ.get("PP_PROBE_FAIL_PATCH") == "1":
         fail_the_last_patch()
     if faults := os.environ.get("PP_PROBE_FAULT_FILE"):
@@ -59,6 +64,19 @@ def register() -> None:
             importlib.import_module("sglang_pp_clocks").set_apart(Path(directory) / "clocks")
         if wanted := os.environ.get("PP_PROBE_DEVICE_READS"):
             watch_device_reads(Path(directory) / f"{os.getpid()}.reads", fail=wanted == "fail")
+
+
+def change(target: str) -> None:
+    module, _, qualname = target.partition(":")
+    *path, name = qualname.split(".")
+    owner = functools.reduce(getattr, path, importlib.import_module(module))
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    setattr(owner, name, changed)
 
 
 def count_point_to_point(path: Path) -> None:

@@ -33,7 +33,7 @@ from scripts.bench.load import run as run_load
 from scripts.output import number_table, plain_console
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "rig/assets/random_vl"
+MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 COUNTED = range(10, 23)  # requests in a decode that counts
 CLOCKS = {"cpu": "scheduler thread", "process": "all threads", "wall": "wall, with waiting"}

@@ -28,12 +28,12 @@ from rig import disaggregated
 from rig.battery import prompt
 from rig.bootstrap_server import bootstrap_server, dead_address
 from rig.disaggregated import Pair, noted
-from rig.ports import HOST, free_ports
 from rig.server import Server
 from scripts.environment.parts import PartError, provide
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "rig/assets/random_vl"
+MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 COMPETITORS = {"upstream": "0", "ours": "require"}  # SGLANG_NPU_PP
 LIMIT_S = "5"  # SGLANG_NPU_PP_BOOTSTRAP_LIMIT_S
 ARGUMENTS = (

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rig.devices import ONE_MACHINE
-from rig.ports import HOST
 from rig.server import READY, Server
+from sglang_npu_pp.tools.certify.ports import HOST
 
 from .link import Link
 

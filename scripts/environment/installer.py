@@ -62,13 +62,13 @@ def sync(lock: Path) -> None:
         raise InstallerError(f"{NO_CPU_TORCH}:\n{error}") from error
 
 
-def install_into(folder: Path, lock: Path) -> None:
+def install_into(folder: Path, lock: Path, environ: Mapping[str, str] | None = None) -> None:
     """Install what the lock says into a folder that does not exist yet.
 
     Raises:
         InstallerError
     """
-    uv("pip", "install", *_options(), "--no-deps", "--target", str(folder), "-r", str(lock))
+    uv("pip", "install", *_options(), "--no-deps", "--target", str(folder), "-r", str(lock), environ=environ)
 
 
 def _options() -> Sequence[str]:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.environment import installer
-from scripts.environment.parts import INSTALLER, LOCKS, REQUIREMENTS, VENV, part_names
+from scripts.environment.parts import INSTALLER, LOCKS, REQUIREMENTS, VENV, WITHOUT_TORCH, lock_names
 
 OLDEST_PYTHON = "3.11"
 CONSTRAINTS = "constraints.txt"
@@ -81,7 +81,7 @@ def lock_all(
     before = target if before is None else before
     environ = installer.with_cpu_torch(one_index(), source / f"{VENV}.in")
     changed = {}
-    for name in (VENV, INSTALLER, *part_names(source)):  # parts lean on .venv
+    for name in lock_names(source):
         old = read(before / f"{name}.txt")
         if before != target and (before / f"{name}.txt").is_file():
             (target / f"{name}.txt").write_text((before / f"{name}.txt").read_text())
@@ -93,17 +93,23 @@ def lock_all(
 def compile_lock(
     source: Path, target: Path, name: str, options: Sequence[str], environ: Mapping[str, str]
 ) -> None:
-    """Resolve one short file. A part takes its versions from .venv, and lists only what .venv lacks."""
+    """Resolve one short file. A part takes its versions from .venv, and lists only what .venv lacks.
+
+    Environments of other Pythons take their versions from .venv, too, and have none beside them.
+    """
     lock = target / f"{name}.txt"
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "overrides.txt"
-        here = {} if name in (VENV, INSTALLER) else shared(target, source / f"{name}.in")
+        alone = name in (VENV, INSTALLER, WITHOUT_TORCH)
+        here = {} if alone else shared(target, source / f"{name}.in")
+        like_venv = [f"--constraints={target / VENV}.txt"] if name == WITHOUT_TORCH else []
         overrides.write_text("".join(f"{pin}\n" for pin in here.values()))
         installer.uv(
             *("pip", "compile", "--quiet", "--universal", f"--python-version={OLDEST_PYTHON}"),
             *("--fork-strategy=fewest", "--generate-hashes", "--no-header", f"--output-file={lock}"),
             *(f"--constraints={source / CONSTRAINTS}", f"--overrides={overrides}"),
             *(f"--excludes={file}" for file in left_out_files(source, name)),
+            *like_venv,
             *(f"--no-emit-package={package}" for package in here),
             *options,
             str(source / f"{name}.in"),

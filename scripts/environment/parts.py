@@ -25,7 +25,8 @@ BESIDE = ROOT / ".venv" / "beside"
 STAMP = "installed.txt"
 REASON_LENGTH = 400  # the end of what an installer says names the package
 
-VENV, INSTALLER = "venv", "installer"  # what is no part: `.venv` itself, and what installs all the rest
+# What is no part: `.venv` itself, what installs all the rest, and environments of other Pythons.
+VENV, INSTALLER, WITHOUT_TORCH = "venv", "installer", "without_torch"
 LIBRARIES = "lib"  # folder of a part with shared libraries that the machine does not have
 
 
@@ -87,7 +88,13 @@ class Part:
 
 def part_names(requirements: Path = REQUIREMENTS) -> Sequence[str]:
     """Of all parts that have a short file in the folder."""
-    return sorted({path.stem for path in requirements.glob("*.in")} - {VENV, INSTALLER})
+    return sorted({path.stem for path in requirements.glob("*.in")} - {VENV, INSTALLER, WITHOUT_TORCH})
+
+
+def lock_names(requirements: Path = REQUIREMENTS) -> Sequence[str]:
+    """Of all short files in the folder, in an order in which each can lean on those before it."""
+    there = [name for name in (VENV, INSTALLER, WITHOUT_TORCH) if (requirements / f"{name}.in").is_file()]
+    return [*there, *part_names(requirements)]
 
 
 def parts() -> Mapping[str, Part]:

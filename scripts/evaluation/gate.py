@@ -20,7 +20,7 @@ from .servers import configure, running
 
 ROOT = Path(__file__).parents[2]
 SHIPPED_MODEL = ROOT / "scripts/assets/digits_vl"
-RANDOM_MODEL = ROOT / "rig/assets/random_vl"
+RANDOM_MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 SHIPPED_FLOOR = 0.97
 SIMULATED = "npu-sim"
 MATRIX = (Layout(1, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, SIMULATED))

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import requests
 
-from rig.ports import HOST, free_ports
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 from .results import Token
 

@@ -27,7 +27,7 @@ from .episode import Episode, Outcome, describe, on_two_nodes
 from .faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-_MODEL = ROOT / "rig/assets/random_vl"
+_MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 DEFAULT_TIMEOUT_S = Settings().peer_timeout_s
 _HARMLESS_S = 2.0  # how long a pause lasts
 _END_LIMIT_S = 10.0  # with the default time-out; more by what a chosen one is longer

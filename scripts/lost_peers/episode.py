@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import requests
 
-from rig.ports import HOST
 from rig.server import Server, ServerError
 from scripts.bench.link import EmulatedLink
+from sglang_npu_pp.tools.certify.ports import HOST
 from sglang_npu_pp.transport.endpoints import DIRECTORY_PREFIX
 
 from .faults import Fault, Target

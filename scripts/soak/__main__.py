@@ -31,12 +31,12 @@ from rich.console import Console
 from rig import battery
 from rig.agreement import MARKER, disagreement, states
 from rig.launcher import ARGUMENTS, RANDOM_MODEL
-from rig.ports import free_ports
 from rig.probes import probe_variables
 from rig.server import Server, ServerError
 from scripts.bench.link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from scripts.output import number_table, plain_console
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
+from sglang_npu_pp.tools.certify.ports import free_ports
 
 from .checks import GROWTH_LIMIT_MIB, Sample, Trend, errors_in, in_flight, trends
 from .load import Clients, Known, Tally, Weather

@@ -77,6 +77,10 @@ WINDOW_BYTES = Metric(f"{PREFIX}window_bytes", "bytes of one kind that may be in
 DEVICE_SLOTS = Metric(f"{PREFIX}device_slots", "send slots of the device lane, and as many receive slots")
 LIMITS = (SLOTS, WINDOW_MESSAGES, WINDOW_BYTES, DEVICE_SLOTS)
 
+FEATURE = Metric(
+    f"{PREFIX}feature", "1 where a feature is in force, 0 where its functions are not known", ("feature",)
+)
+
 Series = tuple[Metric, tuple[str, ...]]
 
 
@@ -109,11 +113,12 @@ class Exporter:
         telemetry: Telemetry,
         limits: Mapping[Metric, float],
         *,
+        features: Mapping[str, bool] | None = None,
         labels: Mapping[str, str] | None = None,
         registry: Any = None,
     ) -> None:
-        """`limits`: constant values of the metrics in `LIMITS`. `labels`: further labels, where stage and
-        rank are not unique. `registry`: None for prometheus_client's own."""
+        """`limits`: constant values of the metrics in `LIMITS`. `features`: which are in force. `labels`:
+        further labels, where stage and rank are not unique. `registry`: None for prometheus_client's own."""
         # Imported late: where its values live is decided by the environment at the first import, and the
         # engine process has not set it yet when it loads plugins.
         import prometheus_client
@@ -131,11 +136,20 @@ class Exporter:
         self._series: dict[Series, Any] = {}
         self._copied: dict[Series, float] = {}
         self._end = threading.Event()
-        for metric, value in limits.items():
-            gauge = prometheus_client.Gauge(
-                metric.name, metric.meaning, names, registry=registry, multiprocess_mode="mostrecent"
+        fixed: dict[Series, float] = {(metric, ()): value for metric, value in limits.items()}
+        fixed |= {(FEATURE, (name,)): float(known) for name, known in (features or {}).items()}
+        gauges = {
+            metric: prometheus_client.Gauge(
+                metric.name,
+                metric.meaning,
+                (*names, *metric.labels),
+                registry=registry,
+                multiprocess_mode="mostrecent",
             )
-            gauge.labels(**self._own).set(value)
+            for metric in dict.fromkeys(metric for metric, _ in fixed)
+        }
+        for (metric, values), value in fixed.items():
+            gauges[metric].labels(*self._own.values(), *values).set(value)
 
     def copy(self) -> None:
         """Update every series: 0.3 us each, 1 us more if it has grown."""

@@ -3,6 +3,10 @@
 `StageLink` joins the two lanes. A send is one call and never blocks on the receiver; a receive is two: `post`
 returns a `Pending`, `Pending.wait` is the only wait. A device message's receive is posted at its header's
 arrival, also during other waits.
+
+`SGLANG_NPU_PP_EARLY_RECEIVE=0` posts it in the wait for its message, behind those of earlier headers. No
+circle of waits forms: a sender waits for that only to use a slot again, so for a message of an earlier
+iteration, and the next stage comes there without later ones.
 """
 
 from __future__ import annotations
@@ -76,6 +80,7 @@ class StageLink:
         self.stage, self.stages, self.rank = context.stage, context.stages, context.rank
         self.telemetry, self.trace, self.clock = context.telemetry, context.trace, clock
         self.host_lane, self.device_lane = host_lane, device_lane
+        self._posts_early = context.settings.early_receive == "1"
         self._announced: deque[Message] = deque()  # device messages whose receive is not posted yet
         self._posted: dict[tuple[Kind, int], Receive] = {}
         self._in_use: list[Receive] = []
@@ -299,7 +304,7 @@ class StageLink:
 
     def _wait_for_device(self, message: Message, counters: ChannelCounters, owned: bool) -> torch.Tensor:
         key = (message.kind, message.number)
-        self._post_announced()
+        self._post_announced(wanted=key)
         if key not in self._posted:
             raise SequenceError(
                 f"{self.context.where}: all receive slots are held by messages that were not released; "
@@ -321,10 +326,12 @@ class StageLink:
         self._announced.append(message)
         self._post_announced()
 
-    def _post_announced(self) -> None:
-        """Post announced receives while slots are free, in header order."""
+    def _post_announced(self, wanted: tuple[Kind, int] | None = None) -> None:
+        """Post announced receives while slots are free, in header order; late ones as far as `wanted`."""
         lane = self.device_lane
         while lane is not None and self._announced and lane.can_receive():
+            if not self._posts_early and (wanted is None or wanted in self._posted):
+                return
             message = self._announced.popleft()
             key = (message.kind, message.number)
             self._posted[key] = lane.post_receive(message.device_nbytes)

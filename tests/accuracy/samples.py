@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from rig.ports import HOST, free_ports
 from scripts.evaluation.results import Result, Side, Token
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 LAYOUT = "tp1 pp2 cpu"
 TOKENS = (Token("4", -0.25, (-0.25, -1.5)), Token("<|im_end|>", -0.01, (-0.01, -5.0)))

@@ -6,9 +6,9 @@ from typing import Any
 
 import requests
 
-from rig.ports import HOST, free_ports
 from scripts.evaluation.lmms import by_request, by_task
 from scripts.evaluation.recorder import COMPLETIONS, Exchange, Recorder, request_name
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 from .samples import TOKENS, fake_server
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from rig.ports import HOST, free_ports
 from rig.server import Server, ServerError
 from scripts.environment.parts import provide
 from scripts.evaluation import gate, lmms
@@ -20,6 +19,7 @@ from scripts.evaluation.checks import Check, check_result
 from scripts.evaluation.pictures import OWN_TASKS, pictures
 from scripts.evaluation.results import Layout, Result, Side
 from scripts.evaluation.servers import configure, running
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 from .samples import fake_server
 

@@ -28,7 +28,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> selftest.Outcome:
 
 
 @pytest.mark.server
-@pytest.mark.thorough
+@pytest.mark.release
 @pytest.mark.parametrize("number", range(len(selftest.ROUNDS)), ids=lambda number: selftest.ROUNDS[number])
 def test_a_fault_that_struck_is_noticed(outcome: selftest.Outcome, number: int) -> None:
     played = outcome.rounds[number]
@@ -42,7 +42,7 @@ def test_a_fault_that_struck_is_noticed(outcome: selftest.Outcome, number: int) 
 
 
 @pytest.mark.server
-@pytest.mark.thorough
+@pytest.mark.release
 def test_no_fault_is_noticed_because_a_request_failed(outcome: selftest.Outcome) -> None:
     """They are silent faults: every request is answered, only not as it should be."""
     for played in outcome.rounds:
@@ -50,7 +50,7 @@ def test_no_fault_is_noticed_because_a_request_failed(outcome: selftest.Outcome)
 
 
 @pytest.mark.server
-@pytest.mark.thorough
+@pytest.mark.release
 def test_the_texts_of_random_weights_show_what_the_accuracy_does_not(outcome: selftest.Outcome) -> None:
     """Rounding to fp8 leaves every digit right."""
     (rounded,) = [played for played in outcome.rounds if played.fault == "fp8 rounding"]

@@ -18,7 +18,7 @@ def start_npu_team(size: int, task_queue: str = "1") -> Team:
 
 @pytest.fixture(
     scope="package",
-    params=["1", pytest.param("2", marks=pytest.mark.thorough)],
+    params=["1", pytest.param("2", marks=pytest.mark.release)],
     ids=["task-queue-1", "task-queue-2"],
 )
 def _npu_keeper(request: pytest.FixtureRequest) -> Iterator[TeamKeeper]:

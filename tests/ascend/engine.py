@@ -81,7 +81,7 @@ def open_prefill(here: Here, rule: Rule | None = None) -> None:
     patches = AppliedPatches([patch for patch in disaggregation.PATCHES if patch.is_needed(contract)])
     streams = DeviceStreams(here.device)
     pipeline: Any = SimpleNamespace(
-        streams=streams, transfers=TransferGate(streams, Trace()), last_launched=None
+        streams=streams, transfers=TransferGate(streams, Trace()), last_launched=None, early_send=True
     )
     set_current(pipeline)
     manager = make_manager(here)

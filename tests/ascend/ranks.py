@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from ascend_sim.kernels import occupy
 from rig.harness import Here
+from sglang_npu_pp.host_copies import HostCopy, copy_to_host, upload
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import HostCopy, copy_to_host, upload
 from sglang_npu_pp.transport.message import Kind
 
 from .mutation import Rule, broken
@@ -149,9 +149,11 @@ def take_by_graph(here: Here, numbers: Sequence[int], *, copied: bool) -> None:
 # --- token return --------------------------------------------------------------------------------
 
 
-def start_copy(here: Here, number: int, *, rule: Rule | None = None, occupied: bool = False) -> None:
+def start_copy(
+    here: Here, number: int, *, rule: Rule | None = None, occupied: bool = False, pinned: bool = True
+) -> None:
     """A forward makes outputs, their copy to the host is started, and the device outputs are dropped."""
-    streams = DeviceStreams(here.device)
+    streams = DeviceStreams(here.device, pinned=pinned)
     copy_stream = here.kept.setdefault("copy stream", streams.new_stream())
     with on_forward_stream(here):
         if occupied:
@@ -175,10 +177,17 @@ def read_copy(here: Here, *, rule: Rule | None = None) -> int | str:
     return number_of(ids)
 
 
-def start_upload(here: Here, number: int) -> None:
-    """Token ids that came from another stage, on their way to the device; then more of them."""
-    streams = DeviceStreams(here.device)
-    with on_forward_stream(here):
+def start_upload(
+    here: Here, number: int, *, rule: Rule | None = None, occupied: bool = False, pinned: bool = True
+) -> None:
+    """Token ids that came from another stage, on their way to the device; then more of them.
+
+    `occupied`: behind a forward.
+    """
+    streams = here.kept["streams"] = DeviceStreams(here.device, pinned=pinned)  # keeps what is staged
+    with broken(rule), on_forward_stream(here):
+        if occupied:
+            occupy(1)
         uploaded = [
             upload(torch.full((ELEMENTS,), value, dtype=torch.int32), streams) for value in (number, -1, -2)
         ]

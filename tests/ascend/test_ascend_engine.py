@@ -31,7 +31,7 @@ NUMBERS = Rule(
     "the transfer worker waits for the page numbers",
     "sglang_npu_pp.transfer_gate",
     "LateIndices.wait",
-    "self._copied.synchronize()",
+    "self._passed.synchronize()",
 )
 
 

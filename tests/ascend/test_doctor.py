@@ -9,6 +9,7 @@ import pytest
 
 from ascend_sim import build
 from ascend_sim.environment import environment
+from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.doctor import versions
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
 
@@ -19,7 +20,7 @@ def with_torch_npu(monkeypatch: pytest.MonkeyPatch) -> Path:
     package = build.torch_npu()
     assert package is not None
     monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     return package.parent
 
 
@@ -35,7 +36,7 @@ def test_torch_npu_is_loaded_and_its_devices_are_counted(
         monkeypatch.setenv(name, value)
     findings = versions.check(dict(os.environ))
     finding = named(findings, "torch_npu")
-    assert (finding.level, finding.text) == (Level.OK, "2.13.0, 3 devices")
+    assert (finding.level, finding.text) == (Level.OK, f"{versions.version_of('torch_npu')}, 3 devices")
     assert named(findings, "CANN").level is Level.NOTE  # the simulated one does not say a version
 
 
@@ -43,11 +44,11 @@ def test_torch_npu_without_cann_is_wrong(with_torch_npu: Path, monkeypatch: pyte
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     finding = versions._torch_npu()
     assert finding.level is Level.WRONG
-    assert finding.text.startswith("2.13.0 cannot be loaded (")
+    assert finding.text.startswith(f"{versions.version_of('torch_npu')} cannot be loaded (")
     assert ".so: cannot open shared object file" in finding.text
     assert "source CANN's set_env.sh" in finding.text
 
 
 def test_patches_of_the_npu_count_where_torch_npu_is(with_torch_npu: Path) -> None:
-    findings = versions.check_patches()
+    findings = versions.check_patches(Settings())
     assert named(findings, "AscendAttnBackend.init_forward_metadata").level is Level.OK

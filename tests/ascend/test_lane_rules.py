@@ -20,7 +20,7 @@ from .mutation import Rule
 from .rest import at_rest, ended, holding, position
 
 LANE = "sglang_npu_pp.transport.device_lane"
-TOKENS = "sglang_npu_pp.token_return"
+TOKENS = "sglang_npu_pp.host_copies"
 
 Scenario = Callable[[Team, Rule | None], None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -33,9 +34,20 @@ EVENT = Rule(
 )
 
 
-def open_rows(here: Here) -> None:
-    group = create_row_group(range(3), here.device)
-    rows = here.kept["rows"] = RowGather(group, 2, here.device, ChannelCounters(), f"rank {here.index}")
+FETCH = Rule(
+    "rows are copied to plain memory where they are read",
+    "sglang_npu_pp.row_gather",
+    "RowGather._fetch",
+    "self._rows.copy_(self._rows_there)",
+)
+
+pins = pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "plain"])
+
+
+def open_rows(here: Here, pinned: bool = True) -> None:
+    group, where = create_row_group(range(3), here.device), f"rank {here.index}"
+    rows = here.kept["rows"] = RowGather(group, 2, here.device, ChannelCounters(), where, pinned)
+    assert rows._row.is_pinned() == rows._rows.is_pinned() == pinned
     rows.warm_up()
 
 
@@ -45,8 +57,9 @@ def post(here: Here, number: int, rule: Rule | None = None) -> None:
     ranks.flush(here)
 
 
-def read(here: Here) -> list[list[int]]:
-    rows: list[list[int]] = here.kept["rows"].wait().tolist()
+def read(here: Here, rule: Rule | None = None) -> list[list[int]]:
+    with broken(rule):
+        rows: list[list[int]] = here.kept["rows"].wait().tolist()
     return rows
 
 
@@ -63,9 +76,10 @@ def expected(number: int) -> list[list[int]]:
     return [[number, index] for index in range(3)]
 
 
-def test_rows_do_not_wait_for_the_forwards_that_were_launched(npu_team: Team) -> None:
+@pins
+def test_rows_do_not_wait_for_the_forwards_that_were_launched(npu_team: Team, pinned: bool) -> None:
     """Neither on their stream nor on their communicator."""
-    npu_team.each(open_rows)
+    npu_team.each(open_rows, pinned)
     for number, rule in ((1, None), (2, OWN_STREAM)):
         with ExitStack() as held:
             for rank in npu_team.ranks:
@@ -77,7 +91,8 @@ def test_rows_do_not_wait_for_the_forwards_that_were_launched(npu_team: Team) ->
                 at_rest(*npu_team.ranks)
                 assert not any(call.has_answer for call in calls)
         if rule is not None:
-            assert results(calls) == [expected(number)] * 3
+            found = results(calls)
+            assert found == [expected(number)] * 3 or not pinned  # then they are fetched on the own stream
 
 
 def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> None:
@@ -97,3 +112,18 @@ def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> 
         if rule is None:
             assert reading.result() == expected(number)
         assert results([rank.start(read) for rank in others]) == [expected(number)] * 2
+
+
+def test_who_reads_into_plain_memory_waits_for_the_gather_and_who_posts_does_not(npu_team: Team) -> None:
+    npu_team.each(open_rows, False)
+    first, *others = npu_team.ranks
+    first.call(post, 1)  # comes back although no other rank has posted
+    reading = first.start(read)
+    at_rest(first)
+    assert not reading.has_answer
+    for rank in others:
+        rank.call(post, 1)
+    assert results([reading, *(rank.start(read) for rank in others)]) == [expected(1)] * 3
+    npu_team.each(post, 2)
+    assert first.call(read, FETCH) == expected(1)  # of the step before
+    assert results([rank.start(read) for rank in others]) == [expected(2)] * 2

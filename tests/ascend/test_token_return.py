@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
+from ascend_sim.kernels import occupy
 from rig.harness import Here, Rank, Team, results
+from sglang_npu_pp.host_copies import HostCopy, copy_to_host
 from sglang_npu_pp.streams import DeviceStreams
-from sglang_npu_pp.token_return import PORT, HostCopy, TokenReturn, copy_to_host
+from sglang_npu_pp.token_return import PORT, TokenReturn
 from sglang_npu_pp.transport.message import Kind
 
 from . import ranks
@@ -41,10 +44,10 @@ def refuse(tensor: torch.Tensor) -> list[int]:
     raise AssertionError(f"tolist() of a tensor on {tensor.device}: that waits for the device")
 
 
-def post_tokens(here: Here, microbatches: int) -> None:
+def post_tokens(here: Here, microbatches: int, pinned: bool = True) -> None:
     """Forwards that sample, and what the last stage does behind each launch; with `tolist` on a device
     tensor, upstream's way to the token ids, made to fail."""
-    streams = DeviceStreams(here.device)
+    streams = DeviceStreams(here.device, pinned=pinned)
     copy_stream = streams.new_stream()
     original = torch.Tensor.tolist
 
@@ -54,6 +57,7 @@ def post_tokens(here: Here, microbatches: int) -> None:
     with mock.patch.object(torch.Tensor, "tolist", tolist):
         for number in range(1, microbatches + 1):
             with ranks.on_forward_stream(here):
+                occupy(1)
                 outputs = {"next_token_ids": ranks.numbered(here, number), "scores": [None, number]}
                 produced = ranks.event(here)
             copy = copy_to_host(outputs, streams, copy_stream, produced)
@@ -80,11 +84,15 @@ def open_all(team: Team) -> list[Rank]:
     return stages
 
 
-def test_tokens_reach_every_stage_while_the_last_one_goes_on(npu_team: Team) -> None:
+@pytest.mark.parametrize(
+    ("pinned", "held"), [(True, "memcpy D2H"), (False, "occupy")], ids=["pinned", "plain"]
+)
+def test_tokens_reach_every_stage_while_the_last_one_goes_on(npu_team: Team, pinned: bool, held: str) -> None:
+    """Held is the copy, or the forward before it: a copy into plain memory is no task of a stream."""
     *others, last = open_all(npu_team)
     numbers = range(1, MICROBATCHES + 1)
-    with holding(last, "memcpy D2H"):
-        last.call(post_tokens, MICROBATCHES)  # comes back although nothing has been copied
+    with holding(last, held):
+        last.call(post_tokens, MICROBATCHES, pinned)  # comes back although nothing has been copied
         taking = [rank.start(take_tokens, numbers) for rank in others]
         at_rest(last)
         assert not any(call.has_answer for call in taking)

@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from ascend_sim.kernels import occupy
@@ -37,9 +38,9 @@ ADOPTION = Rule(
 """An event is waited for in the context of a device, and torch_npu silently takes device 0."""
 
 
-def open_engine(here: Here, rule: Rule | None = None) -> None:
+def open_engine(here: Here, rule: Rule | None = None, pinned: bool = True) -> None:
     """A thread that takes chunks and reads the KV cache, as that of a transfer engine."""
-    gate = TransferGate(DeviceStreams(here.device), Trace())
+    gate = TransferGate(DeviceStreams(here.device, pinned=pinned), Trace())
     chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     here.kept.update(gate=gate, chunks=chunks, read=[], cache=ranks.numbered(here, -1))
 
@@ -82,14 +83,15 @@ def what_was_read(here: Here) -> Any:
     return here.kept["read"]
 
 
-def start(team: Team, rule: Rule | None = None) -> Rank:
+def start(team: Team, rule: Rule | None = None, pinned: bool = True) -> Rank:
     rank = team.open_lanes(3)[2]
-    rank.call(open_engine, rule)
+    rank.call(open_engine, rule, pinned)
     return rank
 
 
-def test_a_chunk_is_queued_at_once_and_read_when_it_is_computed(npu_team: Team) -> None:
-    rank = start(npu_team)
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "plain"])
+def test_a_chunk_is_queued_at_once_and_read_when_it_is_computed(npu_team: Team, pinned: bool) -> None:
+    rank = start(npu_team, pinned=pinned)
     with holding(rank, "occupy"):
         rank.call(launch_and_queue, 41)  # comes back although the forward has not run
         at_rest(rank)
@@ -108,3 +110,40 @@ def test_without_the_wait_the_engine_reads_what_was_there_before(npu_team: Team)
         rank.call(launch_and_queue, 41)
         ((read, _, _),) = rank.call(what_was_read)
     assert read == -1
+
+
+PRODUCED = Rule(
+    "page numbers are copied to plain memory when they are computed",
+    "sglang_npu_pp.transfer_gate",
+    "LateIndices.wait",
+    "self._passed.synchronize()",
+)
+
+
+def compute_page_numbers(here: Here, first: int) -> None:
+    with ranks.on_forward_stream(here):
+        occupy(1)
+        pages = torch.arange(PAGES, dtype=torch.int32, device=here.device) + first
+        here.kept["late"] = LateIndices(pages, DeviceStreams(here.device, pinned=False))
+    ranks.flush(here)
+
+
+def read_page_numbers(here: Here, rule: Rule | None) -> list[int]:
+    with broken(rule):
+        pages: list[int] = here.kept["late"].wait().tolist()
+    return pages
+
+
+@pytest.mark.parametrize("rule", [None, PRODUCED], ids=["kept", "broken"])
+def test_who_reads_page_numbers_into_plain_memory_waits_for_them(npu_team: Team, rule: Rule | None) -> None:
+    (rank,) = npu_team.open_lanes(1)
+    with holding(rank, "occupy"):
+        rank.call(compute_page_numbers, 1000)  # comes back although no page number is computed
+        reading = rank.start(read_page_numbers, rule)
+        if rule is not None:
+            assert reading.result() != list(range(1000, 1000 + PAGES))
+        else:
+            at_rest(rank)
+            assert not reading.has_answer
+    if rule is None:
+        assert reading.result() == list(range(1000, 1000 + PAGES))

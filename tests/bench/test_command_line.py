@@ -39,11 +39,11 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.server
-@pytest.mark.thorough
+@pytest.mark.release
 def test_the_pull_requests_design_gives_upstreams_tokens_over_a_link(tmp_path: Path) -> None:
     """That ours does is tested in tests/server."""
     json_path, figure = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["--model-path", str(ROOT / "rig/assets/random_vl"), "--repetitions", "1"]
+    arguments = ["--model-path", str(ROOT / "sglang_npu_pp/tools/certify/model"), "--repetitions", "1"]
     arguments += [
         "--quick",
         "--skip-idle",

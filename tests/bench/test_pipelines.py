@@ -162,11 +162,11 @@ def test_the_heading_says_what_ran() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.thorough
+@pytest.mark.release
 def test_two_servers_are_recorded_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "pipelines.svg"
     command = [sys.executable, "-m", "scripts.bench.pipelines", "--link", "none", "--pad", "5"]
-    command += ["--model-path", str(ROOT / "rig/assets/random_vl")]
+    command += ["--model-path", str(ROOT / "sglang_npu_pp/tools/certify/model")]
     command += ["--folder", str(tmp_path), "--output", str(picture)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

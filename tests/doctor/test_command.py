@@ -36,7 +36,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_json(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Section]]:
     exit_code = main(["doctor", "--json", *options])
-    answer = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    print(printed)  # again, so that a failure shows what was found
+    answer = json.loads(printed)
     assert answer["exit_code"] == exit_code
     sections = {}
     for each in answer["sections"]:

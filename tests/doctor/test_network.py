@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rig.ports import free_ports
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.tools.certify.ports import free_ports
 from sglang_npu_pp.tools.doctor import network
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
 from sglang_npu_pp.tools.doctor.layout import Layout

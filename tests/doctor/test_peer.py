@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import zmq
 
-from rig.ports import free_ports
 from sglang_npu_pp.errors import TransportError
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.tools.certify.ports import free_ports
 from sglang_npu_pp.tools.doctor import link_test, peer, rendezvous
 from sglang_npu_pp.tools.doctor.findings import Finding, Level
 from sglang_npu_pp.tools.doctor.peer import PeerTest

@@ -12,11 +12,11 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from scripts.environment import check, lock
-from scripts.environment.parts import INSTALLER, LOCKS, REQUIREMENTS, VENV, part_names
+from scripts.environment.parts import LOCKS, REQUIREMENTS, VENV, WITHOUT_TORCH, lock_names, part_names
 
 from .wheels import make_wheel
 
-NAMES = (VENV, INSTALLER, *part_names())
+NAMES = lock_names()
 EACH = pytest.mark.parametrize("name", NAMES)
 PINS = {name: lock.read(LOCKS / f"{name}.txt") for name in NAMES}
 CUDA = re.compile(r"(nvidia|cuda|cupy|flashinfer|sgl|sglang)-.*")
@@ -85,6 +85,12 @@ def test_a_part_repeats_only_what_it_wants_itself() -> None:
         assert set(PINS[name]) & set(PINS[VENV]) <= {canonicalize_name(each.name) for each in wanted}
 
 
+def test_other_pythons_get_the_versions_of_this_one() -> None:
+    versions, here = lock.versions(PINS[WITHOUT_TORCH]), lock.versions(PINS[VENV])
+    assert versions.items() <= here.items()
+    assert "torch" not in versions
+
+
 # --- make lock ---------------------------------------------------------------------------------------
 
 Files = Mapping[str, str]
@@ -141,6 +147,14 @@ def test_versions_stay_until_an_upgrade_is_asked_for(
     assert relock()["venv"] == [], "asking what would change has changed nothing"
     assert relock("--upgrade", **{"constraints.txt": "beta<2\n"})["venv"] == []
     assert relock("--upgrade-package=beta")["venv"] == ["beta 1.0 -> 2.0"]
+
+
+def test_another_python_gets_the_versions_of_venv(
+    relock: Callable[..., Mapping[str, Sequence[str]]], tmp_path: Path
+) -> None:
+    relock()
+    make_wheel(tmp_path / "index", "beta", "2.0")
+    assert relock(**{"without_torch.in": "beta\n"})["without_torch"] == ["beta 1.0 is new"]
 
 
 def test_what_is_wanted_no_more_goes_with_all_that_came_for_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,3 +94,31 @@ def test_a_weight_of_another_stage() -> None:
     assert control._answer(here, [Outcome(0, 0), Outcome(1, 0, value=[1.0])]).parameter == [1.0]
     own = io_struct.GetWeightsByNameReqOutput(parameter=[2.0])
     assert control._answer(own, [Outcome(0, 0, value=[2.0])]) is own
+
+
+# --- 0.5.14, whose messages are dataclasses -----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class OldOutput:
+    success: bool
+    message: str
+    loaded_adapters: dict[str, str] = dataclasses.field(default_factory=dict)
+    rid: str | None = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclasses.dataclass
+class OldRequest:
+    path: str
+    flush_cache: bool = True
+    weight_version: str | None = "2"
+
+
+def test_messages_of_old_releases_are_changed_alike() -> None:
+    here = OldOutput(True, "Succeeded.")
+    answer = control._refusal(OldRequest("new"), here, TOLD)
+    assert (answer.success, answer.message) == (False, TOLD)
+    assert here == OldOutput(True, "Succeeded.")
+    later = control._without_consequences(OldRequest("new"))
+    assert later == OldRequest("new", flush_cache=False, weight_version=None)
+    assert control._required(OldOutput) == ["success", "message"]

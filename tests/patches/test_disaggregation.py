@@ -42,7 +42,7 @@ def pipeline() -> Iterator[Any]:
     patches = AppliedPatches([patch for patch in disaggregation.PATCHES if patch.is_needed(contract)])
     streams = DeviceStreams("cpu")
     pipeline: Any = SimpleNamespace(
-        streams=streams, transfers=TransferGate(streams, Trace()), last_launched=None
+        streams=streams, transfers=TransferGate(streams, Trace()), last_launched=None, early_send=True
     )
     set_current(pipeline)
     yield pipeline
@@ -115,11 +115,13 @@ def test_a_request_that_has_failed_queues_nothing(pipeline: Any) -> None:
     assert scheduler.queued() == []
 
 
-@pytest.mark.parametrize("reason", ["enable_staging", "enable_hierarchical_cache", "state"])
+@pytest.mark.parametrize("reason", ["enable_staging", "enable_hierarchical_cache", "state", "a setting"])
 def test_where_a_chunk_cannot_leave_early_upstream_sends_it(pipeline: Any, reason: str) -> None:
     scheduler = PrefillScheduler()
     if reason == "state":
         scheduler.kv_manager.kv_args.state_types = ["mamba"]
+    elif reason == "a setting":
+        pipeline.early_send = False
     else:
         setattr(scheduler, reason, True)
     req, event = scheduler.request(22), Event(1)

@@ -30,10 +30,11 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from rig.releases import RELEASES, Release
 from sglang_npu_pp.errors import PipelineError
+from sglang_npu_pp.fingerprints import source_in_file
 from sglang_npu_pp.observe.telemetry import ChannelCounters
 from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.patches import dp_metadata, pipeline
-from sglang_npu_pp.patching import AppliedPatches, source_in_file
+from sglang_npu_pp.patching import AppliedPatches
 from sglang_npu_pp.row_gather import RowGather
 
 RANKS = 4

@@ -77,7 +77,11 @@ def test_the_start_of_a_server_with_speculation_leaves_everything_to_upstream(
     monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
     agreed = []
     monkeypatch.setattr(startup, "_agree_with_all_ranks", lambda settings, reason: agreed.append(reason))
-    speculating = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: False), idle_sleeper=None)
+    speculating = SimpleNamespace(
+        spec_algorithm=SimpleNamespace(is_none=lambda: False),
+        server_args=SimpleNamespace(pp_size=2),
+        idle_sleeper=None,
+    )
     original = Original()
     startup.init_idle_sleeper(original, speculating)
     assert original.calls == [((speculating,), {})]

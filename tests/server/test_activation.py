@@ -10,7 +10,6 @@ import pytest
 
 from rig import battery
 from rig.launcher import Launcher
-from rig.releases import RELEASES
 from rig.server import Server, ServerError
 
 FAILURE_LIMIT_S = 120  # a start takes 20 to 30 s; a failing one must not wait for any of our limits
@@ -46,11 +45,34 @@ def test_a_misspelt_setting_stops_the_start(launcher: Launcher) -> None:
     assert "SGLANG_NPU_PP_WINDOWS is not a setting" in log_of_failed_start(server)
 
 
-def test_require_refuses_a_release_that_is_not_known(launcher: Launcher) -> None:
-    server = launcher.configure(1, 2, patched=True, env={"PP_PROBE_RELEASE": "9.9.9"})
-    log = log_of_failed_start(server)
-    assert f"SGLang 9.9.9 is not a release that sglang-npu-pp knows ({', '.join(RELEASES)})" in log
+CORE_FUNCTION = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_commit_comm_work"
+OF_PREFILLS = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.send_kv_chunk"
+
+
+def test_require_refuses_a_build_that_is_not_known(launcher: Launcher) -> None:
+    env = {"PP_PROBE_RELEASE": "9.9.9", "PP_PROBE_CHANGED": CORE_FUNCTION}
+    log = log_of_failed_start(launcher.configure(1, 2, patched=True, env=env))
+    assert f"SGLang 9.9.9 is not a build that sglang-npu-pp knows: {CORE_FUNCTION}" in log
     assert "SGLANG_NPU_PP=require" in log
+
+
+def test_a_build_with_another_name_is_in_force(launcher: Launcher) -> None:
+    """And what it does not know, this server does not use."""
+    env = {"PP_PROBE_RELEASE": "0.5.22.dev1+g1234", "PP_PROBE_CHANGED": OF_PREFILLS}
+    server = launcher.start(1, 2, patched=True, env=env)
+    answer = battery.generate(server, input_ids=battery.prompt(50), sampling_params={"ignore_eos": True})
+    assert len(answer["output_ids"]) == battery.OUTPUT_TOKENS
+    log = server.log_text()
+    assert f"SGLang 0.5.22.dev1+g1234 (functions of 0.5.21), not for disaggregation ({OF_PREFILLS}" in log
+    assert "stage 0 rank 0 of 2 stages" in log
+
+
+def test_require_refuses_a_server_that_uses_what_is_not_known(launcher: Launcher) -> None:
+    env = {"PP_PROBE_CHANGED": OF_PREFILLS, "PP_PROBE_FAKE_KV": "1"}
+    arguments = ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"]
+    log = log_of_failed_start(launcher.configure(1, 2, patched=True, env=env, args=arguments))
+    assert f"this SGLang is not known for disaggregation ({OF_PREFILLS}" in log
+    assert "and SGLANG_NPU_PP=require" in log
 
 
 def test_auto_leaves_sglang_as_it_is_when_a_patch_fails(launcher: Launcher) -> None:
@@ -66,8 +88,8 @@ def test_auto_leaves_sglang_as_it_is_when_a_patch_fails(launcher: Launcher) -> N
 
 
 @pytest.mark.thorough  # tests/test_plugin.py shows it without a server
-def test_auto_leaves_an_unknown_release_as_it_is(launcher: Launcher) -> None:
-    env = {"SGLANG_NPU_PP": "auto", "PP_PROBE_RELEASE": "9.9.9"}
+def test_auto_leaves_an_unknown_build_as_it_is(launcher: Launcher) -> None:
+    env = {"SGLANG_NPU_PP": "auto", "PP_PROBE_RELEASE": "9.9.9", "PP_PROBE_CHANGED": CORE_FUNCTION}
     server = launcher.start(1, 2, patched=False, env=env)
     answer = battery.generate(server, input_ids=battery.prompt(50), sampling_params={"ignore_eos": True})
     assert len(answer["output_ids"]) == battery.OUTPUT_TOKENS

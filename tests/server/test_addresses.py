@@ -14,9 +14,9 @@ import pytest
 
 from rig.devices import cores_per_rank
 from rig.launcher import ARGUMENTS, RANDOM_MODEL
-from rig.ports import free_ports
 from rig.server import Server
 from scripts.bench.link import EmulatedLink, reason_for_loopback
+from sglang_npu_pp.tools.certify.ports import free_ports
 
 pytestmark = pytest.mark.server
 on_two_nodes = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())

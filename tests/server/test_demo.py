@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rig.launcher import RANDOM_MODEL, ROOT
-from rig.ports import free_ports
+from sglang_npu_pp.tools.certify.ports import free_ports
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:

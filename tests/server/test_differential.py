@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
-from rig import comparison, order
-from rig.comparison import CHECKS, Layout, Observed, Pair, depth
+from rig import comparison
+from rig.comparison import CHECKS, SWITCHES_OFF, Layout, Observed, Pair, depth
 from rig.launcher import Launcher
 from sglang_npu_pp.observe.trace import Event
+from sglang_npu_pp.tools.certify import order
 from tests.field_cases import field_case
 
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}
@@ -24,7 +25,17 @@ LAYOUTS = [
     Layout("tp2-pp2-two-nodes", 2, 2, {"nnodes": 2}, {"SGLANG_NPU_PP_HOST_TRANSPORT": "tcp"}),
     Layout("tp2-pp2-depth1-device-lane", 2, 2, {"args": depth(1)}, {"SGLANG_NPU_PP_PROXY_LANE": "device"}),
     Layout("tp1-pp4", 1, 4, {}, {"SGLANG_NPU_PP_CHECKSUM": "full"}),
+    Layout("tp1-pp2-switches-off", 1, 2, {}, {**SWITCHES_OFF, "SGLANG_NPU_PP_PROXY_LANE": "device"}),
+    Layout("tp1-pp4-depth1-late-send", 1, 4, {"args": depth(1)}, {"SGLANG_NPU_PP_EARLY_SEND": "0"}),
 ]
+
+
+def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
+    """Four stages are run by `make matrix`, too; switches on the simulated Ascend."""
+    if layout is LAYOUTS[0]:
+        return []
+    further = layout.pp == 4 or layout.patched_env.items() >= SWITCHES_OFF.items()
+    return [pytest.mark.release if further else pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +47,7 @@ def upstream_answers() -> dict[tuple[int, int], Observed]:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(layout, id=layout.name, marks=[pytest.mark.thorough] if layout is not LAYOUTS[0] else [])
-        for layout in LAYOUTS
-    ],
+    params=[pytest.param(layout, id=layout.name, marks=marks_of(layout)) for layout in LAYOUTS],
 )
 def pair(
     request: pytest.FixtureRequest,
@@ -75,6 +83,29 @@ def test_order_checks_can_fail() -> None:
     assert order.proxies_leave_right_behind_the_launch(upstream_order)
     assert order.proxies_are_waited_for_last(upstream_order)
     assert order.tokens_are_waited_for_behind_the_launch(upstream_order)
+
+
+def test_checks_of_the_order_with_a_switch_off_can_fail() -> None:
+    """Each on its own order and on the usual one, which must not pass for it."""
+    begin, end = Event(0, "iteration", "", 0, 5), Event(9, "iteration", "", 1, 6)
+    launch, launched = Event(1, "launch", "", 0, 5), Event(2, "launched", "", 0, 5)
+    outputs = [Event(4, "wait", "output", 1, 4), Event(5, "ready", "output", 1, 4)]
+    push, send = Event(6, "push", "proxy", 0, 5), Event(7, "post_send", "proxy", 0, 5)
+    late = [begin, launch, launched, *outputs, push, send, end]
+    assert not order.proxies_leave_at_the_end_of_the_iteration(late)
+    assert order.proxies_leave_right_behind_the_launch(late)
+    early = [begin, launch, launched, push, send, *outputs, end]
+    assert order.proxies_leave_at_the_end_of_the_iteration(early)
+    assert order.proxies_leave_at_the_end_of_the_iteration([begin, launch, launched, push, send, end])
+
+    header, posted = Event(1, "arrive", "proxy", 0, 5), Event(4, "post_receive", "proxy", 0, 5)
+    wait, ready = Event(3, "wait", "proxy", 0, 5), Event(5, "ready", "proxy", 0, 5)
+    assert not order.receives_are_posted_in_their_wait([header, wait, posted, ready])
+    assert not order.receives_are_posted_in_their_wait([wait, header, posted, ready])
+    assert order.receives_are_posted_with_their_header([header, wait, posted, ready], slots=4)
+    assert order.receives_are_posted_in_their_wait([header, posted, wait, ready])
+    another = Event(2, "wait", "requests", -1, 6)
+    assert order.receives_are_posted_in_their_wait([another, header, posted, wait, ready])
 
 
 @field_case("vllm-40749", "vllm-ascend-4973")

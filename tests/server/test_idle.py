@@ -15,8 +15,8 @@ import pytest
 
 from rig import battery
 from rig.launcher import Launcher
-from rig.ports import HOST
 from rig.server import Server
+from sglang_npu_pp.tools.certify.ports import HOST
 
 LIMIT_S = 30.0
 KINDS = ("embeddings", "flush", "sessions", "health checks")  # as the probe has them

@@ -20,8 +20,8 @@ import pytest
 from rig import battery, disaggregated
 from rig.bootstrap_server import bootstrap_server, dead_address
 from rig.launcher import Launcher
-from rig.ports import HOST, free_ports
 from rig.server import Server
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 pytestmark = [
     pytest.mark.skipif(

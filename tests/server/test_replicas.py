@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rig.harness import short_directory
+from rig.folders import short_directory
 from rig.launcher import Launcher
 from rig.server import Server
 from sglang_npu_pp.observe.telemetry import read_snapshots

@@ -10,8 +10,8 @@ import pytest
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from rig.ports import free_ports
 from sglang_npu_pp.errors import TransportError
+from sglang_npu_pp.tools.certify.ports import free_ports
 from sglang_npu_pp.transport import dialing
 from sglang_npu_pp.transport.dialing import MOST_AT_ONCE, reach
 from sglang_npu_pp.transport.endpoints import EndpointRecord, KeyPair, KnownKeys, bind_tcp

@@ -37,7 +37,6 @@ from rig.harness import (
     telemetry_of,
     trace_of,
 )
-from rig.ports import free_ports
 from rig.samples import assert_same, python_values, realise, tensor_dicts
 from sglang_npu_pp.errors import (
     MessageError,
@@ -48,6 +47,7 @@ from sglang_npu_pp.errors import (
     WaitLimitError,
 )
 from sglang_npu_pp.settings import Settings
+from sglang_npu_pp.tools.certify.ports import free_ports
 from sglang_npu_pp.transport import connection_monitor, host_lane
 from sglang_npu_pp.transport.context import RankContext
 from sglang_npu_pp.transport.endpoints import EndpointRecord, Exchange, KeyPair, bind_tcp, node_identity

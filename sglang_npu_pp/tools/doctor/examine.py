@@ -12,9 +12,9 @@ from .peer import PeerTest
 
 def examine(environ: Mapping[str, str], layout: Layout, peer_test: PeerTest | None) -> Iterator[Section]:
     """One section a subject, each as soon as it is complete."""
-    yield _section("Versions", lambda: versions.check(environ))
-    yield _section("Patches and contracts", versions.check_patches)
     settings, findings = own_settings.check(environ)
+    yield _section("Versions", lambda: versions.check(environ))
+    yield _section("Patches and contracts", lambda: versions.check_patches(settings))
     yield Section("Settings of sglang-npu-pp", findings)
     yield _section("Variables of HCCL and torch_npu", lambda: ascend_variables.check(environ))
     yield _section("Interfaces, addresses and ports", lambda: network.check(settings, layout))

@@ -7,29 +7,34 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import sglang_npu_pp
 
+from ... import certificates
+from ...builds import CORE, Known, Seam, read_build, unknown_targets
 from ...errors import ContractError
-from ...patches import PATCHES, installed, load_contracts
-from ...patching import Contract, Contracts, Misfit, Patch, Why, known_contract, misfit
+from ...patches import installed, load_contracts, seams_for
+from ...patching import Patch
+from ...settings import Settings
 from .findings import Finding, Level
 
 DEVICE_LIMIT_S = 120  # torch_npu may take a minute to load on a machine that has just started
 _COUNT_DEVICES = "import torch, torch_npu; print('devices', torch.npu.device_count())"
+TESTED_PYTHONS: Mapping[str, tuple[Level, str]] = {
+    "3.11": (Level.OK, ""),
+    "3.12": (Level.NOTE, "; on {} sglang-npu-pp was tested without a server"),
+}
+_OTHER_PYTHON = (Level.WARNING, "; on {} sglang-npu-pp was not tested, use Python 3.11 or 3.12.")
 _CANN_HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 _CANN_DEFAULT = "/usr/local/Ascend/ascend-toolkit/latest"
-
-Read = Callable[[str], str | None]
-"""Fingerprint of a target in the installed SGLang, None if it does not have it."""
 
 
 def check(environ: Mapping[str, str]) -> list[Finding]:
     findings = [
-        Finding(Level.OK, "Python", f"{platform.python_version()} at {sys.executable}"),
+        python(platform.python_version(), sys.executable),
         _sglang(),
         Finding(Level.OK, "sglang-npu-pp", sglang_npu_pp.__version__),
         *_plugins(environ),
@@ -39,6 +44,13 @@ def check(environ: Mapping[str, str]) -> list[Finding]:
         text = "not installed: this machine serves on CPU or GPU"
         return [*findings, Finding(Level.NOTE, "torch_npu", text)]
     return [*findings, _torch_npu(), _cann(environ)]
+
+
+def python(version: str, executable: str) -> Finding:
+    """How far sglang-npu-pp was tested with this Python."""
+    minor = ".".join(version.split(".")[:2])
+    level, remark = TESTED_PYTHONS.get(minor, _OTHER_PYTHON)
+    return Finding(level, "Python", f"{version} at {executable}{remark.format(minor)}")
 
 
 def version_of(distribution: str) -> str | None:
@@ -129,54 +141,89 @@ def _cann(environ: Mapping[str, str]) -> Finding:
 # --- patches -------------------------------------------------------------------------------------
 
 
-def check_patches() -> list[Finding]:
-    """Whether the installed SGLang is one that the patches know: a verdict for each of them.
+def check_patches(settings: Settings) -> list[Finding]:
+    """Whether the installed SGLang is known or certified: a verdict for every feature and every patch.
 
-    Fingerprints are taken from the files, so SGLang is not imported. The server compares the functions of its
+    Fingerprints are taken from the files, so SGLang is not imported. The server looks at the functions of its
     own process, and so also sees what another plugin has replaced there.
     """
     try:
-        release = installed.release()
+        known = known_build()
     except ContractError as error:
         return [Finding(Level.WRONG, "contract", str(error))]
-    device = "npu" if version_of("torch_npu") else None
-    here = [patch for patch in PATCHES if patch.device in (None, device)]
-    return verdicts(here, release, load_contracts(), installed.fingerprint)
+    return verdicts(certificates.certified(known, settings))
 
 
-def verdicts(patches: Sequence[Patch], release: str, contracts: Contracts, read: Read) -> list[Finding]:
-    """A finding for each of `patches`, behind one for all of them."""
-    try:
-        contract = known_contract(release, contracts)
-    except ContractError as error:
-        text = f"{error} SGLang stays as it is; with SGLANG_NPU_PP=require the server does not start."
-        return [Finding(Level.WRONG, "contract", text)]
-    each = [_verdict(patch, release, contract, read) for patch in patches]
-    bad = sum(finding.level is Level.WRONG for finding in each)
-    if bad:
-        text = f"{bad} patches do not fit, so none is applied; install SGLang {release} again, unchanged."
-        return [Finding(Level.WRONG, "contract", text), *each]
-    needed = sum(finding.level is Level.OK for finding in each)
-    return [Finding(Level.OK, "contract", f"{needed} patches would be in force for SGLang {release}"), *each]
+def known_build() -> Known:
+    """What is known of the installed SGLang by its functions alone. Raises ContractError if there is none."""
+    seams = seams_for("npu" if version_of("torch_npu") else None)
+    build = read_build(installed.release(), seams, installed.fingerprint)
+    return Known(build, seams, load_contracts())
 
 
-def _verdict(patch: Patch, release: str, contract: Contract, read: Read) -> Finding:
+def sglang_site() -> Path:
+    """The folder that holds `sglang/`. Raises ContractError if SGLang is not installed."""
+    return installed.folder().parent
+
+
+def verdicts(known: Known) -> list[Finding]:
+    """A finding for the build, one for a certificate, one for each feature, one for each patch."""
+    return [
+        _build(known),
+        *_certificate(known),
+        *(_feature(known, feature) for feature in known.features),
+        *(_patch(known, seam, patch) for seam in known.seams for patch in seam.patches),
+    ]
+
+
+def _build(known: Known) -> Finding:
+    if CORE not in known.missing:
+        return Finding(Level.OK, "contract", known.sentence.replace("in force", "would be in force", 1))
+    text = f"{known.refusal} SGLang stays as it is; with SGLANG_NPU_PP=require the server does not start."
+    return Finding(Level.WRONG, "contract", text)
+
+
+def _certificate(known: Known) -> list[Finding]:
+    """What it covers, or why it is refused; nothing where there is none."""
+    if known.refused:
+        level = Level.WRONG if CORE in known.missing else Level.WARNING
+        return [Finding(level, "certificate", known.refused)]
+    if known.certificate is None:
+        return []
+    found = f"of SGLang {known.certificate.label}, for {', '.join(known.certificate.features)}"
+    covered = ", ".join(known.by_certificate) or "nothing that is unknown"
+    level = Level.WARNING if known.certificate.trial else Level.OK
+    trial = ", on trial: only for servers of certify" if known.certificate.trial else ""
+    return [Finding(level, "certificate", f"{found}: covers {covered}{trial}")]
+
+
+def _feature(known: Known, feature: str) -> Finding:
+    if feature in known.missing:
+        level = Level.WRONG if feature == CORE else Level.WARNING
+        text = "not in force: a server that uses it stays upstream's, or does not start with require"
+        return Finding(level, feature, f"{text} ({known.missing[feature]})")
+    of_feature = [seam.name for seam in known.seams if seam.feature == feature]
+    certified = [name for name in of_feature if name in known.by_certificate]
+    if certified == of_feature:
+        return Finding(Level.OK, feature, "by certificate")
+    by_certificate = f"; by certificate: {', '.join(certified)}" if certified else ""
+    return Finding(Level.OK, feature, f"as in {', '.join(known.releases_of(feature))}{by_certificate}")
+
+
+def _patch(known: Known, seam: Seam, patch: Patch) -> Finding:
     name = patch.target.partition(":")[2]
-    found = misfit(patch, contract, lambda target, known: read(target) == known)
-    if found is not None:
-        return Finding(Level.WRONG, name, _sentence(found, release))
+    if seam.name in known.by_certificate:
+        needed = patch.is_needed(known.contract_of(seam))
+        text = "by certificate" if needed else f"SGLang {known.build.label} does not need this patch"
+        return Finding(Level.OK if needed else Level.NOTE, name, text)
+    releases = known.by_contract[seam.name]
+    release = releases[-1] if releases else known.nearest
+    contract = known.contracts[release]
+    different = unknown_targets(patch, contract, known.build)
+    if different:
+        return Finding(Level.WARNING, name, known.in_words(sorted(set(different))))
     if not patch.is_needed(contract):
         return Finding(Level.NOTE, name, f"{release} does not need this patch")
     checked = len(set(patch.checked_targets(contract)))
-    return Finding(
-        Level.OK, name, f"as in {release} ({checked} {'function' if checked == 1 else 'functions'})"
-    )
-
-
-def _sentence(found: Misfit, release: str) -> str:
-    if found.why is Why.PRESENT:
-        return "this SGLang already has the function that we would add"
-    if found.why is Why.ABSENT:
-        return "this SGLang does not have the function that we would replace"
-    verb = "differs" if len(found.targets) == 1 else "differ"
-    return f"{', '.join(found.targets)} {verb} from SGLang {release}"
+    text = f"as in {release} ({checked} {'function' if checked == 1 else 'functions'})"
+    return Finding(Level.OK, name, text)

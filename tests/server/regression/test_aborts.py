@@ -29,7 +29,7 @@ _runs = itertools.count()  # a name is given once in the life of a server
 _seeds = itertools.count(9000)
 
 
-@pytest.fixture(scope="module", params=["crowded", pytest.param("four_stages", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["crowded", pytest.param("four_stages", marks=pytest.mark.release)])
 def server(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server

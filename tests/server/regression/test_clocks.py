@@ -34,7 +34,7 @@ BARRIER = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
 LAYOUTS = [  # release, tp, pp
     pytest.param(("oldest", 1, 2), marks=pytest.mark.thorough),
     (IN_VENV, 2, 2),
-    pytest.param((NEWEST, 1, 4), marks=pytest.mark.thorough),
+    pytest.param((NEWEST, 1, 4), marks=pytest.mark.release),
 ]
 
 

@@ -38,7 +38,7 @@ PROBES = {
     scope="module",
     params=[
         (1, 2),
-        pytest.param((1, 3), marks=pytest.mark.thorough),
+        pytest.param((1, 3), marks=pytest.mark.release),
         pytest.param((2, 2), marks=pytest.mark.thorough),
     ],
     ids=["pp2", "pp3", "tp2-pp2"],

@@ -19,7 +19,7 @@ from rig.loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces
 from rig.server import Server
 from tests.field_cases import field_case
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.release
 
 REQUESTS = 2000
 ABORT_SHARE, LEAVE_SHARE, STREAM_SHARE = 0.1, 0.05, 0.3

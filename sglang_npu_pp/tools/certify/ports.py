@@ -13,6 +13,9 @@ OF_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")  # from which con
 HOW_MANY = 12_000  # from which to choose
 TRIES = 200
 
+# Ports that SGLang derives from --port, where attention is data-parallel.
+DERIVED_FROM_PORT = (13, *range(233, 240))
+
 _reserved: list[socket.socket] = []
 
 
@@ -35,6 +38,17 @@ def free_ports(count: int, *, with_also: Collection[int] = ()) -> list[int]:
     if len(found) < count:
         raise OSError(f"no {count} free ports among {TRIES} of {HOST}; end programs that listen on many")
     return found
+
+
+def why_not_free(port: int, host: str = HOST) -> str:
+    """Why a server could not listen on a port; "" where it could."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
 
 
 def candidates(of_the_kernel: Path = OF_THE_KERNEL) -> range:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rig import ports
 from rig.devices import ROOT
-from rig.ports import HOST, free_ports
+from sglang_npu_pp.tools.certify import ports
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
 
 def test_ports_are_none_of_those_that_connections_get() -> None:
@@ -66,7 +66,7 @@ def test_another_process_does_not_get_the_same(monkeypatch: pytest.MonkeyPatch) 
     """As long as the one that chose lives, although the port is not bound."""
     lower = two_to_choose_from(monkeypatch)
     program = (
-        "from rig import ports\n"
+        "from sglang_npu_pp.tools.certify import ports\n"
         f"ports.candidates, ports.TRIES = lambda: range({lower}, {lower + 2}), 2\n"
         "print(*ports.free_ports(2), flush=True)\n"
         "input()\n"

@@ -111,6 +111,43 @@ def outputs_come_from_the_last_stage(traces: Mapping[int, Sequence[Event]]) -> l
     return complaints
 
 
+# --- with a switch off: the other order, which must hold instead ------------------------------------
+
+
+def proxies_leave_at_the_end_of_the_iteration(events: Sequence[Event]) -> list[str]:
+    """With SGLANG_NPU_PP_EARLY_SEND=0: an iteration with a launch ends with the push of its proxies, and some
+    outputs are taken between the two."""
+    order = [event for event in program_order(events) if event.name != "post_send"]
+    steps = [(event.name, event.kind, event.iteration) for event in order]
+    complaints = []
+    behind_outputs = 0
+    for index, event in enumerate(order):
+        if event.name != "launched":
+            continue
+        end = next((i for i in range(index, len(order)) if order[i].name == "iteration"), len(order))
+        if end == len(order):  # the trace may end anywhere in the last iteration
+            break
+        if steps[end - 1] != ("push", "proxy", event.iteration):
+            complaints.append(f"the last step of iteration {event.iteration} is {order[end - 1]}")
+        behind_outputs += any(step[:2] == ("ready", "output") for step in steps[index:end])
+    return complaints if behind_outputs else [*complaints, "no proxies left behind outputs"]
+
+
+def receives_are_posted_in_their_wait(events: Sequence[Event]) -> list[str]:
+    """With SGLANG_NPU_PP_EARLY_RECEIVE=0, on the device lane: a receive is posted between the "wait" of its
+    message and "ready"."""
+    complaints = []
+    waiting: Event | None = None
+    for event in events:
+        if event.name in ("wait", "ready"):
+            waiting = event if event.name == "wait" else None
+        elif event.name == "post_receive" and (
+            waiting is None or (waiting.kind, waiting.iteration) != (event.kind, event.iteration)
+        ):
+            complaints.append(f"{event} came while the program waited for {waiting}")
+    return complaints
+
+
 def arrived_unasked(events: Sequence[Event], kind: str) -> int:
     """Messages of `kind` that were here before the program expected them."""
     posted = set()
