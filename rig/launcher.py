@@ -50,7 +50,8 @@ class Launcher:
         nnodes: int = 1,
         node_env: Mapping[int, Mapping[str, str]] | None = None,
     ) -> Server:
-        """A server that is not started."""
+        """A server that is not started; of a release that is installed, or another one would be found."""
+        assert release.is_installed, f"SGLang {release.name} is not installed (make matrix does it)"
         self.started += 1
         folder = self.directory / f"server{self.started}"
         folder.mkdir()

@@ -17,6 +17,7 @@ from rig.devices import cores_per_rank
 from scripts.environment.parts import Part
 
 IN_VENV = "0.5.21"
+EARLY, NEWEST = "0.5.15", "0.5.23"  # those beside it that the suite installs (scripts/environment/install.py)
 
 # Up to 0.5.20 a grammar with SGLang's default backend, xgrammar, ends the server on CPU ("RuntimeError:
 # Unsupported device: cpu").

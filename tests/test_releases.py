@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from rig import battery
-from rig.releases import IN_VENV, RELEASES
+from rig.releases import EARLY, IN_VENV, NEWEST, RELEASES
 from scripts import fingerprint as script
+from scripts.environment.install import SUITE
 from scripts.environment.parts import parts
 from sglang_npu_pp.fingerprints import fingerprint_in_file
 from sglang_npu_pp.patches import PATCHES, load_contracts, sglang_release
@@ -30,6 +31,7 @@ def test_the_same_releases_are_known_everywhere() -> None:
     beside = {name.removeprefix("sglang-") for name in parts() if name.startswith("sglang-")}
     assert beside == set(RELEASES) - {IN_VENV}
     assert sglang_release() == IN_VENV
+    assert {f"sglang-{release}" for release in (EARLY, NEWEST)} <= set(SUITE)
 
 
 @EACH_RELEASE

@@ -17,7 +17,7 @@ from rig import battery
 from rig.agreement import assert_stages_agree
 from rig.launcher import Launcher
 from rig.loads import ABORTED, ask, greedy, running
-from rig.releases import IN_VENV, RELEASES
+from rig.releases import IN_VENV, NEWEST, RELEASES
 from rig.server import Server
 from tests.server.clocks import HOUR_S, LEADERS, OTHERS, Conversation, advance
 
@@ -28,7 +28,6 @@ CACHED = greedy(battery.prompt(300, seed=5252), 4)
 LONG_TOKENS = 500
 LONG = greedy(battery.prompt(60, seed=5253), LONG_TOKENS)
 
-*_, NEWEST = RELEASES
 # All ranks of all stages meet in every iteration; a stage that stayed away would hold the others up for ever.
 BARRIER = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
 LAYOUTS = [  # release, tp, pp
