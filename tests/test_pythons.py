@@ -21,7 +21,7 @@ import pytest
 from rig.releases import IN_VENV, RELEASES
 from scripts.environment import pythons
 
-pytestmark = [pytest.mark.thorough, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.release, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sglang_npu_pp"
@@ -117,7 +117,6 @@ def test_fingerprints_are_those_of_the_contracts(release: str, python: Path, env
     assert len(wanted) > 80
 
 
-@pytest.mark.release  # takes minutes; the others here are thorough
 def test_what_needs_no_tensor_passes(python: Path, environ: dict[str, str], tmp_path: Path) -> None:
     result = tmp_path / "result.xml"
     command = ["-m", "pytest", "-p", "tests.without_torch.plugin", "-p", "no:cacheprovider", "-q", "-n", "2"]

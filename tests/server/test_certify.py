@@ -116,7 +116,7 @@ def respelled(text: str) -> str:
     return f"{ast.unparse(ast.parse(text))}\n\n\ndef added_by_a_commit(value):\n    return value + 1\n"
 
 
-@pytest.mark.thorough
+@pytest.mark.release
 def test_a_harmless_change_is_shown_certified_and_then_in_force(tmp_path: Path) -> None:
     build = Build(tmp_path, {LOOP: renamed})
     done = build.certify("--faults")
