@@ -20,7 +20,7 @@ from types import FunctionType
 from typing import Any
 
 from .errors import ContractError
-from .fingerprints import decorators_in_source, fingerprint_of_source, fingerprint_on_disk
+from .fingerprints import fingerprint_of_own_node, fingerprint_on_disk, parsed_alone
 
 Contract = Mapping[str, str | None]
 """Target -> fingerprint, None for a function that the release does not have."""
@@ -94,13 +94,14 @@ def fingerprint(target: str) -> str | None:
         source = inspect.getsource(function)  # of the function inside its decorators
     except (OSError, TypeError) as error:
         raise ContractError(f"The source of {target} cannot be read: {error}.") from None
-    if _layers(function) > decorators_in_source(source):
+    node = parsed_alone(source)
+    if _layers(function) > len(getattr(node, "decorator_list", ())):
         code = function.__code__
         raise ContractError(
             f"{target} is wrapped by something that is not SGLang's ({code.co_filename}, line "
             f"{code.co_firstlineno}; another plugin?)."
         )
-    return fingerprint_of_source(source)
+    return fingerprint_of_own_node(node)
 
 
 def _folder_of_unloaded(target: str) -> Path | None:
