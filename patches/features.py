@@ -81,7 +81,8 @@ def in_force() -> Mapping[str, bool]:
 
 def in_use(arguments: ServerArgs) -> list[str]:
     """What a server uses of the features that are in force."""
-    return [each.name for each in FEATURES if in_force().get(each.name) and each.is_used(arguments)]
+    known = in_force()
+    return [each.name for each in FEATURES if known.get(each.name) and each.is_used(arguments)]
 
 
 def functions() -> str:

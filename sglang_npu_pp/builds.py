@@ -286,10 +286,13 @@ class Known:
             self.build.unreadable[target].rstrip(".") for target in targets if target in self.build.unreadable
         ]
         different = [target for target in targets if target not in self.build.unreadable]
-        named = different[:_NAMED]
-        if len(different) > _NAMED:
-            named.append(f"{len(different) - _NAMED} more")
         if different:
-            verb = "differs" if len(different) == 1 else "differ"
-            reasons.append(f"{', '.join(named)} {verb} from SGLang {self.nearest}")
+            reasons.append(f"{differing(different)} from SGLang {self.nearest}")
         return "; ".join(reasons)
+
+
+def differing(targets: Sequence[str]) -> str:
+    """That these functions differ, the first of them named."""
+    more = len(targets) - _NAMED
+    named = [*targets[:_NAMED], *([f"{more} more"] if more > 0 else [])]
+    return f"{', '.join(named)} {'differs' if len(targets) == 1 else 'differ'}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from .builds import Build, Certificate, Known, Seam
+from .builds import Build, Certificate, Known, Seam, differing
 from .errors import CertificateError
 from .observe.whole_file import write_whole
 from .settings import PREFIX, Settings
@@ -26,7 +26,6 @@ VARIABLE = f"{PREFIX}_CERTIFICATES"
 _SUFFIX = ".json"
 _MOST_BYTES = 1 << 20  # a certificate of all functions has 20 kB
 _OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_NAMED = 4  # functions in a sentence
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -242,10 +241,10 @@ def _must_count(known: Known, path: Path, found: _File) -> None:
         )
     different = _different(build, certificate)
     if different or certificate.digest != build.digest:
+        words = differing(different) if different else "functions that it does not list differ"
         copied = "" if path.stem == certificate.digest else " was copied, and"
         raise CertificateError(
-            f"{path}{copied} is of another build, SGLang {certificate.label} ({_in_words(different)}); run "
-            "certify again."
+            f"{path}{copied} is of another build, SGLang {certificate.label} ({words}); run certify again."
         )
     if path.stem != certificate.digest:
         raise CertificateError(
@@ -266,14 +265,6 @@ def _different(build: Build, certificate: Certificate) -> list[str]:
         for target, certified in certificate.functions.items()
         if target not in build.functions or not build.has(target, certified)
     ]
-
-
-def _in_words(different: Sequence[str]) -> str:
-    if not different:
-        return "functions that it does not list differ"
-    more = len(different) - _NAMED
-    named = [*different[:_NAMED], *([f"{more} more"] if more > 0 else [])]
-    return f"{', '.join(named)} {'differs' if len(different) == 1 else 'differ'}"
 
 
 def _device(name: str) -> str:

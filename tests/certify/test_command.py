@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sglang_npu_pp.__main__ import main
+from sglang_npu_pp.tools.certify.arguments import option
 from sglang_npu_pp.tools.certify.command import NOT_RUN
-from sglang_npu_pp.tools.certify.plan import MODEL, complete, value_of
+from sglang_npu_pp.tools.certify.plan import MODEL, complete
 from sglang_npu_pp.tools.certify.results import Check, Verdict
 from sglang_npu_pp.tools.certify.turns import SPEED, Found, Side
 
@@ -35,9 +36,9 @@ def test_what_it_does_not_do_is_one_sentence(
 
 def test_without_a_model_the_shipped_one_is_served() -> None:
     arguments = complete(["--pp-size", "2", "--dtype", "bfloat16"])
-    assert value_of(arguments, ["--model-path"]) == str(MODEL)
+    assert option(arguments, "--model-path") == str(MODEL)
     assert (MODEL / "config.json").is_file()
-    assert value_of(arguments, ["--dtype"]) == "bfloat16"  # the user's comes last, and counts
+    assert option(arguments, "--dtype") == "bfloat16"  # the user's comes last, and counts
 
 
 @pytest.mark.parametrize("given", [["--model-path", "m"], ["--model=m"], ["--config", "file.yaml"]])

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_npu_pp.tools.certify.launch import LaunchedServer, LaunchError, option, reporting
+from sglang_npu_pp.tools.certify.arguments import option
+from sglang_npu_pp.tools.certify.launch import LaunchedServer, LaunchError, reporting
 from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 from sglang_npu_pp.tools.certify.processes import is_alive
 

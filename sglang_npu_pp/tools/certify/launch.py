@@ -17,6 +17,7 @@ from typing import Any, Self
 import psutil
 import requests
 
+from .arguments import option
 from .ports import DERIVED_FROM_PORT, HOST, free_ports, why_not_free
 from .processes import POLL_S, ProcessTree, schedulers, wait_gone
 from .reports import TELEMETRY_DIR_VARIABLE, TRACE_VARIABLE, ReportError, write_reports
@@ -46,17 +47,6 @@ class LaunchError(RuntimeError):
 def reporting(folder: Path) -> dict[str, str]:
     """Variables of a patched server that writes telemetry and traces into `folder`."""
     return {TELEMETRY_DIR_VARIABLE: str(folder), TRACE_VARIABLE: str(folder)}
-
-
-def option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of a command-line option, "--name value" or "--name=value"; the last one counts."""
-    found = None
-    for index, argument in enumerate(arguments):
-        if argument == name:
-            found = arguments[index + 1] if index + 1 < len(arguments) else ""
-        elif argument.startswith(f"{name}="):
-            found = argument.partition("=")[2]
-    return found
 
 
 class LaunchedServer:

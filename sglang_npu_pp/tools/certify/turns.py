@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +14,11 @@ from ...errors import PipelineError
 from ..timeline.states import Timeline
 from . import resources, speed
 from .ab import turns
+from .arguments import option
 from .battery import choose
 from .checks import checks
 from .examine import Examination, Observed, observe
-from .launch import LaunchedServer, LaunchError, option, reporting
+from .launch import LaunchedServer, LaunchError, reporting
 from .lost_peer import lose_peer
 from .plan import Plan
 from .results import Check, Resources, Side, Speed, Verdict
@@ -131,8 +131,7 @@ class Turns:
             self._examination = Examination(served, choose(served))
         return self._examination
 
-    @contextmanager
-    def _server(self, side: Side, number: int, environment: Mapping[str, str]) -> Iterator[LaunchedServer]:
+    def _server(self, side: Side, number: int, environment: Mapping[str, str]) -> LaunchedServer:
         parts: list[str] = []
 
         def progress(part: str, seconds: float) -> None:
@@ -140,14 +139,21 @@ class Turns:
                 parts.append(part)
                 self._say_step(side, number, f"{part} ({seconds:.0f} s)")
 
-        with LaunchedServer(
+        return self._launched(self._folder_of(side, number), environment, progress)
+
+    def _launched(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        on_progress: Callable[[str, float], None] = lambda part, seconds: None,
+    ) -> LaunchedServer:
+        return LaunchedServer(
             self._plan.arguments,
-            self._folder_of(side, number),
+            folder,
             environment=environment,
             start_limit_s=self._plan.start_limit_s,
-            on_progress=progress,
-        ) as server:
-            yield server
+            on_progress=on_progress,
+        )
 
     def _environment(self, folder: Path) -> dict[str, str]:
         trial = {} if self._trial is None else {CERTIFICATES: str(self._trial)}
@@ -196,12 +202,8 @@ class Turns:
             folder = self._folder / f"{variant.name.replace(' ', '-')}-{number}"
             self._say(f"round {number} of {self._plan.rounds}, {variant.name}: speed")
             try:
-                with LaunchedServer(
-                    self._plan.arguments,
-                    folder,
-                    environment={**self._environment(folder), **variant.environment},
-                    start_limit_s=self._plan.start_limit_s,
-                ) as server:
+                environment = {**self._environment(folder), **variant.environment}
+                with self._launched(folder, environment) as server:
                     found = self._speed(server, Side.PATCHED, number, load)
                 self.found.variants.setdefault(variant.name, []).append(found)
             except (LaunchError, speed.SpeedError) as error:
