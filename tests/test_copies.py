@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import sglang
 
+from rig.copies import LABEL
 from sglang_npu_pp.builds import CORE, Known, read_build
 from sglang_npu_pp.fingerprints import fingerprint_on_disk
 from sglang_npu_pp.patches import SEAMS, load_contracts
 from sglang_npu_pp.patches.features import DISAGGREGATION
 
-LABEL = "0.5.24.dev7+gabc"
 MODULES = sorted({target.partition(":")[0] for seam in SEAMS for target in seam.targets})
 LOOP = "sglang.srt.managers.scheduler_pp_mixin"
 PREFILL = "sglang.srt.disaggregation.prefill"

@@ -16,21 +16,7 @@ import torch
 
 from sglang_npu_pp.host_copies import PlainCopy, copy_to_host, upload
 from sglang_npu_pp.streams import DeviceStreams
-
-LIMIT_S = 20
-
-
-class DeviceEvent:
-    def __init__(self) -> None:
-        self.passed = threading.Event()
-        self.awaited = threading.Event()
-
-    def synchronize(self) -> None:
-        self.awaited.set()
-        assert self.passed.wait(LIMIT_S), "the test never let the event pass"
-
-    def query(self) -> bool:
-        return self.passed.is_set()
+from tests.device_event import LIMIT_S, DeviceEvent
 
 
 class PlainStreams(DeviceStreams):

@@ -23,8 +23,7 @@ from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import PORT, TokenReturn
 from sglang_npu_pp.transport.message import Kind
-
-LIMIT_S = 20
+from tests.device_event import LIMIT_S, DeviceEvent
 
 
 class RecordingLink:
@@ -54,21 +53,6 @@ class RecordingLink:
     def await_pushes(self, count: int) -> None:
         for _ in range(count):
             assert self.sent.acquire(timeout=LIMIT_S), "a push did not come"
-
-
-class DeviceEvent:
-    """Double of a device's event: passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.passed = threading.Event()
-        self.awaited = threading.Event()
-
-    def synchronize(self) -> None:
-        self.awaited.set()
-        assert self.passed.wait(LIMIT_S), "the test never let the event pass"
-
-    def query(self) -> bool:
-        return self.passed.is_set()
 
 
 class SilentOutbox:

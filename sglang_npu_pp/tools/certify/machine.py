@@ -6,9 +6,10 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..imports import asked_apart
 
 SIMULATED = "simulated Ascend"
 LIMIT_S = 120.0  # torch_npu may take a minute to load on a machine that has just started
@@ -43,22 +44,12 @@ def device(arguments: Sequence[str], environ: Mapping[str, str], limit_s: float 
 
 def _asked(environ: Mapping[str, str], limit_s: float) -> tuple[int, str]:
     """Number of accelerators and the name of the first; 0 with a reason or "" where there is none."""
-    environment = {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
+        found = asked_apart(_ASK, r"^device (\d+) ?(.*)$", environ, limit_s)
     except subprocess.TimeoutExpired:
         return 0, f"which does not answer within {limit_s:g} s"
-    found = re.search(r"^device (\d+) ?(.*)$", done.stdout, re.M)
-    if done.returncode or found is None:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return 0, f"which cannot be asked ({lines[-1]})"
+    if isinstance(found, str):
+        return 0, f"which cannot be asked ({found})"
     return int(found[1]), found[2]
 
 

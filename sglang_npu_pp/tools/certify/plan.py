@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import option
-from .speed import Load
+
+if TYPE_CHECKING:
+    from .speed import Load  # with psutil, which other commands of this package do not need
 
 MODEL = Path(__file__).with_name("model")
 

@@ -31,18 +31,8 @@ class ProcessTree:
     def launch(
         self, command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
     ) -> None:
-        """Start `command` in `folder`; both of its outputs go to the new file `log`."""
-        with log.open("wb") as output:
-            launcher = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.launchers.append(launcher)
+        """See `start`."""
+        self.launchers.append(start(command, environment=environment, folder=folder, log=log))
 
     def alive(self) -> list[psutil.Process]:
         """Every living process; notes them and the shared memory they use.
@@ -85,6 +75,22 @@ class ProcessTree:
             segment.unlink(missing_ok=True)
         self.shared_memory.clear()
         return [process.pid for process in left]
+
+
+def start(
+    command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    """Start `command` in `folder`, in a session of its own; both of its outputs go to the new file `log`."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PipelineError
+from .processes import start
 from .results import Latency, Side, Speed
 
 GENERATOR = "sglang.bench_serving"
@@ -167,16 +168,7 @@ def _environment(load: Load, served: Served) -> dict[str, str]:
 def _run(arguments: Sequence[str], environ: Mapping[str, str], folder: Path, limit_s: float) -> str:
     """What the process printed. Raises SpeedError; no process is left behind."""
     printed = folder / "printed.txt"
-    with printed.open("wb") as output:
-        process = subprocess.Popen(
-            arguments,
-            env=environ,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = start(arguments, environment=environ, folder=folder, log=printed)
     try:
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:

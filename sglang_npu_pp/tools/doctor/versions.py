@@ -19,6 +19,7 @@ from ...errors import ContractError
 from ...patches import installed, load_contracts, seams_for
 from ...patching import Patch
 from ...settings import Settings
+from ..imports import asked_apart
 from .findings import Finding, Level
 
 DEVICE_LIMIT_S = 120  # torch_npu may take a minute to load on a machine that has just started
@@ -102,27 +103,17 @@ def _plugins(environ: Mapping[str, str]) -> list[Finding]:
 def _torch_npu() -> Finding:
     """Loaded in a process of its own: that fails or hangs with a broken CANN or driver."""
     version = version_of("torch_npu")
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _COUNT_DEVICES],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=DEVICE_LIMIT_S,
-            check=False,
-        )
+        devices = asked_apart(_COUNT_DEVICES, r"devices (\d+)", os.environ, DEVICE_LIMIT_S)
     except subprocess.TimeoutExpired:
         return Finding(
             Level.WRONG, "torch_npu", f"{version} does not load within {DEVICE_LIMIT_S} s; look at npu-smi."
         )
-    devices = re.search(r"devices (\d+)", done.stdout)
-    if done.returncode or devices is None:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    if isinstance(devices, str):
         return Finding(
             Level.WRONG,
             "torch_npu",
-            f"{version} cannot be loaded ({lines[-1]}); source CANN's set_env.sh, and see that it is the "
+            f"{version} cannot be loaded ({devices}); source CANN's set_env.sh, and see that it is the "
             "CANN that this torch_npu asks for.",
         )
     level = Level.OK if int(devices[1]) else Level.WRONG
