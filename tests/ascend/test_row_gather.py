@@ -51,6 +51,18 @@ def open_rows(here: Here, pinned: bool = True) -> None:
     rows.warm_up()
 
 
+def come_round(here: Here, before: int) -> None:
+    """torch hands out so many streams, and then the one of the default group's collectives again."""
+    dist.all_reduce(torch.ones(8, device=here.device))
+    forwards = ranks.stream_of_group(here)
+    npu = ranks.npu(here)
+    order = [npu.Stream().stream_id]
+    while (stream := npu.Stream().stream_id) != order[0]:
+        order.append(stream)
+    for _ in range((order.index(forwards) - 1 - before) % len(order)):
+        npu.Stream()
+
+
 def post(here: Here, number: int, rule: Rule | None = None) -> None:
     with broken(rule):
         here.kept["rows"].post([number, here.index])
@@ -93,6 +105,17 @@ def test_rows_do_not_wait_for_the_forwards_that_were_launched(npu_team: Team, pi
         if rule is not None:
             found = results(calls)
             assert found == [expected(number)] * 3 or not pinned  # then they are fetched on the own stream
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["own", "communicator"])
+def test_rows_have_streams_apart_when_torchs_come_round(npu_team: Team, before: int) -> None:
+    """The own stream, and the one that their communicator takes behind it."""
+    npu_team.each(come_round, before)
+    npu_team.each(open_rows)
+    with ExitStack() as held:
+        for rank in npu_team.ranks:
+            held.enter_context(holding(rank, "occupy"))
+        assert npu_team.each(gather_behind_a_forward, 1) == [expected(1)] * 3
 
 
 def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> None:
