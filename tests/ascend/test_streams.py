@@ -48,8 +48,8 @@ def next_streams(here: Here, count: int) -> None:
             assert not used & {npu.Stream().stream_id for _ in range(count)}
 
 
-def test_new_streams_are_apart_from_all_that_are_in_use(npu_team: Team) -> None:
-    for found in npu_team.each(new_streams, 20):
+def test_new_streams_are_apart_from_all_that_are_in_use(young_npu_team: Team) -> None:
+    for found in young_npu_team.each(new_streams, 20):
         assert len(set(found)) == 20
 
 
@@ -58,11 +58,11 @@ def streams_beyond_the_pool(here: Here, count: int) -> list[int]:
     return [stream.stream_id for stream in kept]
 
 
-def test_a_pool_that_is_used_up_gives_streams_twice(npu_team: Team) -> None:
-    for found in npu_team.each(streams_beyond_the_pool, 40):
+def test_a_pool_that_is_used_up_gives_streams_twice(young_npu_team: Team) -> None:
+    for found in young_npu_team.each(streams_beyond_the_pool, 40):
         assert len(found) == 40 > 32 >= len(set(found)) > 20
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_communicator_gets_streams_that_are_not_in_use(npu_team: Team, count: int) -> None:
-    npu_team.each(next_streams, count)
+def test_a_communicator_gets_streams_that_are_not_in_use(young_npu_team: Team, count: int) -> None:
+    young_npu_team.each(next_streams, count)
