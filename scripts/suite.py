@@ -1,8 +1,8 @@
 """Run a part of the test suite: `python -m scripts.suite PART [PYTEST ARGUMENTS]`.
 
-Every test is in one of `test`, `test-rest` and `test-release`; `quick` is what `test` begins with. Tests that
-need neither a server nor the simulated Ascend run two at a time, the others one by one: a server uses both of
-two cores.
+Every test is in one of `test`, `test-rest` and `test-release`; `quick` is a part of `test`. Tests that need
+neither a server nor the simulated Ascend run two at a time, the others one by one: a server uses both of two
+cores.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import pytest
 
 HEAVY = "server or simulator"
-QUICK = f"not ({HEAVY} or thorough or release)"
+LIGHT = f"not ({HEAVY} or thorough or release)"
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope")
 
 # Part of the suite: what pytest is called with, one after the other.
 PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "quick": (("-m", QUICK, *TWO_AT_A_TIME),),
-    "test": (("-m", QUICK, *TWO_AT_A_TIME), ("-m", f"({HEAVY}) and not (thorough or release)")),
+    "quick": (("-m", f"{LIGHT} and not slow", *TWO_AT_A_TIME),),
+    "test": (("-m", LIGHT, *TWO_AT_A_TIME), ("-m", f"({HEAVY}) and not (thorough or release)")),
     "test-rest": (("-m", "thorough and not release"),),
     "test-release": (("-m", "release"),),
 }

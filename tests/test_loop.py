@@ -15,7 +15,7 @@ from scripts import suite
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
 WHOLE = ("test", "test-rest", "test-release")
-MARKERS = ("server", "simulator", "thorough", "release")
+MARKERS = ("server", "simulator", "slow", "thorough", "release")
 
 
 def selected(expression: str, items: list[pytest.Item]) -> set[str]:
@@ -40,10 +40,10 @@ def test_every_test_is_in_one_run_of_one_part(collected: list[pytest.Item]) -> N
     assert sum(map(len, runs)) == len(everything)
 
 
-def test_the_quick_part_is_what_the_usual_one_begins_with(collected: list[pytest.Item]) -> None:
-    assert suite.PARTS["test"][: len(suite.PARTS["quick"])] == suite.PARTS["quick"]
-    (quick,) = expressions("quick")
-    assert not selected(quick, collected) & selected("server or simulator", collected)
+def test_the_quick_part_is_of_what_the_usual_one_begins_with(collected: list[pytest.Item]) -> None:
+    quick, light = (selected(expressions(part)[0], collected) for part in ("quick", "test"))
+    assert quick < light
+    assert not light & selected("server or simulator", collected)
 
 
 def test_pytest_selects_what_is_computed_here(
@@ -74,6 +74,7 @@ def run_part(part: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "status"),
     [

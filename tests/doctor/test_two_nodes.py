@@ -17,7 +17,10 @@ import pytest
 from scripts.bench.link import EmulatedLink, reason_for_loopback
 from sglang_npu_pp.tools.doctor.link_test import LinkReport
 
-pytestmark = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback()),
+]
 
 LIMIT_S = 120
 DELAY_MS = 5
