@@ -37,7 +37,7 @@ def alone(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     params=[
         (2, 0),
         (2, 2),
-        (3, 1),
+        pytest.param((3, 1), marks=pytest.mark.release),
     ],
     ids=["pp2", "pp2-depth2", "pp3-depth1"],
 )

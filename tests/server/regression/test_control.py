@@ -39,7 +39,7 @@ PROBES = {
     params=[
         (1, 2),
         pytest.param((1, 3), marks=pytest.mark.release),
-        pytest.param((2, 2), marks=pytest.mark.thorough),
+        pytest.param((2, 2), marks=pytest.mark.release),
     ],
     ids=["pp2", "pp3", "tp2-pp2"],
 )

@@ -32,7 +32,7 @@ def constrained(grammar: str) -> dict[str, Any]:
 
 
 @field_case("sglang-28424")
-@pytest.mark.parametrize("name", ["crowded", "four_stages"])
+@pytest.mark.parametrize("name", ["crowded", pytest.param("four_stages", marks=pytest.mark.release)])
 def test_grammars_that_are_ready_at_different_times(
     request: pytest.FixtureRequest, patched: Server, pool: Pool, name: str
 ) -> None:
