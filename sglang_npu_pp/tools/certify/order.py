@@ -16,9 +16,14 @@ from sglang_npu_pp.observe.trace import Event
 _INCIDENTAL = ("arrive", "post_receive", "full", "run", "ran", "chunk_taken")
 
 
+def _of_other_threads(event: Event) -> bool:
+    """On a device: what the threads record that time forwards and, on the last stage, send its outputs."""
+    return event.name in ("run", "ran", "chunk_taken") or (event.name, event.kind) == ("push", "output")
+
+
 def program_order(events: Sequence[Event]) -> list[Event]:
     """What the scheduler did, without what merely arrived meanwhile."""
-    return [event for event in events if event.name not in _INCIDENTAL]
+    return [e for e in events if e.name not in _INCIDENTAL and not _of_other_threads(e)]
 
 
 def launches(events: Sequence[Event]) -> list[int]:
@@ -62,10 +67,10 @@ def tokens_are_waited_for_behind_the_launch(events: Sequence[Event]) -> list[str
 
 def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -> list[str]:
     """On the device lane: when the header of a microbatch arrives and a slot is free, the very next
-    event is the post of its receive, whatever forward is running or being waited for."""
+    event of that thread is the post of its receive, whatever forward is running or being waited for."""
     complaints = []
     held = 0  # posted or handed out, not yet released by the launch behind them
-    for event, following in itertools.pairwise(events):
+    for event, following in itertools.pairwise(event for event in events if not _of_other_threads(event)):
         if event.name == "launched":
             held = max(0, held - 1)
         if event.name == "post_receive":
