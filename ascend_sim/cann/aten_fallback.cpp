@@ -156,7 +156,7 @@ bool needs_kernel(const c10::OperatorHandle& op) {
   const std::string& name = op.operator_name().name;
   const bool is_aten = name.rfind("aten::", 0) == 0;
   return is_aten && !kept_from_torch_npu.count(name.substr(6)) && !written_here.count(name.substr(6)) &&
-         !returns_view(op.schema()) && has_kernel_to_run(op);
+         !returns_view(op.schema()) && !op.hasTag(at::Tag::inplace_view) && has_kernel_to_run(op);
 }
 
 int install() {

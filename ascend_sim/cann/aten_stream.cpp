@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
 namespace ascend_sim {
@@ -29,12 +30,16 @@ using at_npu::native::OpCommand;
 using c10_npu::NPUCachingAllocator::TraceEntry;
 
 // torch_npu's queue belongs to the current device, whatever the stream is.
-void launch_on(aclrtStream stream, const std::string& name, std::function<void()> task) {
-  auto work = std::make_shared<sim::Task>(sim::Task{name, std::move(task)});
-  OpCommand::RunOpApiV2(name, [stream, work]() -> int {
-    sim::enqueue(stream, std::move(*work));
+void through_task_queue(const std::string& name, std::function<void()> launch) {
+  OpCommand::RunOpApiV2(name, [launch = std::move(launch)]() -> int {
+    launch();
     return ACL_SUCCESS;
   });
+}
+
+void launch_on(aclrtStream stream, const std::string& name, std::function<void()> task) {
+  auto work = std::make_shared<sim::Task>(sim::Task{name, std::move(task)});
+  through_task_queue(name, [stream, work] { sim::enqueue(stream, std::move(*work)); });
 }
 
 // Not NPUStream::stream(), which first empties the task queue.
@@ -45,17 +50,46 @@ aclrtStream current_stream() { return c10_npu::getCurrentNPUStream().stream(/*ne
   std::abort();
 }
 
+// Blocks that were allocated in a capture and are not freed yet: in which graph, by its number. Used with the
+// allocator's lock held.
+std::unordered_map<std::int64_t, int>& graphs_of_blocks() {
+  static auto* graphs = new std::unordered_map<std::int64_t, int>;
+  return *graphs;
+}
+
+// A block that was allocated and freed in one capture is poisoned in each replay, where it was freed. Others are
+// poisoned once, even if their stream is in a capture: the graph does not own them, and when it is replayed they
+// may be in use.
+void poison(const TraceEntry& entry) {
+  auto* block = reinterpret_cast<void*>(entry.addr_);
+  const size_t size = entry.size_;
+  const auto allocated_in = graphs_of_blocks().extract(entry.addr_);
+  const bool in_graph =
+      !allocated_in.empty() && allocated_in.mapped() == sim::graph_captured_by(entry.stream_);
+  through_task_queue("poison", [stream = entry.stream_, block, size, in_graph] {
+    sim::Task task{"poison", [block, size] { std::memset(block, 0xff, size); }};
+    task.auxiliary = true;
+    if (in_graph) {
+      sim::enqueue(stream, std::move(task));
+    } else {
+      sim::enqueue_past_capture(stream, std::move(task));
+    }
+  });
+}
+
 // Called with the allocator's lock held, at the moment when a later allocation on the block's stream may get
 // it: the poison goes behind everything launched so far and before everything that such an allocation can
 // launch. torch_npu, too, puts tasks into its queue under this lock: event records (insert_events in
 // NPUCachingAllocator.cpp).
 void poison_when_freed(const TraceEntry& entry) {
   const bool streams_exist = c10_npu::NpuSysCtrl::GetInstance().GetInitFlag();  // not when the process ends
-  if (entry.action_ != TraceEntry::FREE_COMPLETED || !streams_exist) return;
-  const c10_npu::NPUGuard device(entry.device_);
-  auto* block = reinterpret_cast<void*>(entry.addr_);
-  const size_t size = entry.size_;
-  launch_on(entry.stream_, "poison", [block, size] { std::memset(block, 0xff, size); });
+  if (!streams_exist) return;
+  if (entry.action_ == TraceEntry::ALLOC) {
+    if (const int graph = sim::graph_captured_by(entry.stream_)) graphs_of_blocks()[entry.addr_] = graph;
+  } else if (entry.action_ == TraceEntry::FREE_COMPLETED) {
+    const c10_npu::NPUGuard device(entry.device_);
+    poison(entry);
+  }
 }
 
 }  // namespace
@@ -87,7 +121,9 @@ void launch_and_wait(const std::string& name, std::function<void()> task) {
   if (*error) std::rethrow_exception(*error);
 }
 
-at::Generator host_generator(const std::optional<at::Generator>& device_generator) {
+bool is_capturing() { return sim::graph_captured_by(current_stream()) != 0; }
+
+RandomNumbers RandomNumbers::take(const std::optional<at::Generator>& device_generator) {
   const bool given = device_generator.has_value() && device_generator->defined();
   at::Generator generator =
       given ? *device_generator : at_npu::detail::getDefaultNPUGenerator(current_device());
@@ -97,8 +133,23 @@ at::Generator host_generator(const std::optional<at::Generator>& device_generato
   const std::lock_guard<std::mutex> lock(generator.mutex());
   const uint64_t numbers_of_one_kernel = 4;
   auto* state = generator.get<at_npu::NPUGeneratorImpl>();
-  const auto [seed, offset] = state->philox_engine_inputs(numbers_of_one_kernel);
-  const uint64_t mixed = (seed + offset) * 0x9e3779b97f4a7c15u;
+  const at_npu::PhiloxNpuState inputs = state->philox_npu_state(numbers_of_one_kernel);
+  RandomNumbers numbers;
+  if (inputs.captured_) {
+    numbers.offset_ = inputs.offset_intragraph_;
+    numbers.seed_of_replay_ = static_cast<const uint64_t*>(inputs.seed_.ptr->const_data_ptr());
+    numbers.offset_of_replay_ = static_cast<const uint64_t*>(inputs.offset_.ptr->const_data_ptr());
+  } else {
+    numbers.seed_ = inputs.seed_.val;
+    numbers.offset_ = inputs.offset_.val;
+  }
+  return numbers;
+}
+
+at::Generator RandomNumbers::generator() const {
+  const uint64_t seed = seed_of_replay_ == nullptr ? seed_ : *seed_of_replay_;
+  const uint64_t before = offset_of_replay_ == nullptr ? 0 : *offset_of_replay_;
+  const uint64_t mixed = (seed + before + offset_) * 0x9e3779b97f4a7c15u;
   return at::make_generator<at::CPUGeneratorImpl>(mixed >> 32);  // it takes 32 bits of a seed
 }
 

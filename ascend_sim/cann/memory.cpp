@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 
+#include "capture.h"
 #include "device.h"
 #include "sim.h"
 #include "stream.h"
@@ -195,24 +196,32 @@ aclError aclrtGetMemUsageInfo(DeviceNumber, aclrtMemUsageInfo*, size_t, size_t* 
 // As in CANN, in no order with what streams do.
 aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
+  if (const aclError error = sim::refuse_by_mode("aclrtMemcpy")) return error;
   std::memcpy(to, from, bytes);
   return ACL_SUCCESS;
 }
 
 // The copy reads and writes when it runs on the stream. If its memory is not pinned, the host stands still
-// until then.
+// until then; a capture cannot record such a copy, and where it does not refuse it, it is made at once.
 aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind,
                           aclrtStream stream) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
-  const auto number = sim::enqueue(stream, {sim::name_of(kind), [=] { std::memcpy(to, from, bytes); }});
-  if (sim::device_can_reach(to) && sim::device_can_reach(from)) return ACL_SUCCESS;
+  const bool pinned = sim::device_can_reach(to) && sim::device_can_reach(from);
   const auto copying = sim::Stream::find(stream);
+  if (!pinned && sim::is_capturing(*copying)) {
+    if (const aclError error = sim::refuse_by_mode("aclrtMemcpyAsync", true)) return error;
+    std::memcpy(to, from, bytes);
+    return ACL_SUCCESS;
+  }
+  const auto number = sim::enqueue(stream, {sim::name_of(kind), [=] { std::memcpy(to, from, bytes); }});
+  if (pinned) return ACL_SUCCESS;
   const std::string name = std::to_string(copying->id);
   return copying->wait_for(number, "a copy of memory that is not pinned, on stream " + name);
 }
 
 aclError aclrtMemset(void* to, size_t room, int32_t value, size_t bytes) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
+  if (const aclError error = sim::refuse_by_mode("aclrtMemset")) return error;
   std::memset(to, value, bytes);
   return ACL_SUCCESS;
 }
