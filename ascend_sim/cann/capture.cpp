@@ -84,9 +84,12 @@ thread_local aclmdlRICaptureMode mode_of_this_thread = ACL_MODEL_RI_CAPTURE_MODE
 std::string text(const Stream& stream) { return "stream " + std::to_string(stream.id); }
 std::string text(const Graph& graph) { return "graph " + std::to_string(graph.number); }
 
+std::string end_of(const Capture& capture) {
+  return "aclmdlRICaptureEnd on " + text(*capture.lanes[0].stream) + ": ";
+}
+
 aclError refuse_unjoined(const Capture& capture, const std::string& why) {
-  return refuse(ERROR_CODE(ACL_ERROR_RT_STREAM_UNJOINED),
-                "the capture of " + text(*capture.graph) + " ends and " + why);
+  return refuse(ERROR_CODE(ACL_ERROR_RT_STREAM_UNJOINED), end_of(capture) + why);
 }
 
 // All that other streams were given has to end before the last task of the first one.
@@ -103,17 +106,14 @@ aclError check_joined(const Capture& capture) {
     }
     joined = joined || capture.waited_by_first.count(*lane.ends_with_record) != 0;
   }
-  const std::string first = text(*capture.lanes[0].stream);
-  return joined ? ACL_SUCCESS
-                : refuse_unjoined(capture, first + ", on which it began, waits for none of the other streams");
+  return joined ? ACL_SUCCESS : refuse_unjoined(capture, "it waits for none of the other streams");
 }
 
 aclError check_groups(const Capture& capture) {
   for (const Lane& lane : capture.lanes) {
     if (lane.group == nullptr) continue;
     return refuse(ERROR_CODE(ACL_ERROR_STREAM_TASK_GROUP_STATUS),
-                  "the capture of " + text(*capture.graph) + " ends with an open task group on " +
-                      text(*lane.stream));
+                  end_of(capture) + "a task group is open on " + text(*lane.stream));
   }
   return ACL_SUCCESS;
 }

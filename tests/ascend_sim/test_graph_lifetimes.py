@@ -113,6 +113,24 @@ def intermediate(here: Here) -> dict[str, int]:
     return {"intermediate": value_of(kept), "output": value_of(y)}
 
 
+def used_on_another_stream(here: Here, *, recorded: bool) -> int:
+    """A tensor of a side stream is read on the first one and freed, all in the capture."""
+    x, side, graph = filled(3), npu().Stream(), npu().NPUGraph()
+    with npu().graph(graph):
+        current = npu().current_stream()
+        side.wait_stream(current)
+        with npu().stream(side):
+            hidden = x + 1
+        current.wait_stream(side)
+        kernels.occupy(5)
+        if recorded:
+            hidden.record_stream(current)
+        y = hidden * 2
+        del hidden
+    graph.replay()
+    return value_of(y)
+
+
 def freed_output(here: Here) -> dict[str, int]:
     """Of an output that is freed while its replay is queued, and a copy of it behind that."""
     x = filled(3)
@@ -243,6 +261,12 @@ def test_a_capture_keeps_no_tensor(rank: Callable[..., Any]) -> None:
 
 def test_what_is_freed_in_a_capture_is_poisoned_in_every_replay(rank: Callable[..., Any]) -> None:
     assert rank(intermediate) == {"intermediate": POISON, "output": 8}
+
+
+def test_what_another_stream_reads_is_recorded_for_it(rank: Callable[..., Any]) -> None:
+    """Else its memory is free when the stream that owns it gets there, in a graph as without one."""
+    assert rank(used_on_another_stream, recorded=True) == 8
+    assert rank(used_on_another_stream, recorded=False) == 2 * POISON
 
 
 def test_a_freed_output_is_poisoned_behind_what_was_launched(rank: Callable[..., Any]) -> None:
