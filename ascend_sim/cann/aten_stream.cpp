@@ -26,6 +26,7 @@ using at_npu::native::OpCommand;
 
 void launch_on(aclrtStream stream, const std::string& name, std::function<void()> task) {
   auto work = std::make_shared<sim::Task>(sim::Task{name, std::move(task)});
+  work->kernel = true;
   through_task_queue(name, [stream, work] { sim::enqueue(stream, std::move(*work)); });
 }
 

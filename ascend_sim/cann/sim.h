@@ -37,6 +37,7 @@ struct Task {
   std::function<void()> run;  // more than once if it is recorded in a graph
   Partners partners = {};
   std::shared_ptr<const std::vector<Contained>> contains = {};  // the HCCL operations of a replay
+  bool kernel = false;     // an operator: nothing else may be in a task group
   bool auxiliary = false;  // of the simulator and not of the program: a capture need not join it
 };
 

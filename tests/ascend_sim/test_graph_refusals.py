@@ -30,6 +30,7 @@ CODES = {
     107036: "ACL_ERROR_RT_STREAM_CAPTURE_UNMATCHED",
     107038: "ACL_ERROR_RT_STREAM_CAPTURE_WRONG_THREAD",
     107041: "ACL_ERROR_RT_CAPTURE_MODE_BLOCK_ASYNC",
+    507009: "ACL_ERROR_RT_TASK_TYPE_NOT_SUPPORT",
     507903: "ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED",
 }
 
@@ -261,7 +262,7 @@ def the_default_stream(here: Here) -> Found:
 
 def task_groups(here: Here) -> Found:
     cann = Cann()
-    stream, other, group = cann.stream(), cann.stream(), ctypes.c_void_p()
+    stream, other, memory, group = cann.stream(), cann.stream(), cann.memory(), ctypes.c_void_p()
     handle = ctypes.byref(group)
     found = {
         "begin without a capture": cann.call("aclmdlRICaptureTaskGrpBegin", stream),
@@ -272,6 +273,9 @@ def task_groups(here: Here) -> Found:
     found["end of none"] = cann.call("aclmdlRICaptureTaskGrpEnd", stream, handle)
     cann.do("aclmdlRICaptureTaskGrpBegin", stream)
     found["begin twice"] = cann.call("aclmdlRICaptureTaskGrpBegin", stream)
+    cann.do("aclrtMemsetAsync", memory, ctypes.c_size_t(BYTES), 0, ctypes.c_size_t(BYTES), stream)
+    found["not an operator"] = cann.call("aclmdlRICaptureTaskGrpEnd", stream, handle)
+    cann.do("aclmdlRICaptureTaskGrpBegin", stream)
     cann.do("aclmdlRICaptureTaskGrpEnd", stream, handle)
     found["update in a capture"] = cann.call("aclmdlRICaptureTaskUpdateBegin", stream, group)
     assert cann.end(stream) == (0, "")
@@ -379,6 +383,8 @@ def test_task_groups_at_the_wrong_time(rank: Callable[..., Any]) -> None:
     found = rank(task_groups)
     expect(found, 107029, "begin without a capture", "end without a capture")
     expect(found, 107027, "update in a capture")
+    expect(found, 507009, "not an operator")
+    assert "memset is none" in found["not an operator"][1]
     expect(
         found,
         107033,
