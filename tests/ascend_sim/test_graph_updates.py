@@ -7,6 +7,7 @@ runs or not. An external event in the graph waits for it, once.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,6 +122,35 @@ def update_in_front_of_the_task(here: Here) -> dict[str, Any]:
     return {"this replay": output(here)}
 
 
+def two_updates_for_one_wait(here: Here) -> dict[str, Any]:
+    """Both replays' updates come before the first replay waits for its own: the second one waits in vain."""
+    capture_scale(here)
+    with Simulator() as simulator:
+        with simulator.hold("value wait", 1) as gate:
+            update(here, 5)
+            replay(here)
+            gate.wait_until_held()
+            update(here, 6)
+            here.kept["graph"].graph_dispatch_mode.update_stream.synchronize()
+        first = output(here)
+        replay(here)
+        reason = _reason_to_wait(simulator, "value wait")
+        update(here, 7)
+        return {"first": first, "reason": reason, "second": output(here)}
+
+
+def _reason_to_wait(simulator: Simulator, task: str) -> str:
+    """Why a task of that name stands still, as soon as one does."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        for stream in simulator.listing().streams:
+            running = stream.running
+            if running is not None and running.name == task and running.waiting is not None:
+                return running.waiting.reason
+        time.sleep(0.005)
+    raise AssertionError(f"no {task} stands still:\n{simulator.listing()}")
+
+
 def without_an_update(here: Here) -> None:
     """A replay whose external event nothing records; the host waits for it."""
     capture_scale(here)
@@ -214,6 +244,14 @@ def test_a_replay_waits_for_its_update(rank: Rank) -> None:
 def test_an_update_changes_a_replay_that_has_not_come_to_the_task(rank: Rank) -> None:
     """What upstream's fence prevents (issues 38971 and 40446 of SGLang)."""
     assert rank.call(update_in_front_of_the_task) == {"this replay": 112.0}
+
+
+def test_two_updates_before_one_wait_are_one_for_the_event(rank: Rank) -> None:
+    """The other thing that the fence prevents: the event is a flag, and not a count."""
+    found = rank.call(two_updates_for_one_wait)
+    assert found["first"] == 112.0
+    assert found["reason"].endswith("which no queued task writes")
+    assert found["second"] == 114.0
 
 
 def test_an_update_has_the_tasks_of_the_group(rank: Rank) -> None:
