@@ -41,18 +41,50 @@ struct Range {
 
 Range range_of(const TraceEntry& entry) { return {entry.addr_, entry.size_}; }
 
-// Never freed: streams may still run while the process exits.
-struct BlocksOfGraphs {
-  std::mutex mutex;
-  std::unordered_map<std::int64_t, int> captured_in;  // by address, those in use: in which graph, by its number
-  std::map<std::int64_t, Range> to_be_poisoned;       // by a number
-
-  std::int64_t ever = 0;
-
+class BlocksOfGraphs {
+ public:
+  // Never freed: streams may still run while the process exits.
   static BlocksOfGraphs& all() {
     static auto* blocks = new BlocksOfGraphs;
     return *blocks;
   }
+
+  void set_graph_of(std::int64_t address, int graph) {
+    const std::lock_guard lock(mutex_);
+    captured_in_[address] = graph;
+  }
+
+  // 0 when it was allocated in no capture.
+  int take_graph_of(std::int64_t address) {
+    const std::lock_guard lock(mutex_);
+    const auto found = captured_in_.extract(address);
+    return found.empty() ? 0 : found.mapped();
+  }
+
+  // A range to be poisoned later, by a number.
+  std::int64_t add(const Range& range) {
+    const std::lock_guard lock(mutex_);
+    to_be_poisoned_.emplace(++ever_, range);
+    return ever_;
+  }
+
+  void poison(std::int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto found = to_be_poisoned_.extract(number);
+    if (!found.empty()) found.mapped().poison();
+  }
+
+  // It is in use again, or gone.
+  void spare(const Range& range) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(to_be_poisoned_, [&](const auto& each) { return each.second.overlaps(range); });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::int64_t, int> captured_in_;  // by address, blocks in use: their graphs, by number
+  std::map<std::int64_t, Range> to_be_poisoned_;
+  std::int64_t ever_ = 0;
 };
 
 sim::Task poison_task(std::function<void()> run) {
@@ -63,44 +95,39 @@ sim::Task poison_task(std::function<void()> run) {
 
 void given_out(const TraceEntry& entry) {
   BlocksOfGraphs& blocks = BlocksOfGraphs::all();
-  const std::lock_guard lock(blocks.mutex);
-  const Range range = range_of(entry);
-  std::erase_if(blocks.to_be_poisoned, [&](const auto& each) { return each.second.overlaps(range); });
+  blocks.spare(range_of(entry));
   if (entry.action_ != TraceEntry::ALLOC) return;
-  if (const int graph = sim::graph_captured_by(entry.stream_)) blocks.captured_in[entry.addr_] = graph;
+  if (const int graph = sim::graph_captured_by(entry.stream_)) blocks.set_graph_of(entry.addr_, graph);
+}
+
+void poison_once(aclrtStream stream, const Range& range) {
+  through_task_queue("poison", [stream, range] {
+    sim::enqueue_past_capture(stream, poison_task([range] { range.poison(); }));
+  });
+}
+
+void poison_in_every_replay(aclrtStream stream, const Range& range) {
+  through_task_queue("poison", [stream, range] {
+    sim::enqueue(stream, poison_task([range] { range.poison(); }));
+  });
 }
 
 void poison_behind_all(const Range& range) {
-  BlocksOfGraphs& blocks = BlocksOfGraphs::all();
-  const std::int64_t number = ++blocks.ever;
-  blocks.to_be_poisoned.emplace(number, range);
+  const std::int64_t number = BlocksOfGraphs::all().add(range);
   through_task_queue("poison", [number] {
-    sim::enqueue_behind_all(poison_task([number] {
-      BlocksOfGraphs& blocks = BlocksOfGraphs::all();
-      const std::lock_guard lock(blocks.mutex);
-      const auto found = blocks.to_be_poisoned.extract(number);
-      if (!found.empty()) found.mapped().poison();
-    }));
+    sim::enqueue_behind_all(poison_task([number] { BlocksOfGraphs::all().poison(number); }));
   });
 }
 
 void freed(const TraceEntry& entry) {
   const c10_npu::NPUGuard device(entry.device_);
-  BlocksOfGraphs& blocks = BlocksOfGraphs::all();
-  const std::lock_guard lock(blocks.mutex);
-  const auto captured_in = blocks.captured_in.extract(entry.addr_);
-  const Range range = range_of(entry);
-  const aclrtStream stream = entry.stream_;
-  if (captured_in.empty()) {
-    through_task_queue("poison", [stream, range] {
-      sim::enqueue_past_capture(stream, poison_task([range] { range.poison(); }));
-    });
-  } else if (captured_in.mapped() == sim::graph_captured_by(stream)) {
-    through_task_queue("poison", [stream, range] {
-      sim::enqueue(stream, poison_task([range] { range.poison(); }));
-    });
+  const int captured_in = BlocksOfGraphs::all().take_graph_of(entry.addr_);
+  if (captured_in == 0) {
+    poison_once(entry.stream_, range_of(entry));
+  } else if (captured_in == sim::graph_captured_by(entry.stream_)) {
+    poison_in_every_replay(entry.stream_, range_of(entry));
   } else {
-    poison_behind_all(range);
+    poison_behind_all(range_of(entry));
   }
 }
 

@@ -14,6 +14,8 @@ from ascend_sim.controls import Listing, Simulator, Stream
 from rig.harness import Here, TeamKeeper
 from rig.npu_ranks import start_team
 
+REPLAYS = 10
+
 
 @pytest.fixture(scope="module")
 def _streams_keeper() -> Iterator[TeamKeeper]:
@@ -126,22 +128,33 @@ def _when_only_the_side_moves(simulator: Simulator) -> Listing:
         time.sleep(0.005)
 
 
-def two_replays_on_two_streams(here: Here) -> list[str]:
-    """The names of the tasks on the graph's stream, in the order in which they ran."""
-    x, graph = filled(5), npu().NPUGraph()
+def replays_on_two_streams(here: Here) -> list[list[str]]:
+    """For each stream of a graph the names of its tasks, in the order in which they ran."""
+    x, graph, side = filled(5), npu().NPUGraph(), npu().Stream()
     with npu().graph(graph):
-        kernels.occupy(5)
-        x.add_(1)
+        side.wait_stream(npu().current_stream())
+        for stream in (npu().current_stream(), side):
+            with npu().stream(stream):
+                own = x.clone()
+                for _ in range(20):
+                    own.add_(1)
+                    own.mul_(2)
+                    own.sub_(3)
+        npu().current_stream().wait_stream(side)
     streams = [npu().Stream(), npu().Stream()]
     with Simulator() as simulator:
         start = simulator.history().next
-        for stream in streams:
-            with npu().stream(stream):
-                graph.replay()
+        for _ in range(REPLAYS):
+            for stream in streams:
+                with npu().stream(stream):
+                    graph.replay()
         npu().synchronize()
         entries = simulator.history(start).entries
-    streams_of_graph = {entry.stream for entry in entries if entry.task == "occupy"}
-    return [entry.task for entry in entries if entry.stream in streams_of_graph and entry.event == "began"]
+    streams_of_graph = sorted({entry.stream for entry in entries if entry.task.startswith("aten")})
+    return [
+        [entry.task for entry in entries if entry.stream == number and entry.event == "began"]
+        for number in streams_of_graph
+    ]
 
 
 def a_copy_to_the_host(here: Here) -> dict[str, Any]:
@@ -217,7 +230,12 @@ def test_the_history_has_the_tasks_of_a_replay(rank: Callable[..., Any]) -> None
 
 
 def test_replays_of_one_graph_do_not_overlap(rank: Callable[..., Any]) -> None:
-    assert rank(two_replays_on_two_streams) == ["occupy", "aten::add_.Tensor"] * 2
+    found = rank(replays_on_two_streams)
+    assert len(found) == 2
+    for tasks in found:
+        once = tasks[: len(tasks) // (2 * REPLAYS)]
+        assert once.count("aten::sub_.Tensor") == 20
+        assert tasks == once * (2 * REPLAYS)
 
 
 def test_a_copy_to_the_host_is_made_in_the_replay(rank: Callable[..., Any]) -> None:

@@ -61,13 +61,13 @@ def replays_and_eager(here: Here) -> list[tuple[list[Any], list[Any]]]:
 
 
 def before_any_replay(here: Here) -> list[float]:
-    """The output of a graph that has only been captured, its memory set to 7 by hand."""
+    """A tensor that a graph writes, after the capture; it held 7 before."""
     x = torch.ones(3, device="npu")
-    y = torch.empty(3, device="npu")
+    y = torch.full((3,), 7.0, device="npu")
     graph = npu().NPUGraph()
     with npu().graph(graph):
         torch.add(x, 1, out=y)
-    y.fill_(7)
+    npu().synchronize()
     found: list[float] = y.tolist()
     return found
 
