@@ -21,26 +21,20 @@ serve-npu-sim: setup  ## the same on the simulated Ascend: SGLang's NPU path, th
 demo: setup  ## serve, ask which digit a picture shows, end; fails when the answer is wrong
 	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)
 
-# Each test is in one of `test`, `test-rest`, `test-release`; `quick` is a part of `test` (tests/test_loop.py).
-QUICK := not (server or simulator or thorough or release)
-TEST := not (thorough or release)
-REST := thorough and not release
-RELEASE := release
-
-quick: setup  ## tests that need neither a server nor the simulated Ascend, a few minutes; no lint
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadscope -m "$(QUICK)" --durations=10 $(ARGS)
+quick: setup  ## quick tests that need neither a server nor the simulated Ascend, two minutes; no lint
+	@$(PYTHON_IN_VENV) -m scripts.suite quick $(ARGS)
 
 test: lint  ## lint, then every kind of thing once, on real servers too (ARGS="-k NAME" for a part)
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
-	$(PYTHON_IN_VENV) -m pytest -m "$(TEST)" --durations=25 $(ARGS)
+	@$(PYTHON_IN_VENV) -m scripts.suite test $(ARGS)
 
-test-rest: setup  ## what `make test` leaves out: further layouts, releases, settings and loads
+test-rest: setup  ## what `make test` leaves out: further features, layouts, releases, settings and loads
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
-	$(PYTHON_IN_VENV) -m pytest -m "$(REST)" --durations=25 $(ARGS)
+	@$(PYTHON_IN_VENV) -m scripts.suite test-rest $(ARGS)
 
 test-release: setup  ## before a release: planted faults that our gates must notice, four stages, a benchmark's cell
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
-	$(PYTHON_IN_VENV) -m pytest -m "$(RELEASE)" --durations=25 $(ARGS)
+	@$(PYTHON_IN_VENV) -m scripts.suite test-release $(ARGS)
 
 test-all: test test-rest test-release  ## the whole suite, one after the other
 

@@ -91,6 +91,7 @@ class RowGather:
 
     def warm_up(self) -> None:
         """Create the communicator and check every rank. Blocks until all ranks call it."""
+        self._streams.make_way(1)
         self.post([self._group.rank()] * self._rows.shape[1])
         heard = self.wait()[:, 0].tolist()
         if heard != list(range(self.ranks)):

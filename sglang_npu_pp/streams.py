@@ -1,12 +1,23 @@
-"""Streams and events of an accelerator, with the same interface on CPU, where calls return complete."""
+"""Streams and events of an accelerator, with the same interface on CPU, where calls return complete.
+
+torch hands out the streams of a device in turn (CUDA and torch_npu 2.13: 32), so a new stream is an old one
+after a while. If forwards or their collectives use it, it holds up what is to run beside them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+
+_MOST_STREAMS = 128  # of a device, more than any pool of torch has
+
+_ours: weakref.WeakSet[Any] = weakref.WeakSet()  # streams of `new_stream` that are still in use
 
 
 class Event(Protocol):
@@ -41,7 +52,48 @@ class DeviceStreams:
         self._kept: list[tuple[torch.Tensor, Event]] = []
 
     def new_stream(self) -> Any:
-        return self._module.Stream() if self.asynchronous else None
+        """A stream apart from those that this process is known to use, where there is one left."""
+        if not self.asynchronous:
+            return None
+        used = self._used()
+        stream = self._module.Stream()
+        for _ in range(_MOST_STREAMS):
+            if stream.stream_id not in used:
+                break
+            stream = self._module.Stream()
+        _ours.add(stream)
+        return stream
+
+    def make_way(self, streams: int) -> None:
+        """Let the next `streams` that torch hands out be unused: a communicator takes its own."""
+        if not self.asynchronous:
+            return
+        order = self._pool()
+        used = [stream in self._used() for stream in order] * 2
+        for start in range(len(order)):
+            if not any(used[start : start + streams]):
+                return
+            self._module.Stream()
+
+    def _pool(self) -> list[int]:
+        """The streams of the pool, the one that comes next first."""
+        order = [self._module.Stream().stream_id]
+        while len(order) < _MOST_STREAMS:
+            stream = self._module.Stream().stream_id
+            if stream == order[0]:
+                break
+            order.append(stream)
+        return order[1:] + order[:1]
+
+    def _used(self) -> set[int]:
+        known = {self._module.current_stream(), self._module.default_stream(), *_ours}
+        ids: set[int] = {stream.stream_id for stream in known}
+        for group in dist.distributed_c10d._world.pg_map if dist.is_initialized() else ():
+            with contextlib.suppress(AttributeError, RuntimeError):  # HCCL tells its streams, others do not
+                backend: Any = group._get_backend(self.device)
+                stream_id = backend._get_stream_id
+                ids |= {stream_id(False, -1), *(stream_id(True, peer) for peer in range(group.size()))}
+        return ids
 
     def adopt_thread(self) -> None:
         """Set this device for the calling thread: new threads have none (NPU) or the first (CUDA)."""

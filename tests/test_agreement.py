@@ -56,6 +56,7 @@ def test_equal_statements_agree() -> None:
     assert run([SAME, dict(SAME), dict(SAME)]) == [None, None, None]
 
 
+@pytest.mark.slow
 def test_the_store_is_asked_a_few_times_a_rank() -> None:
     """Every rank once read every statement: 65,536 questions to one store among 256 ranks."""
     ranks, used = 48, Counter[str]()

@@ -115,6 +115,7 @@ def test_the_test_that_is_named_exists(test: str) -> None:
     assert f"def {name}(" in (ROOT / path).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command, test in RUN_BY.items() if test == EXECUTED])
 def test_a_command_ends_well(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command)

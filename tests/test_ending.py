@@ -90,6 +90,7 @@ def assert_nothing_is_left(node: Node) -> None:
     assert not [file for file in node.files if file.exists()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["end", "end unheard"])
 def test_a_child_ends_the_node_and_leaves_no_shared_memory(node: Node, order: str) -> None:
     """Also where it cannot say why: what is said and written before never keeps the end from coming."""

@@ -96,6 +96,7 @@ def test_headings_are_found_by_the_links_of_the_table() -> None:
     assert len(anchors) == len(set(anchors)) == len(PATCHES)
 
 
+@pytest.mark.slow
 def test_sglang_is_not_imported() -> None:
     """So the ledger can be read where SGLang is not installed, or does not start."""
     program = (

@@ -1,4 +1,4 @@
-"""The selections of the Makefile leave no test out and run none twice, and a server needs its marker."""
+"""The parts of the suite leave no test out and run none twice, and a server needs its marker."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from rig.server import Server, ServerError
+from scripts import suite
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "sglang_npu_pp/tools/certify/model"
-SELECTIONS = dict(
-    re.findall(r"^(QUICK|TEST|REST|RELEASE) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-)
-MARKERS = ("server", "simulator", "thorough", "release")
+WHOLE = ("test", "test-rest", "test-release")
+MARKERS = ("server", "simulator", "slow", "thorough", "release")
 
 
 def selected(expression: str, items: list[pytest.Item]) -> set[str]:
@@ -28,18 +27,23 @@ def selected(expression: str, items: list[pytest.Item]) -> set[str]:
     }
 
 
-def test_every_test_is_in_one_of_three_selections(collected: list[pytest.Item]) -> None:
+def expressions(part: str) -> list[str]:
+    """What each run of the part selects by markers."""
+    return [run[run.index("-m") + 1] for run in suite.PARTS[part]]
+
+
+def test_every_test_is_in_one_run_of_one_part(collected: list[pytest.Item]) -> None:
     everything = {item.nodeid for item in collected}
-    parts = [selected(SELECTIONS[name], collected) for name in ("TEST", "REST", "RELEASE")]
+    runs = [selected(expression, collected) for part in WHOLE for expression in expressions(part)]
     assert len(everything) == len(collected)
-    assert set.union(*parts) == everything
-    assert sum(map(len, parts)) == len(everything)
+    assert set.union(*runs) == everything
+    assert sum(map(len, runs)) == len(everything)
 
 
-def test_the_quick_selection_is_part_of_the_usual_one(collected: list[pytest.Item]) -> None:
-    quick = selected(SELECTIONS["QUICK"], collected)
-    assert quick <= selected(SELECTIONS["TEST"], collected)
-    assert not quick & selected("server or simulator", collected)
+def test_the_quick_part_is_of_what_the_usual_one_begins_with(collected: list[pytest.Item]) -> None:
+    quick, light = (selected(expressions(part)[0], collected) for part in ("quick", "test"))
+    assert quick < light
+    assert not light & selected("server or simulator", collected)
 
 
 def test_pytest_selects_what_is_computed_here(
@@ -53,15 +57,46 @@ def test_pytest_selects_what_is_computed_here(
     assert {item.nodeid for item in request.session.items} == selected(expression, collected)
 
 
-def test_the_makefile_and_ci_run_these_selections_once() -> None:
+def test_the_makefile_and_ci_run_each_part_once() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for name in SELECTIONS:
-        assert len(re.findall(rf'-m pytest (?:-n 2 --dist loadscope )?-m "\$\({name}\)"', makefile)) == 1
+    assert sorted(re.findall(r"-m scripts\.suite (\S+) \$\(ARGS\)$", makefile, re.MULTILINE)) == sorted(
+        suite.PARTS
+    )
     assert re.search(r"^test-all: test test-rest test-release ", makefile, re.MULTILINE)
     assert re.findall(r"^make ([a-z-]+)", (ROOT / ".ci/run").read_text(), re.MULTILINE) == [
         "test",
         "test-rest",
     ]
+
+
+def run_part(part: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "scripts.suite", part, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("def test_light(): pass", 0),
+        ("def test_light(): assert False", 1),
+        ("import pytest\n@pytest.mark.server\ndef test_heavy(): pass", 0),
+        ("import pytest\n@pytest.mark.server\ndef test_heavy(): assert False", 1),
+        ("def test_light(): assert False\nimport pytest\n@pytest.mark.server\ndef test_heavy(): pass", 1),
+        ("", 5),
+    ],
+)
+def test_the_status_of_a_part_is_that_of_its_runs(tmp_path: Path, code: str, status: int) -> None:
+    (tmp_path / "test_some.py").write_text(code)
+    options = ("-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", str(ROOT / "pyproject.toml"))
+    done = run_part("test", *options, str(tmp_path))
+    assert done.returncode == status, done.stdout + done.stderr
+
+
+def test_an_unknown_part_is_refused() -> None:
+    done = run_part("tset")
+    assert done.returncode == 2
+    assert "PART is one of quick, test, test-rest, test-release" in done.stderr
 
 
 def test_a_server_is_refused_in_a_test_without_the_marker(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 # Imports SGLang, which takes seconds, then forks a process for each program: what it changes ends with it.
 IMPORTED = """

@@ -44,7 +44,7 @@ LIMIT_S = 60.0
 _LOCKED_TWICE = (
     "import ctypes; m = ctypes.create_string_buffer(64); f = ctypes.{}(None).pthread_mutex_lock; f(m); f(m)"
 )
-pytestmark = pytest.mark.timeout(3 * LIMIT_S)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
 HOLDS_THE_LOCK = _LOCKED_TWICE.format("PyDLL")  # of the interpreter: no Python runs
 RELEASES_IT = _LOCKED_TWICE.format("CDLL")  # other threads run, this one does not
 

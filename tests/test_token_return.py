@@ -315,6 +315,7 @@ def close_with_a_full_window(here: Here) -> list[bool]:
     return [tokens._thread.is_alive(), all(outbox._socket.closed for outbox in here.kept[PORT].values())]
 
 
+@pytest.mark.slow
 def test_a_thread_that_waits_for_room_is_ended_and_closes_its_own_connections(
     team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +345,7 @@ class NeverPasses:
         return False
 
 
+@pytest.mark.slow
 def test_a_device_that_does_not_answer_does_not_keep_the_lane_open(team: Team) -> None:
     victim = team.recruit()
     ranks = team.open_lanes([team.ranks[0], victim], Settings(wait_limit_s=600), extra_ports={PORT: [1]})

@@ -3,6 +3,7 @@
 // torch_npu's.
 #include "aten_attention.h"
 #include "aten_operator.h"
+#include "aten_poison.h"
 #include "aten_stream.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

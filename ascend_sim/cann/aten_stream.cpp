@@ -4,10 +4,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch_npu/csrc/aten/NPUGeneratorImpl.h>
-#include <torch_npu/csrc/core/npu/NPUCachingAllocator.h>
-#include <torch_npu/csrc/core/npu/NPUGuard.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
-#include <torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.h>
 #include <torch_npu/csrc/framework/OpCommand.h>
 
 #include <algorithm>
@@ -20,25 +17,16 @@
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <unordered_map>
 #include <vector>
 
 namespace ascend_sim {
 namespace {
 
 using at_npu::native::OpCommand;
-using c10_npu::NPUCachingAllocator::TraceEntry;
-
-// torch_npu's queue belongs to the current device, whatever the stream is.
-void through_task_queue(const std::string& name, std::function<void()> launch) {
-  OpCommand::RunOpApiV2(name, [launch = std::move(launch)]() -> int {
-    launch();
-    return ACL_SUCCESS;
-  });
-}
 
 void launch_on(aclrtStream stream, const std::string& name, std::function<void()> task) {
   auto work = std::make_shared<sim::Task>(sim::Task{name, std::move(task)});
+  work->kernel = true;
   through_task_queue(name, [stream, work] { sim::enqueue(stream, std::move(*work)); });
 }
 
@@ -50,51 +38,16 @@ aclrtStream current_stream() { return c10_npu::getCurrentNPUStream().stream(/*ne
   std::abort();
 }
 
-// Blocks that were allocated in a capture and are not freed yet: in which graph, by its number. Used with the
-// allocator's lock held.
-std::unordered_map<std::int64_t, int>& graphs_of_blocks() {
-  static auto* graphs = new std::unordered_map<std::int64_t, int>;
-  return *graphs;
-}
-
-// A block that was allocated and freed in one capture is poisoned in each replay, where it was freed. Others are
-// poisoned once, even if their stream is in a capture: the graph does not own them, and when it is replayed they
-// may be in use.
-void poison(const TraceEntry& entry) {
-  auto* block = reinterpret_cast<void*>(entry.addr_);
-  const size_t size = entry.size_;
-  const auto allocated_in = graphs_of_blocks().extract(entry.addr_);
-  const bool in_graph =
-      !allocated_in.empty() && allocated_in.mapped() == sim::graph_captured_by(entry.stream_);
-  through_task_queue("poison", [stream = entry.stream_, block, size, in_graph] {
-    sim::Task task{"poison", [block, size] { std::memset(block, 0xff, size); }};
-    task.auxiliary = true;
-    if (in_graph) {
-      sim::enqueue(stream, std::move(task));
-    } else {
-      sim::enqueue_past_capture(stream, std::move(task));
-    }
-  });
-}
-
-// Called with the allocator's lock held, at the moment when a later allocation on the block's stream may get
-// it: the poison goes behind everything launched so far and before everything that such an allocation can
-// launch. torch_npu, too, puts tasks into its queue under this lock: event records (insert_events in
-// NPUCachingAllocator.cpp).
-void poison_when_freed(const TraceEntry& entry) {
-  const bool streams_exist = c10_npu::NpuSysCtrl::GetInstance().GetInitFlag();  // not when the process ends
-  if (!streams_exist) return;
-  if (entry.action_ == TraceEntry::ALLOC) {
-    if (const int graph = sim::graph_captured_by(entry.stream_)) graphs_of_blocks()[entry.addr_] = graph;
-  } else if (entry.action_ == TraceEntry::FREE_COMPLETED) {
-    const c10_npu::NPUGuard device(entry.device_);
-    poison(entry);
-  }
-}
-
 }  // namespace
 
 c10::DeviceIndex current_device() { return c10_npu::current_device(); }
+
+void through_task_queue(const std::string& name, std::function<void()> launch) {
+  OpCommand::RunOpApiV2(name, [launch = std::move(launch)]() -> int {
+    launch();
+    return ACL_SUCCESS;
+  });
+}
 
 void launch(const std::string& name, std::function<void()> task) {
   launch_on(current_stream(), name, [name, task = std::move(task)] {
@@ -151,11 +104,6 @@ at::Generator RandomNumbers::generator() const {
   const uint64_t before = offset_of_replay_ == nullptr ? 0 : *offset_of_replay_;
   const uint64_t mixed = (seed + before + offset_) * 0x9e3779b97f4a7c15u;
   return at::make_generator<at::CPUGeneratorImpl>(mixed >> 32);  // it takes 32 bits of a seed
-}
-
-void poison_freed_blocks() {
-  static std::once_flag once;
-  std::call_once(once, [] { c10_npu::NPUCachingAllocator::attachAllocatorTraceTracker(poison_when_freed); });
 }
 
 }  // namespace ascend_sim

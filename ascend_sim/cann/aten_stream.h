@@ -13,6 +13,10 @@ namespace ascend_sim {
 
 c10::DeviceIndex current_device();
 
+// Call something in the order of launches, in the thread of torch_npu's task queue if there is one. The queue
+// belongs to the current device, whatever the stream is.
+void through_task_queue(const std::string& name, std::function<void()> launch);
+
 // Put a task on the current stream of the current device, and return. If it throws, the process aborts with
 // the name and the message: on a device, too, such an error comes long after the call, and torch_npu's queue
 // is lost.
@@ -38,8 +42,5 @@ class RandomNumbers {
   std::uint64_t seed_ = 0, offset_ = 0;
   const std::uint64_t *seed_of_replay_ = nullptr, *offset_of_replay_ = nullptr;  // in device memory
 };
-
-// From now on: memory that torch_npu's caching allocator takes back is overwritten with 0xff: NaN, or -1.
-void poison_freed_blocks();
 
 }  // namespace ascend_sim

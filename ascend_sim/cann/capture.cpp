@@ -84,9 +84,20 @@ thread_local aclmdlRICaptureMode mode_of_this_thread = ACL_MODEL_RI_CAPTURE_MODE
 std::string text(const Stream& stream) { return "stream " + std::to_string(stream.id); }
 std::string text(const Graph& graph) { return "graph " + std::to_string(graph.number); }
 
+std::string end_of(const Capture& capture) {
+  return "aclmdlRICaptureEnd on " + text(*capture.lanes[0].stream) + ": ";
+}
+
+void add_to_group(TaskGroup& group, const std::shared_ptr<Node>& node, bool kernel) {
+  if (kernel) {
+    group.add(node);
+  } else {
+    group.spoil(node->name);
+  }
+}
+
 aclError refuse_unjoined(const Capture& capture, const std::string& why) {
-  return refuse(ERROR_CODE(ACL_ERROR_RT_STREAM_UNJOINED),
-                "the capture of " + text(*capture.graph) + " ends and " + why);
+  return refuse(ERROR_CODE(ACL_ERROR_RT_STREAM_UNJOINED), end_of(capture) + why);
 }
 
 // All that other streams were given has to end before the last task of the first one.
@@ -103,17 +114,14 @@ aclError check_joined(const Capture& capture) {
     }
     joined = joined || capture.waited_by_first.count(*lane.ends_with_record) != 0;
   }
-  const std::string first = text(*capture.lanes[0].stream);
-  return joined ? ACL_SUCCESS
-                : refuse_unjoined(capture, first + ", on which it began, waits for none of the other streams");
+  return joined ? ACL_SUCCESS : refuse_unjoined(capture, "it waits for none of the other streams");
 }
 
 aclError check_groups(const Capture& capture) {
   for (const Lane& lane : capture.lanes) {
     if (lane.group == nullptr) continue;
     return refuse(ERROR_CODE(ACL_ERROR_STREAM_TASK_GROUP_STATUS),
-                  "the capture of " + text(*capture.graph) + " ends with an open task group on " +
-                      text(*lane.stream));
+                  end_of(capture) + "a task group is open on " + text(*lane.stream));
   }
   return ACL_SUCCESS;
 }
@@ -140,10 +148,10 @@ bool take_for_graph(const std::shared_ptr<Stream>& stream, Task& task) {
     const std::lock_guard lock(captures.mutex);
     if (Capture* capture = captures.of(*stream)) {
       Lane& lane = *capture->find(*stream);
-      const bool of_program = !task.auxiliary;
+      const bool of_program = !task.auxiliary, kernel = task.kernel;
       const auto node = capture->graph->add(lane.number, std::move(task));
       if (of_program) lane.ends_with_record.reset();
-      if (of_program && lane.group != nullptr) lane.group->add(node);
+      if (of_program && lane.group != nullptr) add_to_group(*lane.group, node, kernel);
       return true;
     }
   }
@@ -236,7 +244,9 @@ aclError end_task_group(const Stream& stream, std::shared_ptr<TaskGroup>* group)
     return refuse(ERROR_CODE(ACL_ERROR_STREAM_TASK_GROUP_STATUS), call + ", which has none that is open");
   }
   *group = std::exchange(lane.group, nullptr);
-  return ACL_SUCCESS;
+  if ((*group)->spoilt_by().empty()) return ACL_SUCCESS;
+  return refuse(ERROR_CODE(ACL_ERROR_RT_TASK_TYPE_NOT_SUPPORT),
+                call + ": only operators may be in a task group, and " + (*group)->spoilt_by() + " is none");
 }
 
 std::optional<CapturedRecord> capture_record(const Stream& stream, int event) {

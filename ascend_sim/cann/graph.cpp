@@ -68,15 +68,22 @@ void Graph::add_wait(std::size_t lane, std::size_t record) {
   entries_.back().waits_for = record;
 }
 
+std::shared_ptr<const std::vector<Contained>> Graph::operations() {
+  std::call_once(operations_found_, [this] {
+    auto found = std::make_shared<std::vector<Contained>>();
+    for (const Entry& entry : entries_) {
+      const Node& node = *entry.node;
+      if (!node.partners.communicator.empty()) found->push_back({node.name, node.partners});
+    }
+    operations_ = std::move(found);
+  });
+  return operations_;
+}
+
 Task Graph::replay() {
-  auto operations = std::make_shared<std::vector<Contained>>();
-  for (const Entry& entry : entries_) {
-    const Node& node = *entry.node;
-    if (!node.partners.communicator.empty()) operations->push_back({node.name, node.partners});
-  }
   Task task{"graph " + std::to_string(number) + " replay",
             [self = shared_from_this(), in_use = in_use_] { self->run(); }};
-  task.contains = std::move(operations);
+  task.contains = operations();
   return task;
 }
 

@@ -68,12 +68,15 @@ class Graph : public std::enable_shared_from_this<Graph> {
     std::optional<std::size_t> waits_for{};  // the record of a wait
   };
 
+  std::shared_ptr<const std::vector<Contained>> operations();
   void run();
   std::vector<std::uint64_t> put_all();
   Task task_of(const Entry& entry, const std::vector<std::uint64_t>& numbers) const;
 
   std::vector<Entry> entries_;  // in the order of their recording: a wait comes after its record
   std::vector<std::shared_ptr<Stream>> streams_;
+  std::once_flag operations_found_;
+  std::shared_ptr<const std::vector<Contained>> operations_;  // of HCCL
   std::mutex putting_;  // the tasks of two replays must not mix
   const std::shared_ptr<int> in_use_ = std::make_shared<int>();
 };

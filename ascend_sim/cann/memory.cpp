@@ -3,8 +3,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "capture.h"
 #include "device.h"
@@ -29,9 +31,15 @@ struct Block {
   int device;
 };
 
+// With poison: how much freed memory stays as it is, poisoned. A graph has nothing but addresses: what still uses
+// one is to read poison, and not to destroy what the host has put there.
+constexpr std::size_t quarantine_bytes = std::size_t{256} << 20;
+
 // Never freed: streams may still run while the process exits.
 struct Memory {
   std::mutex mutex;
+  std::deque<std::pair<void*, std::size_t>> quarantine;  // the oldest first
+  std::size_t bytes_in_quarantine = 0;
   std::map<const char*, Block> blocks;
   std::map<int, std::size_t> bytes_of_device;
 
@@ -46,6 +54,18 @@ struct Memory {
     if (after == blocks.begin()) return nullptr;
     const auto& [begin, block] = *std::prev(after);
     return static_cast<const char*>(address) < begin + block.bytes ? &block : nullptr;
+  }
+
+  void poison_and_keep(void* address, std::size_t bytes) {
+    std::memset(address, poison, bytes);
+    quarantine.emplace_back(address, bytes);
+    bytes_in_quarantine += bytes;
+    while (bytes_in_quarantine > quarantine_bytes) {
+      const auto [oldest, size] = quarantine.front();
+      quarantine.pop_front();
+      bytes_in_quarantine -= size;
+      std::free(oldest);
+    }
   }
 
   bool forget(const void* address, Place place) {
@@ -133,8 +153,11 @@ aclError aclrtFree(void* address) {
   const sim::Block freed = *block;
   if (!memory.forget(address, Place::device)) return ACL_ERROR_INVALID_PARAM;
   memory.bytes_of_device[freed.device] -= freed.bytes;
-  if (sim::poisoning()) std::memset(address, sim::poison, freed.bytes);
-  std::free(address);
+  if (sim::poisoning()) {
+    memory.poison_and_keep(address, freed.bytes);
+  } else {
+    std::free(address);
+  }
   return ACL_SUCCESS;
 }
 

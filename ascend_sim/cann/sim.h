@@ -37,6 +37,7 @@ struct Task {
   std::function<void()> run;  // more than once if it is recorded in a graph
   Partners partners = {};
   std::shared_ptr<const std::vector<Contained>> contains = {};  // the HCCL operations of a replay
+  bool kernel = false;     // an operator: nothing else may be in a task group
   bool auxiliary = false;  // of the simulator and not of the program: a capture need not join it
 };
 
@@ -48,6 +49,9 @@ std::uint64_t enqueue(aclrtStream stream, Task task);
 
 // The same, and the task runs even if the stream captures.
 std::uint64_t enqueue_past_capture(aclrtStream stream, Task task);
+
+// Put a task behind all that is on any stream of the calling thread's device. Only the simulator's own.
+void enqueue_behind_all(Task task);
 
 // The graph that a stream captures, by its number; 0 when it captures none.
 int graph_captured_by(aclrtStream stream);

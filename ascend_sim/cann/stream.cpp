@@ -31,7 +31,7 @@ struct Streams {
   std::mutex mutex;
   int ever = 0;
   std::map<aclrtStream, std::shared_ptr<Stream>> by_handle;
-  std::map<int, std::shared_ptr<Stream>> default_of_device;
+  std::map<int, std::shared_ptr<Stream>> default_of_device, last_of_device;
 
   static Streams& all() {
     static auto* streams = new Streams;
@@ -46,6 +46,14 @@ struct Streams {
 
   std::shared_ptr<Stream> default_stream(int device) {
     std::shared_ptr<Stream>& stream = default_of_device[device];
+    if (stream == nullptr) stream = create(device);
+    return stream;
+  }
+
+  // For tasks that wait for all other streams.
+  std::shared_ptr<Stream> last_stream(int device) {
+    const std::lock_guard lock(mutex);
+    std::shared_ptr<Stream>& stream = last_of_device[device];
     if (stream == nullptr) stream = create(device);
     return stream;
   }
@@ -181,6 +189,11 @@ aclError Stream::wait_for_all(std::optional<milliseconds> limit) {
   return wait_for(last, "synchronising with stream " + std::to_string(id), limit);
 }
 
+std::uint64_t Stream::last_put() const {
+  const std::lock_guard lock(mutex_);
+  return last_put_;
+}
+
 bool Stream::has_ended(std::uint64_t task) const {
   const std::lock_guard lock(mutex_);
   return last_ended_ >= task;
@@ -248,6 +261,22 @@ std::uint64_t enqueue(aclrtStream handle, Task task) {
 std::uint64_t enqueue_past_capture(aclrtStream stream, Task task) {
   begin_process();
   return Stream::find(stream)->put(std::move(task));
+}
+
+void enqueue_behind_all(Task task) {
+  begin_process();
+  const auto last = Streams::all().last_stream(current_device());
+  std::vector<std::pair<std::shared_ptr<Stream>, std::uint64_t>> before;
+  for (const auto& stream : Stream::all()) {
+    if (stream != last && stream->device == last->device) before.emplace_back(stream, stream->last_put());
+  }
+  task.run = [before = std::move(before), run = std::move(task.run)] {
+    for (const auto& [stream, number] : before) {
+      stream->wait_for(number, "what was launched before, on stream " + std::to_string(stream->id));
+    }
+    run();
+  };
+  last->put(std::move(task));
 }
 
 int graph_captured_by(aclrtStream stream) {

@@ -50,6 +50,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
                     std::optional<std::chrono::milliseconds> limit = {});
   aclError wait_for_all(std::optional<std::chrono::milliseconds> limit = {});
 
+  std::uint64_t last_put() const;  // its number, 0 before there is any
   bool has_ended(std::uint64_t task) const;
   bool is_idle() const;
   bool is_destroyed() const { return destroyed_; }

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "graph.h"
@@ -25,9 +26,14 @@ class TaskGroup {
   void add(std::shared_ptr<Node> node) { nodes_.push_back(std::move(node)); }
   const std::vector<std::shared_ptr<Node>>& nodes() const { return nodes_; }
 
+  // A task that is not an operator was to be added.
+  void spoil(const std::string& task) { spoilt_by_ = task; }
+  const std::string& spoilt_by() const { return spoilt_by_; }
+
   const int graph;  // the number of its graph
 
  private:
+  std::string spoilt_by_;
   std::vector<std::shared_ptr<Node>> nodes_;
 };
 

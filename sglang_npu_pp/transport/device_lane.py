@@ -30,6 +30,7 @@ logger = logging.getLogger("sglang_npu_pp")
 
 ALIGNMENT = 512  # bytes; what allocators of accelerators give, and copy engines like
 _WARM_UP_BYTES = ALIGNMENT
+_STREAMS_OF_A_PAIR = 2  # that torch_npu 2.13 takes for a communicator of messages between two ranks
 PROXY_TENSORS = 2  # hidden states and residual; few models send other ones
 
 
@@ -177,8 +178,10 @@ class DeviceLane:
         """
         token = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._streams.device)
         if self._previous is not None:
+            self._streams.make_way(_STREAMS_OF_A_PAIR)
             dist.recv(token, group=self._previous, group_src=0)
         if self._following is not None:
+            self._streams.make_way(_STREAMS_OF_A_PAIR)
             dist.send(token, group=self._following, group_dst=1)
         self._streams.record().synchronize()
 

@@ -50,6 +50,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
             raise
 
 
+@pytest.mark.thorough
 def test_both_tasks_are_answered_as_the_model_was_trained(
     patched: tuple[Server, lmms.Target], tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_both_tasks_are_answered_as_the_model_was_trained(
         assert result.accuracy == pytest.approx(share)
 
 
+@pytest.mark.thorough
 def test_the_command_measures_one_server_as_it_is(tmp_path: Path) -> None:
     """A server that says 4 to everything: as many right as there are fours, and that is below the floor."""
     with fake_server("4") as server:
@@ -87,6 +89,7 @@ def test_the_command_measures_one_server_as_it_is(tmp_path: Path) -> None:
     assert [finding["check"] for finding in report["findings"]] == [Check.FLOOR.value]
 
 
+@pytest.mark.thorough
 def test_a_server_that_dies_in_the_middle_is_red(tmp_path: Path) -> None:
     """lmms_eval itself ends with exit code 0 and a score."""
     with fake_server("4", lives=4) as server:
@@ -112,6 +115,7 @@ def test_a_dead_server_is_one_sentence_and_no_score(tmp_path: Path) -> None:
     assert "correct --base-url" in sentence
 
 
+@pytest.mark.thorough
 def test_a_server_of_ours_that_dies_in_the_middle_is_noticed(
     patched: tuple[Server, lmms.Target], tmp_path: Path
 ) -> None:

@@ -33,3 +33,17 @@ def npu_team(_npu_keeper: TeamKeeper) -> Iterator[Team]:
     """Three rank processes, each with a simulated NPU, with no lane open."""
     yield _npu_keeper.team()
     _npu_keeper.after_test()
+
+
+@pytest.fixture(scope="module")
+def _keeper_of_module() -> Iterator[TeamKeeper]:
+    keeper = TeamKeeper(lambda: start_npu_team(3))
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def young_npu_team(_keeper_of_module: TeamKeeper) -> Iterator[Team]:
+    """As `npu_team`, but with no groups of other modules' tests: each has taken streams of torch's pool."""
+    yield _keeper_of_module.team()
+    _keeper_of_module.after_test()

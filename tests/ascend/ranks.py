@@ -39,6 +39,13 @@ def on_forward_stream(here: Here) -> AbstractContextManager[Any]:
     return stream
 
 
+def stream_of_group(here: Here, peer: int | None = None) -> int:
+    """The id of HCCL's stream for the default group's collectives, or for its messages with `peer`, or -1."""
+    backend: Any = dist.distributed_c10d._get_default_group()._get_backend(torch.device(here.device))
+    found: int = backend._get_stream_id(peer is not None, -1 if peer is None else peer)
+    return found
+
+
 def event(here: Here) -> Any:
     """At the tail of the current stream."""
     recorded = npu(here).Event()

@@ -51,6 +51,7 @@ def slow_down(rank: Rank) -> None:
         simulator.links(us_per_message=LINK_US)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(2 * LIMIT_S)
 def test_proxies_arrive_intact_over_many_microbatches(npu_team: Team) -> None:
     chosen = npu_team.open_links(3, slots=SLOTS)

@@ -46,9 +46,23 @@ pins = pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "plain"])
 
 def open_rows(here: Here, pinned: bool = True) -> None:
     group, where = create_row_group(range(3), here.device), f"rank {here.index}"
-    rows = here.kept["rows"] = RowGather(group, 2, here.device, ChannelCounters(), where, pinned)
+    with ranks.on_forward_stream(here):  # so that it is known to be in use
+        rows = here.kept["rows"] = RowGather(group, 2, here.device, ChannelCounters(), where, pinned)
+        rows.warm_up()
     assert rows._row.is_pinned() == rows._rows.is_pinned() == pinned
-    rows.warm_up()
+
+
+def come_round(here: Here, before: int) -> None:
+    """torch hands out so many streams, and then the one of the default group's collectives again."""
+    ranks.forward_stream(here)
+    dist.all_reduce(torch.ones(8, device=here.device))
+    forwards = ranks.stream_of_group(here)
+    npu = ranks.npu(here)
+    order = [npu.Stream().stream_id]
+    while (stream := npu.Stream().stream_id) != order[0]:
+        order.append(stream)
+    for _ in range((order.index(forwards) - 1 - before) % len(order)):
+        npu.Stream()
 
 
 def post(here: Here, number: int, rule: Rule | None = None) -> None:
@@ -77,27 +91,38 @@ def expected(number: int) -> list[list[int]]:
 
 
 @pins
-def test_rows_do_not_wait_for_the_forwards_that_were_launched(npu_team: Team, pinned: bool) -> None:
+def test_rows_do_not_wait_for_the_forwards_that_were_launched(young_npu_team: Team, pinned: bool) -> None:
     """Neither on their stream nor on their communicator."""
-    npu_team.each(open_rows, pinned)
+    young_npu_team.each(open_rows, pinned)
     for number, rule in ((1, None), (2, OWN_STREAM)):
         with ExitStack() as held:
-            for rank in npu_team.ranks:
+            for rank in young_npu_team.ranks:
                 held.enter_context(holding(rank, "occupy"))
-            calls = [rank.start(gather_behind_a_forward, number, rule) for rank in npu_team.ranks]
+            calls = [rank.start(gather_behind_a_forward, number, rule) for rank in young_npu_team.ranks]
             if rule is None:
                 assert results(calls) == [expected(number)] * 3
             else:
-                at_rest(*npu_team.ranks)
+                at_rest(*young_npu_team.ranks)
                 assert not any(call.has_answer for call in calls)
         if rule is not None:
             found = results(calls)
             assert found == [expected(number)] * 3 or not pinned  # then they are fetched on the own stream
 
 
-def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> None:
-    npu_team.each(open_rows)
-    first, *others = npu_team.ranks
+@pytest.mark.parametrize("before", range(4))
+def test_rows_have_streams_apart_when_torchs_come_round(young_npu_team: Team, before: int) -> None:
+    """The own stream, and the one that their communicator takes behind it, wherever the pool stands."""
+    young_npu_team.each(come_round, before)
+    young_npu_team.each(open_rows)
+    with ExitStack() as held:
+        for rank in young_npu_team.ranks:
+            held.enter_context(holding(rank, "occupy"))
+        assert young_npu_team.each(gather_behind_a_forward, 1) == [expected(1)] * 3
+
+
+def test_who_reads_waits_for_the_copy_and_who_posts_does_not(young_npu_team: Team) -> None:
+    young_npu_team.each(open_rows)
+    first, *others = young_npu_team.ranks
     for number, rule in ((1, None), (2, EVENT)):
         with holding(first, "memcpy D2H"):
             first.call(post, number, rule)
@@ -105,7 +130,7 @@ def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> 
                 rank.call(post, number)
             reading = first.start(read)
             if rule is None:
-                at_rest(*npu_team.ranks)
+                at_rest(*young_npu_team.ranks)
                 assert not reading.has_answer
             else:
                 assert reading.result() == expected(1)  # of the step before
@@ -114,9 +139,11 @@ def test_who_reads_waits_for_the_copy_and_who_posts_does_not(npu_team: Team) -> 
         assert results([rank.start(read) for rank in others]) == [expected(number)] * 2
 
 
-def test_who_reads_into_plain_memory_waits_for_the_gather_and_who_posts_does_not(npu_team: Team) -> None:
-    npu_team.each(open_rows, False)
-    first, *others = npu_team.ranks
+def test_who_reads_into_plain_memory_waits_for_the_gather_and_who_posts_does_not(
+    young_npu_team: Team,
+) -> None:
+    young_npu_team.each(open_rows, False)
+    first, *others = young_npu_team.ranks
     first.call(post, 1)  # comes back although no other rank has posted
     reading = first.start(read)
     at_rest(first)
@@ -124,6 +151,6 @@ def test_who_reads_into_plain_memory_waits_for_the_gather_and_who_posts_does_not
     for rank in others:
         rank.call(post, 1)
     assert results([reading, *(rank.start(read) for rank in others)]) == [expected(1)] * 3
-    npu_team.each(post, 2)
+    young_npu_team.each(post, 2)
     assert first.call(read, FETCH) == expected(1)  # of the step before
     assert results([rank.start(read) for rank in others]) == [expected(2)] * 2

@@ -54,6 +54,11 @@ class Inputs:
 
 Case = Callable[[Inputs], Any]
 TABLE: dict[str, tuple[Sequence[torch.dtype], Case]] = {
+    # views of the tensor itself: what changes is its shape, on the host
+    "unsqueeze in place": (ALL, lambda x: x.tensor(3).unsqueeze_(1)),
+    "squeeze in place": (ALL, lambda x: x.tensor(3, 1).squeeze_()),
+    "transpose in place": (ALL, lambda x: (x.tensor(3, 4).transpose_(0, 1), x.tensor(3, 4).t_())),
+    "as_strided in place": (ALL, lambda x: x.tensor(3, 4).as_strided_((2, 2), (4, 1), 1)),
     # arithmetic
     "add": (NUMBERS, lambda x: x.tensor(3, 4) + x.tensor(4)),
     "add a number": (NUMBERS, lambda x: (x.tensor(3) + 1, 2 + x.tensor(3))),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rig.harness import Here, TeamKeeper
-from rig.npu_ranks import start_team
+from rig.npu_ranks import run_program, start_team
 
 from .graph_operators import define_scale
 
@@ -61,13 +61,13 @@ def replays_and_eager(here: Here) -> list[tuple[list[Any], list[Any]]]:
 
 
 def before_any_replay(here: Here) -> list[float]:
-    """The output of a graph that has only been captured, its memory set to 7 by hand."""
+    """A tensor that a graph writes, after the capture; it held 7 before."""
     x = torch.ones(3, device="npu")
-    y = torch.empty(3, device="npu")
+    y = torch.full((3,), 7.0, device="npu")
     graph = npu().NPUGraph()
     with npu().graph(graph):
         torch.add(x, 1, out=y)
-    y.fill_(7)
+    npu().synchronize()
     found: list[float] = y.tolist()
     return found
 
@@ -120,6 +120,54 @@ def updates(here: Here) -> list[list[float]]:
     return found
 
 
+def capturing(here: Here) -> list[bool]:
+    """What torch_npu says of the current stream before, in and after a capture."""
+    graph, found = npu().NPUGraph(), [npu().is_current_stream_capturing()]
+    with npu().graph(graph):
+        torch.ones(1, device="npu")
+        found.append(npu().is_current_stream_capturing())
+    return [*found, npu().is_current_stream_capturing()]
+
+
+def graphed_module(here: Here) -> list[float]:
+    """How far a module with graphs, forward and backward, is from the same module on the host."""
+
+    def layers() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+    on_host, sample = layers(), torch.randn(4, 8, device="npu", requires_grad=True)
+    graphed = npu().make_graphed_callables(layers().to("npu"), (sample,))
+    errors = []
+    for _ in range(3):
+        values = torch.randn(4, 8)
+        x, expected_x = values.to("npu").requires_grad_(), values.clone().requires_grad_()
+        y, expected_y = graphed(x), on_host(expected_x)
+        y.sum().backward()
+        expected_y.sum().backward()
+        assert x.grad is not None
+        assert expected_x.grad is not None
+        for found, expected in ((y, expected_y), (x.grad, expected_x.grad)):
+            errors.append((found.detach().cpu() - expected.detach()).abs().max().item())
+    return errors
+
+
+PROGRAM_WITH_A_BLOCKED_REPLAY = """
+import torch, torch_npu
+from ascend_sim import kernels
+
+kernels.install()
+x, event, graph = torch.ones(4, device="npu"), torch.npu.ExternalEvent(), torch.npu.NPUGraph()
+with torch.npu.graph(graph):
+    stream = torch.npu.current_stream()
+    event.wait(stream)
+    event.reset(stream)
+    y = x + 1
+graph.replay()
+print("replayed", flush=True)
+"""
+
+
 # --- tests ---------------------------------------------------------------------------------------
 
 
@@ -144,3 +192,17 @@ def test_random_numbers_go_on_with_each_replay(rank: Callable[..., Any]) -> None
 
 def test_an_update_changes_what_a_recorded_operator_is_called_with(rank: Callable[..., Any]) -> None:
     assert rank(updates) == [[110.0] * 2, [112.0] * 2, [114.0] * 2]
+
+
+def test_torch_npu_knows_of_a_capture(rank: Callable[..., Any]) -> None:
+    assert rank(capturing) == [False, True, False]
+
+
+def test_a_module_with_gradients(rank: Callable[..., Any]) -> None:
+    assert max(rank(graphed_module)) < 1e-5
+
+
+def test_a_process_ends_although_a_replay_does_not() -> None:
+    ended = run_program(PROGRAM_WITH_A_BLOCKED_REPLAY)
+    assert ended.stdout == "replayed\n"
+    assert ended.returncode == 0, ended.stderr

@@ -23,6 +23,8 @@ from sglang_npu_pp.tools.certify.lost_peer import lose_peer
 from sglang_npu_pp.tools.certify.results import Side, Verdict
 from sglang_npu_pp.tools.certify.served import ask_served
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = Path(__file__).with_name("stand_in.py")
 LIMIT_S = 20.0
 Start = Callable[..., LaunchedServer]

@@ -17,6 +17,8 @@ from sglang_npu_pp.tools.certify.launch import LaunchedServer, LaunchError, repo
 from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 from sglang_npu_pp.tools.certify.processes import is_alive
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 30.0
 
 # Called as python is: with -m sglang.launch_server and the arguments.

@@ -17,7 +17,10 @@ import pytest
 from scripts.bench.link import EmulatedLink, reason_for_loopback
 from sglang_npu_pp.tools.doctor.link_test import LinkReport
 
-pytestmark = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback()),
+]
 
 LIMIT_S = 120
 DELAY_MS = 5
@@ -96,9 +99,17 @@ IPV6 = ("fd00:79::1", "fd00:79::2")
     ("environ", "listen"),
     [
         ({"GLOO_SOCKET_IFNAME": "lo", "HOST_IP": DECOY}, str(PORT)),
-        ({"SGLANG_NPU_PP_HOST": "pplink", "HOST_IP": "192.0.2.99"}, f"pplink:{PORT}"),
-        ({"SGLANG_NPU_PP_HOST": "0.0.0.0", "HCCL_SOCKET_IFNAME": "=lo"}, f"0.0.0.0:{PORT}"),
-        ({"SGLANG_NPU_PP_HOST": IPV6[0]}, f"[{IPV6[0]}]:{PORT}"),
+        pytest.param(
+            {"SGLANG_NPU_PP_HOST": "pplink", "HOST_IP": "192.0.2.99"},
+            f"pplink:{PORT}",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"SGLANG_NPU_PP_HOST": "0.0.0.0", "HCCL_SOCKET_IFNAME": "=lo"},
+            f"0.0.0.0:{PORT}",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param({"SGLANG_NPU_PP_HOST": IPV6[0]}, f"[{IPV6[0]}]:{PORT}", marks=pytest.mark.thorough),
     ],
     ids=["wrong interface of gloo", "an interface", "every address", "IPv6"],
 )

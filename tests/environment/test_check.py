@@ -18,6 +18,7 @@ LOCK = (
 )
 
 
+@pytest.mark.slow
 def test_venv_and_the_parts_beside_it_are_what_their_locks_say() -> None:
     command = [sys.executable, "-m", "scripts.environment.check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -136,6 +136,7 @@ def test_a_lock_names_what_comes_with_what_is_wanted(
     assert relock() == {"venv": [], "installer": [], "part": []}
 
 
+@pytest.mark.slow
 def test_versions_stay_until_an_upgrade_is_asked_for(
     relock: Callable[..., Mapping[str, Sequence[str]]], tmp_path: Path
 ) -> None:

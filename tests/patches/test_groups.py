@@ -212,6 +212,7 @@ def prepare(square: Team, way: str) -> tuple[list[Rank], list[Rank]]:
     return square.ranks[:2], square.ranks[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gather", [False, True], ids=["whole", "gathered"])
 def test_dicts_arrive_in_order_and_equal(square: Team, way: str, gather: bool) -> None:

@@ -40,6 +40,7 @@ def test_a_wrong_setting_stops_the_start_with_one_sentence(launcher: Launcher) -
     assert "Traceback" not in log
 
 
+@pytest.mark.thorough
 def test_a_misspelt_setting_stops_the_start(launcher: Launcher) -> None:
     server = launcher.configure(1, 2, patched=True, env={"SGLANG_NPU_PP_WINDOWS": "16"})
     assert "SGLANG_NPU_PP_WINDOWS is not a setting" in log_of_failed_start(server)
@@ -56,6 +57,7 @@ def test_require_refuses_a_build_that_is_not_known(launcher: Launcher) -> None:
     assert "SGLANG_NPU_PP=require" in log
 
 
+@pytest.mark.thorough
 def test_a_build_with_another_name_is_in_force(launcher: Launcher) -> None:
     """And what it does not know, this server does not use."""
     env = {"PP_PROBE_RELEASE": "0.5.22.dev1+g1234", "PP_PROBE_CHANGED": OF_PREFILLS}
@@ -67,6 +69,7 @@ def test_a_build_with_another_name_is_in_force(launcher: Launcher) -> None:
     assert "stage 0 rank 0 of 2 stages" in log
 
 
+@pytest.mark.thorough
 def test_require_refuses_a_server_that_uses_what_is_not_known(launcher: Launcher) -> None:
     env = {"PP_PROBE_CHANGED": OF_PREFILLS, "PP_PROBE_FAKE_KV": "1"}
     arguments = ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"]
@@ -75,6 +78,7 @@ def test_require_refuses_a_server_that_uses_what_is_not_known(launcher: Launcher
     assert "and SGLANG_NPU_PP=require" in log
 
 
+@pytest.mark.thorough
 def test_auto_leaves_sglang_as_it_is_when_a_patch_fails(launcher: Launcher) -> None:
     """All other patches were in force for a moment; the server must be upstream's from end to end."""
     env = {"SGLANG_NPU_PP": "auto", "PP_PROBE_FAIL_PATCH": "1"}

@@ -21,6 +21,8 @@ from rig.devices import DEVICES
 from rig.launcher import RANDOM_MODEL
 from rig.server import PATH, Server
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 540
 END_LIMIT_S = 60

@@ -20,6 +20,7 @@ END_LIMIT_S = 60.0
 REQUEST = {"input_ids": [5, 6, 7, 8], "sampling_params": {"max_new_tokens": 20, "ignore_eos": True}}
 
 pytestmark = [
+    pytest.mark.thorough,
     pytest.mark.skipif(shutil.which("py-spy", path=BIN) is None, reason="py-spy is not installed"),
 ]
 

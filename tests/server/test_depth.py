@@ -11,6 +11,8 @@ import pytest
 from rig import battery
 from rig.server import Server
 
+pytestmark = pytest.mark.thorough
+
 CLIENTS = 32
 ROUNDS = 4
 LINE = re.compile(

@@ -68,7 +68,9 @@ def serve(
 
 
 @pytest.mark.thorough  # tests/server/test_kv_transfer.py compares the answers of a disaggregated pair
-@pytest.mark.parametrize(("mode", "depth"), [("prefill", 0), ("decode", 1)])
+@pytest.mark.parametrize(
+    ("mode", "depth"), [("prefill", 0), pytest.param("decode", 1, marks=pytest.mark.release)]
+)
 def test_disaggregated_answers_equal_upstreams(
     make_launcher: Callable[[str], Launcher], mode: str, depth: int
 ) -> None:

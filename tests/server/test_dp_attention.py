@@ -25,6 +25,8 @@ from sglang_npu_pp.observe.trace import Event, read_traces
 
 from .clocks import OTHERS, Conversation, advance, greedy
 
+pytestmark = pytest.mark.thorough
+
 LENGTHS = (1, 7, 64, 255, 300, 700)  # tokens; chunks are 256 for both ranks together
 DEVICE = os.environ.get("DP_ATTENTION_DEVICE", "cpu")
 ON_CPU = DEVICE == "cpu"

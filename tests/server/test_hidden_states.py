@@ -15,6 +15,8 @@ from rig.launcher import Launcher
 from rig.loads import greedy
 from rig.server import Server
 
+pytestmark = pytest.mark.thorough
+
 TOLERANCE = 1e-4  # float32; the same kernels, other shapes
 WANTED = ("--enable-return-hidden-states",)
 # Prompts of one chunk and of several; chunks are 256 tokens.
@@ -34,8 +36,8 @@ def alone(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
     scope="module",
     params=[
         (2, 0),
-        pytest.param((2, 2), marks=pytest.mark.thorough),
-        pytest.param((3, 1), marks=pytest.mark.thorough),
+        (2, 2),
+        pytest.param((3, 1), marks=pytest.mark.release),
     ],
     ids=["pp2", "pp2-depth2", "pp3-depth1"],
 )

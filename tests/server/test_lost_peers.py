@@ -34,9 +34,10 @@ def episode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Episode]:
         yield Episode(server, link)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fault", "stage"),
-    [(PAUSE, 1), pytest.param(SLOW, 0, marks=pytest.mark.thorough)],
+    [(PAUSE, 1), (SLOW, 0)],
     ids=["stage 1 paused", "slow link"],
 )
 def test_what_is_over_before_the_time_out_changes_no_token(

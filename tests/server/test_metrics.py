@@ -88,7 +88,7 @@ def test_metrics_of_an_idle_server_are_what_its_ranks_counted(patched: Server) -
     ranks = {frozenset({"stage": str(stage), "rank": "0"}.items()) for stage in range(2)}
     assert set(found[metrics.REFUSED.name]) == ranks
     assert found[metrics.SLOTS.name] == dict.fromkeys(ranks, 2.0)
-    assert set(found) == {metric.name for metric in (*metrics.COUNTERS, *metrics.LIMITS)}
+    assert set(found) == {metric.name for metric in (*metrics.COUNTERS, *metrics.LIMITS, metrics.FEATURE)}
 
 
 def test_sglang_still_exports_its_own(patched: Server) -> None:

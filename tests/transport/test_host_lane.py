@@ -687,6 +687,7 @@ def wait_for_ever(here: Here, source: int) -> None:
     take_number(here, source, Kind.PROXY, 0)
 
 
+@pytest.mark.slow
 @transports
 def test_a_stopped_and_a_killed_peer_are_noticed_by_who_waits_and_by_who_only_sends(
     team: Team, ipc_dir: Path, transport: str
@@ -719,6 +720,7 @@ def test_a_stopped_and_a_killed_peer_are_noticed_by_who_waits_and_by_who_only_se
     team.dismiss(victim)
 
 
+@pytest.mark.slow
 @transports
 def test_ranks_that_are_stopped_together_and_continued_lose_nobody(team: Team, transport: str) -> None:
     """Longer than the time-out: a suspended machine, a paused container, Ctrl-Z."""
@@ -745,6 +747,7 @@ def test_ranks_that_are_stopped_together_and_continued_lose_nobody(team: Team, t
         team.dismiss(rank)
 
 
+@pytest.mark.slow
 @transports
 def test_a_peer_that_is_stopped_alone_is_lost_and_a_shorter_pause_is_none(team: Team, transport: str) -> None:
     victim = team.recruit()

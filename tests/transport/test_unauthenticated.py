@@ -124,6 +124,7 @@ def answer_after_a_long_call(here: Here, seconds: float) -> None:
     here.lane.send(1, Message(Kind.OBJECT, values="done"))
 
 
+@pytest.mark.slow
 def test_a_flood_while_pythons_lock_is_taken_does_not_stop_the_network_thread(team: Team) -> None:
     """ZeroMQ waited for a thread of ours to hear of each of them, and sent no heartbeat for so long."""
     settings = Settings(host_transport="tcp", wait_limit_s=60, peer_timeout_s=1)

@@ -22,6 +22,8 @@ from rig.loads import ABORTED, CONCURRENCY, Pool, ask, ask_in_pieces, given, gre
 from rig.server import Server
 from tests.field_cases import field_case
 
+pytestmark = pytest.mark.thorough
+
 PHASES = ("grammar", "waiting", "chunk", "prefill", "decode", "last")
 VICTIMS = 4  # a phase
 

@@ -23,6 +23,8 @@ from tests.server.clocks import HOUR_S, LEADERS, OTHERS, Conversation, advance
 
 from .conftest import CLOCKS_APART, LIMIT_HOURS
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 120
 CACHED = greedy(battery.prompt(300, seed=5252), 4)
 LONG_TOKENS = 500
@@ -31,7 +33,7 @@ LONG = greedy(battery.prompt(60, seed=5253), LONG_TOKENS)
 # All ranks of all stages meet in every iteration; a stage that stayed away would hold the others up for ever.
 BARRIER = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
 LAYOUTS = [  # release, tp, pp
-    pytest.param(("oldest", 1, 2), marks=pytest.mark.thorough),
+    ("oldest", 1, 2),
     (IN_VENV, 2, 2),
     pytest.param((NEWEST, 1, 4), marks=pytest.mark.release),
 ]
@@ -90,7 +92,6 @@ def flush_while_a_clock_runs_ahead(server: Server, whose: str) -> requests.Respo
         return flush.result()
 
 
-@pytest.mark.thorough  # flushes and time limits: a test of each is left
 def test_a_flush_waits_as_long_as_the_first_stage_says(server: Server) -> None:
     flushed = flush_while_a_clock_runs_ahead(server, OTHERS)
     assert flushed.ok, flushed.text
@@ -103,9 +104,7 @@ def test_a_flush_that_the_first_stage_gives_up_is_given_up_by_all(server: Server
     assert cached_tokens(server) > 256
 
 
-@pytest.mark.parametrize(
-    ("whose", "answer_is"), [pytest.param(OTHERS, "whole", marks=pytest.mark.thorough), (LEADERS, "aborted")]
-)
+@pytest.mark.parametrize(("whose", "answer_is"), [(OTHERS, "whole"), (LEADERS, "aborted")])
 def test_a_request_runs_as_long_as_the_first_stage_says(server: Server, whose: str, answer_is: str) -> None:
     with running(server, LONG) as finish, ThreadPoolExecutor(1) as threads:
         answer = threads.submit(finish)

@@ -39,7 +39,7 @@ PROBES = {
     params=[
         (1, 2),
         pytest.param((1, 3), marks=pytest.mark.release),
-        pytest.param((2, 2), marks=pytest.mark.thorough),
+        pytest.param((2, 2), marks=pytest.mark.release),
     ],
     ids=["pp2", "pp3", "tp2-pp2"],
 )
@@ -94,6 +94,7 @@ def test_files_that_a_later_stage_does_not_have(
     assert ask(server, CACHED) == random_answer
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_a_later_stage_cannot_load(
     server: Server, random_answer: list[int], tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_checkpoint_that_a_later_stage_cannot_load(
     assert ask(server, CACHED) == random_answer
 
 
+@pytest.mark.thorough
 def test_files_that_no_stage_has_change_nothing(
     server: Server, random_answer: list[int], tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_files_that_no_stage_has_change_nothing(
     assert ask(server, CACHED) == random_answer
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_restored_is_said_and_mended_by_an_update(
     server: Server, random_answer: list[int], tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_what_cannot_be_restored_is_said_and_mended_by_an_update(
 
 
 @pytest.mark.parametrize("action", ["start", "stop", "dump"])
+@pytest.mark.thorough
 def test_expert_distribution_without_a_recorder(
     server: Server, random_answer: list[int], action: str
 ) -> None:
@@ -149,6 +153,7 @@ def test_expert_distribution_without_a_recorder(
     assert ask(server, CACHED) == random_answer
 
 
+@pytest.mark.thorough
 def test_memory_is_not_released_while_requests_run(server: Server, random_answer: list[int]) -> None:
     with running(server, LONG) as finish:
         answer = server.post("/release_memory_occupation", {"tags": ["kv_cache"]}, timeout_s=60)
@@ -180,6 +185,7 @@ def test_control_requests_among_others(server: Server, random_answer: list[int])
     assert ask(server, CACHED) == random_answer
 
 
+@pytest.mark.thorough
 def test_a_flush_that_stage_0_gives_up_is_given_up_by_all(server: Server, random_answer: list[int]) -> None:
     """The later stages' clocks are late: by themselves they would flush as soon as they are idle."""
     with running(server, LONG) as finish:

@@ -21,6 +21,8 @@ from tests.field_cases import field_case
 
 from .test_grammars import GRAMMARS, constrained
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 90.0
 # Which of the two comes first depends on what stage 0 has sent by then.
 SENTENCE = re.compile(
@@ -57,8 +59,8 @@ def meet_grammars(server: Server) -> None:
     ("planted", "meet"),
     [
         ("ABORTS", meet_aborts),
-        pytest.param("FLUSHES", meet_a_flush, marks=pytest.mark.thorough),
-        pytest.param("GRAMMARS", meet_grammars, marks=pytest.mark.thorough),
+        ("FLUSHES", meet_a_flush),
+        ("GRAMMARS", meet_grammars),
     ],
 )
 def test_stages_that_differ_end_with_a_sentence(

@@ -18,6 +18,8 @@ from rig.loads import Pool, ask
 from rig.server import Server
 from tests.field_cases import field_case
 
+pytestmark = pytest.mark.thorough
+
 GRAMMARS = [rf"x[0-{index}]{{2,{index + 3}}}y" for index in range(1, 9)]
 
 
@@ -30,7 +32,7 @@ def constrained(grammar: str) -> dict[str, Any]:
 
 
 @field_case("sglang-28424")
-@pytest.mark.parametrize("name", ["crowded", pytest.param("four_stages", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["crowded", pytest.param("four_stages", marks=pytest.mark.release)])
 def test_grammars_that_are_ready_at_different_times(
     request: pytest.FixtureRequest, patched: Server, pool: Pool, name: str
 ) -> None:

@@ -14,6 +14,8 @@ from rig.loads import Pool, ask, ask_together, greedy
 from rig.server import Server
 from tests.field_cases import field_case
 
+pytestmark = pytest.mark.thorough
+
 # 36 x (20 + 250) tokens, for 6144 places.
 GROWING = [greedy(battery.prompt(20, seed=8000 + index), 250) for index in range(36)]
 

@@ -10,12 +10,12 @@ from rig.loads import Pool, make_pool
 from rig.server import Server
 from scripts.soak.load import Clients, Known, Tally
 
+pytestmark = pytest.mark.thorough
+
 SECONDS = 4.0
 
 
-@pytest.mark.parametrize(
-    "planted", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["all are right", "one is wrong"]
-)
+@pytest.mark.parametrize("planted", [False, True], ids=["all are right", "one is wrong"])
 def test_a_wrong_answer_is_noticed(patched: Server, planted: bool) -> None:
     pool = Pool.asked_alone(patched, make_pool(2))
     if planted:

@@ -19,6 +19,8 @@ from rig.launcher import DIGITS_MODEL, RANDOM_MODEL
 from rig.loads import ABORTED, Pool, ask, greedy, running
 from rig.server import Server
 
+pytestmark = pytest.mark.thorough
+
 CACHED = greedy(battery.prompt(300, seed=4242), 4)
 LONG_TOKENS = 500
 LONG = greedy(battery.prompt(60, seed=4243), LONG_TOKENS)
@@ -70,7 +72,6 @@ def test_a_flush_waits_for_requests_and_empties_every_stage(patched: Server, poo
     assert cached_tokens(patched) == 0
 
 
-@pytest.mark.thorough
 def test_a_weight_update_waits_for_requests_and_holds_back_the_next(patched: Server, pool: Pool) -> None:
     """A request that runs keeps its weights to the end; those that come meanwhile get the new ones."""
     random_long = ask(patched, LONG)

@@ -1,0 +1,50 @@
+"""Run a part of the test suite: `python -m scripts.suite PART [PYTEST ARGUMENTS]`.
+
+Every test is in one of `test`, `test-rest` and `test-release`; `quick` is a part of `test`. Tests that need
+neither a server nor the simulated Ascend run two at a time, the others one by one: a server uses both of two
+cores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+HEAVY = "server or simulator"
+LIGHT = f"not ({HEAVY} or thorough or release)"
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope")
+
+# Part of the suite: what pytest is called with, one after the other.
+PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "quick": (("-m", f"{LIGHT} and not slow", *TWO_AT_A_TIME),),
+    "test": (("-m", LIGHT, *TWO_AT_A_TIME), ("-m", f"({HEAVY}) and not (thorough or release)")),
+    "test-rest": (("-m", "thorough and not release"),),
+    "test-release": (("-m", "release"),),
+}
+
+
+def run(part: str, arguments: Sequence[str] = ()) -> int:
+    """Exit status: that of the first run that fails; `arguments` have to select tests of one of them."""
+    statuses = []
+    for selection in PARTS[part]:
+        command = [sys.executable, "-m", "pytest", *selection, "--durations=25", *arguments]
+        print("+", *command, flush=True)
+        statuses.append(subprocess.run(command, check=False).returncode)
+        if statuses[-1] == pytest.ExitCode.INTERRUPTED:
+            break
+    selected = [status for status in statuses if status != pytest.ExitCode.NO_TESTS_COLLECTED]
+    return next((status for status in selected if status), 0) if selected else statuses[0]
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
+        print(f"{__doc__}\nPART is one of {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    return run(sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
