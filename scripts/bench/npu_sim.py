@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 
 from ascend_sim.controls import Simulator
+from rig.devices import EAGER
 from rig.folders import new_folder
 from rig.probes import probe_variables
 from rig.server import Server, ServerError
@@ -85,7 +86,7 @@ class Contestant:
             log=self._folder / "log",
             device="npu-sim",
             env=variables,
-            args=(*FLAGS, "--pp-async-batch-depth", str(competitor.depth)),
+            args=(*FLAGS, *EAGER, "--pp-async-batch-depth", str(competitor.depth)),
         )
         self._links: list[Simulator] = []
         self.hangs = False
