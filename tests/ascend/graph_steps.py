@@ -6,6 +6,7 @@ gives back, (length - 1) / 2, tells with which length it ran.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -34,9 +35,14 @@ class Steps(NamedTuple):
     taken: list[tuple[torch.Tensor, Any]]  # of each step: what was packed behind its replay, and the event
 
 
+def use(here: Here, folder: str) -> None:
+    """Import the SGLang of that folder from now on."""
+    sys.path.insert(0, folder)
+
+
 def capture(here: Here, patched: bool) -> None:
     """Capture the graph, as SGLang's runner does at its start."""
-    from sglang.srt.hardware_backend.npu.graph_runner.npu_cudagraph_backend import NPUCudaGraphBackend
+    from sglang.srt.hardware_backend.npu.graph_runner import npu_cudagraph_backend
 
     (patch,) = (each for each in npu_graphs.PATCHES if each.target.endswith("replay_with_input_update"))
     pipeline.set_current(cast(Any, SimpleNamespace(streams=DeviceStreams(here.device))))
@@ -44,12 +50,14 @@ def capture(here: Here, patched: bool) -> None:
     runner: Any = SimpleNamespace(
         device_module=ranks.npu(here), model_runner=SimpleNamespace(tp_group=group), tp_group=group
     )
-    backend = NPUCudaGraphBackend(runner)
+    if hasattr(npu_cudagraph_backend, "get_parallel"):  # 0.5.22 and later
+        vars(npu_cudagraph_backend)["get_parallel"] = lambda: SimpleNamespace(tp_group=group)
+    backend = npu_cudagraph_backend.NPUCudaGraphBackend(runner)
     with ranks.on_forward_stream(here):
         forward = _Forward(here)
         with backend.capture_session(ranks.npu(here).Stream()):
             backend.capture_one(GRAPH, forward)
-    original = NPUCudaGraphBackend.replay_with_input_update
+    original = npu_cudagraph_backend.NPUCudaGraphBackend.replay_with_input_update
     here.kept["steps"] = Steps(backend, bind(patch, original) if patched else original, [])
     here.kept["forward"] = forward  # a graph keeps no input alive
 
