@@ -4,9 +4,9 @@
 // - An ordinary one: at its place on the stream that owns it, even if that stream is in a capture: the graph does
 //   not own the block, and when it is replayed the block may be another tensor's.
 // - One that was allocated and freed in one capture: in each replay, where it was freed.
-// - One that was allocated in a capture and is freed later: behind everything that runs or is queued. A replay may
-//   use it, on any stream, and the program need not keep a tensor for that. If the allocator gives it out again
-//   in the meantime, the poison comes too late and is left out.
+// - One that was allocated in a capture and is freed later: behind everything that runs or is queued, and while no
+//   replay runs. A replay may use it, on any stream, and the program need not keep a tensor for that. If the
+//   allocator gives it out again in the meantime, the poison comes too late and is left out.
 #include "aten_poison.h"
 
 #include "aten_stream.h"

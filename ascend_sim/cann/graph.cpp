@@ -1,6 +1,8 @@
 #include "graph.h"
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <utility>
 
 #include "task_group.h"
@@ -14,6 +16,31 @@ std::string record_text(int event, std::uint64_t task, const Stream& stream) {
   return "event " + std::to_string(event) + ", recorded by task " + std::to_string(task) + " on stream " +
          std::to_string(stream.id);
 }
+
+// How long anyone waits here without looking round.
+constexpr std::chrono::milliseconds longest_sleep{100};
+
+// Never freed: streams may still run while the process exits.
+struct Replays {
+  std::mutex mutex;
+  std::condition_variable none_runs;
+  int running = 0;
+
+  static Replays& all() {
+    static auto* replays = new Replays;
+    return *replays;
+  }
+
+  void begin() {
+    const std::lock_guard lock(mutex);
+    ++running;
+  }
+
+  void end() {
+    const std::lock_guard lock(mutex);
+    if (--running == 0) none_runs.notify_all();
+  }
+};
 
 // Waits for another stream from inside a task. What that one failed with, this one fails with.
 void wait_or_fail(Stream& stream, std::uint64_t task, const std::string& why) {
@@ -87,9 +114,26 @@ Task Graph::replay() {
   return task;
 }
 
+void between_replays(const std::function<void()>& call) {
+  Replays& replays = Replays::all();
+  std::unique_lock lock(replays.mutex);
+  std::optional<Waiting> waiting;
+  while (replays.running > 0 && !shutting_down()) {
+    if (!waiting) waiting.emplace("no replay may run");
+    replays.none_runs.wait_for(lock, longest_sleep);
+  }
+  if (replays.running == 0) call();
+}
+
+void Graph::run() {
+  Replays::all().begin();
+  put_and_wait();
+  Replays::all().end();
+}
+
 // The time that the stream of the replay spends here is that of the graph's first stream: it waited only
 // while that one did.
-void Graph::run() {
+void Graph::put_and_wait() {
   if (streams_.empty()) return;
   ThreadTimes& times = times_of_this_thread();
   const std::uint64_t waited = times.waited_ns, waited_inside = streams_[0]->waited_ns();

@@ -39,6 +39,10 @@ class Node {
   std::function<void()> run_;
 };
 
+// Calls something while no replay runs. A replay that comes in the meantime does not wait for that to happen, only
+// for it to end.
+void between_replays(const std::function<void()>& call);
+
 class Graph : public std::enable_shared_from_this<Graph> {
  public:
   explicit Graph(int device);
@@ -72,6 +76,8 @@ class Graph : public std::enable_shared_from_this<Graph> {
   void run();
   std::vector<std::uint64_t> put_all();
   Task task_of(const Entry& entry, const std::vector<std::uint64_t>& numbers) const;
+
+  void put_and_wait();
 
   std::vector<Entry> entries_;  // in the order of their recording: a wait comes after its record
   std::vector<std::shared_ptr<Stream>> streams_;

@@ -33,7 +33,7 @@ struct Block {
 
 // With poison: how much freed memory stays as it is, poisoned. A graph has nothing but addresses: what still uses
 // one is to read poison, and not to destroy what the host has put there.
-constexpr std::size_t quarantine_bytes = std::size_t{256} << 20;
+constexpr std::size_t quarantine_bytes = std::size_t{128} << 20;
 
 // Never freed: streams may still run while the process exits.
 struct Memory {

@@ -50,7 +50,8 @@ std::uint64_t enqueue(aclrtStream stream, Task task);
 // The same, and the task runs even if the stream captures.
 std::uint64_t enqueue_past_capture(aclrtStream stream, Task task);
 
-// Put a task behind all that is on any stream of the calling thread's device. Only the simulator's own.
+// Put a task behind all that is on any stream of the calling thread's device, and between replays, those that are
+// launched later included. Only for the simulator's own.
 void enqueue_behind_all(Task task);
 
 // The graph that a stream captures, by its number; 0 when it captures none.

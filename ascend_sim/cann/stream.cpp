@@ -274,7 +274,7 @@ void enqueue_behind_all(Task task) {
     for (const auto& [stream, number] : before) {
       stream->wait_for(number, "what was launched before, on stream " + std::to_string(stream->id));
     }
-    run();
+    between_replays(run);
   };
   last->put(std::move(task));
 }

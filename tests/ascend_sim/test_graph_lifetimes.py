@@ -162,6 +162,42 @@ def freed_while_it_replays(here: Here) -> int:
     return value_of(y)
 
 
+def replayed_after_the_free(here: Here) -> int:
+    """An intermediate is freed while another stream is held, so its poison is late: a replay has begun."""
+    x, graph, side = filled(3), npu().NPUGraph(), npu().Stream()
+    with npu().graph(graph):
+        hidden = x + 1
+        kernels.occupy(1)
+        y = hidden * 2
+    with Simulator() as simulator, simulator.hold("begin stretch", 1) as other:
+        with npu().stream(side):
+            kernels.begin_stretch()
+        other.wait_until_held()
+        start = simulator.history().next
+        del hidden
+        with simulator.hold("occupy", 1) as gate:
+            graph.replay()
+            gate.wait_until_held()
+            other.release()
+            _until_poison_waits_or_has_come(simulator, start)
+    npu().synchronize()
+    return value_of(y)
+
+
+def _until_poison_waits_or_has_come(simulator: Simulator, start: int) -> None:
+    """It has passed the stream that was held."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        entries = simulator.history(start).entries
+        if any(entry.task == "poison" and entry.event == "ended" for entry in entries):
+            return
+        running = [stream.running for stream in simulator.listing().streams]
+        if any(task and task.waiting and task.waiting.reason == "no replay may run" for task in running):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"poison has not come:\n{simulator.listing()}")
+
+
 def given_out_again(here: Here) -> dict[str, int]:
     """An output is freed behind a stream that is held, and a second graph of the pool gets its memory."""
     x, pool, side, capturing = filled(3), npu().graph_pool_handle(), npu().Stream(), npu().Stream()
@@ -276,6 +312,10 @@ def test_a_freed_output_is_poisoned_behind_what_was_launched(rank: Callable[...,
 def test_a_replay_may_use_what_the_program_has_freed(rank: Callable[..., Any]) -> None:
     """It writes its intermediate results before it reads them; no tensor has to be kept for that."""
     assert rank(freed_while_it_replays) == 8
+
+
+def test_poison_that_is_late_waits_for_the_replays_that_have_begun(rank: Callable[..., Any]) -> None:
+    assert rank(replayed_after_the_free) == 8
 
 
 def test_memory_that_the_pool_gives_out_again_is_not_poisoned(rank: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,6 +314,18 @@ def in_a_graph(here: Here, what: str) -> str:
     return "nothing was raised"
 
 
+def printing_a_graph(here: Here, path: str) -> str:
+    """A function of the family that is not simulated: torch_npu looks for it by its name."""
+    x, graph = torch.ones(4, device="npu"), npu().NPUGraph()
+    with npu().graph(graph):
+        x.add_(1)
+    try:
+        graph.debug_dump(path)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 # --- tests ---------------------------------------------------------------------------------------
 
 
@@ -412,6 +425,10 @@ def test_torch_npu_reports_the_sentence(rank: Callable[..., Any], what: str, mes
     assert "simulated Ascend: " in found
     assert message in found
     assert any(str(code) in found and name in found for code, name in CODES.items())
+
+
+def test_what_is_not_simulated_is_reported_by_its_name(rank: Callable[..., Any], tmp_path: Path) -> None:
+    assert "aclmdlRIDebugJsonPrint" in rank(printing_a_graph, str(tmp_path / "graph.json"))
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,12 @@ def replays_on_two_streams(here: Here) -> list[list[str]]:
     with Simulator() as simulator:
         start = simulator.history().next
         for _ in range(REPLAYS):
-            for stream in streams:
-                with npu().stream(stream):
-                    graph.replay()
-        npu().synchronize()
+            with simulator.hold("graph*", 2) as gate:  # so that both begin at the same time
+                for stream in streams:
+                    with npu().stream(stream):
+                        graph.replay()
+                gate.wait_until_held(tasks=2)
+            npu().synchronize()
         entries = simulator.history(start).entries
     streams_of_graph = sorted({entry.stream for entry in entries if entry.task.startswith("aten")})
     return [
