@@ -46,11 +46,21 @@ class Wait(msgspec.Struct, frozen=True):
     task: int | None = None  # of the same process, which must end first
 
 
+class Contained(msgspec.Struct, frozen=True):
+    """A task of a graph."""
+
+    name: str
+    partners: Partners | None = None
+
+
 class Task(msgspec.Struct, frozen=True):
     number: int  # unique in its process, and greater than those of all tasks that were queued earlier
     name: str
     partners: Partners | None = None
     waiting: Wait | None = None
+    contains: list[Contained] = []
+    """The HCCL operations of a graph, if this is a replay of one. All tasks of a replay that runs are on the
+    streams of the graph."""
 
 
 class Stream(msgspec.Struct, frozen=True):
@@ -60,6 +70,7 @@ class Stream(msgspec.Struct, frozen=True):
     running: Task | None
     ended: int
     error: int | None = None  # what a task failed with; nothing runs after it
+    graph: int | None = None  # whose stream it is; None: it is of the program
 
     @property
     def busy(self) -> bool:
@@ -104,7 +115,8 @@ class Listing(msgspec.Struct, frozen=True):
             if stream.running is not None and stream.running.waiting is not None:
                 running += f" ({stream.running.waiting.reason})"
             failed = "" if stream.error is None else f", failed with {stream.error}"
-            yield f"stream {stream.stream}: {running}; queued: {queued}; {stream.ended} ended{failed}"
+            name = f"{stream.stream}" if stream.graph is None else f"{stream.stream} of graph {stream.graph}"
+            yield f"stream {name}: {running}; queued: {queued}; {stream.ended} ended{failed}"
         for wait in self.host:
             yield f"host thread {wait.thread} ({wait.thread_name}): {wait.reason}"
 

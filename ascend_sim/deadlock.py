@@ -3,7 +3,8 @@
 A stream stands still in its running task, a host thread in a blocking call. What they wait for:
 
 - a task of the same process (synchronising, an event): the stream that has it, running or queued;
-- an operation of another process: the stream that has the matching one queued, behind whatever runs there;
+- an operation of another process: the stream that has the matching one queued, behind whatever runs there,
+  alone or in a graph;
   nobody when the matching one runs already; and those who would call it when it is not there yet;
 - members that have yet to join a communicator: the main threads of those that have not.
 
@@ -176,7 +177,8 @@ class _Search:
         if task is None or task.waiting is None or stream.error is not None:
             return
         place = _place(listing, stream)
-        self._doing[place] = (task.name, task.number)
+        of_graph = "" if stream.graph is None else f" in graph {stream.graph}"
+        self._doing[place] = (task.name + of_graph, task.number)
         partners = task.waiting.partners
         if partners is None:
             self._needs[place] = self._for_task(listing, task.waiting)
@@ -274,16 +276,29 @@ def _tasks(stream: Stream) -> Iterator[Task]:
 
 
 def _matching(listing: Listing, partners: Partners, pid: int) -> tuple[Task, Stream] | None:
-    """The oldest task of a process that is the other side of an operation of process `pid`."""
+    """The oldest task of a process that is the other side of an operation of process `pid`.
+
+    One that waits in a graph comes after all others: the tasks of a replay that runs have later numbers than
+    the replays that are queued.
+    """
     names = COUNTERPARTS.get(partners.operation, (partners.operation,))
-    found = [
-        (task, stream)
-        for stream in listing.streams
-        for task in _tasks(stream)
-        if task.partners is not None
-        and task.partners.communicator == partners.communicator
-        and task.partners.operation in names
-        and pid in task.partners.pids
+
+    def matches(other: Partners | None) -> bool:
+        return (
+            other is not None
+            and other.communicator == partners.communicator
+            and other.operation in names
+            and pid in other.pids
+        )
+
+    tasks = [(task, stream) for stream in listing.streams for task in _tasks(stream)]
+    found = [(task, stream) for task, stream in tasks if matches(task.partners)]
+    found = found or [
+        (Task(task.number, f"{inner.name} in {task.name}"), stream)
+        for task, stream in tasks
+        if task != stream.running
+        for inner in task.contains
+        if matches(inner.partners)
     ]
     return min(found, key=lambda pair: pair[0].number, default=None)
 

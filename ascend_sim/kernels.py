@@ -108,6 +108,7 @@ def poison_freed_blocks() -> None:
     That happens in stream order: a task "poison" takes its place behind what has been launched so far on
     the stream that owns the block, where a later allocation could write next. Memory is not poisoned when
     it is freed by something other than the caching allocator (workspaces of torch_npu, pinned host memory).
+    When memory of a graph is poisoned, `cann/aten_poison.cpp` says.
     """
     import torch_npu
 

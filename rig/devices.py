@@ -11,6 +11,8 @@ from scripts.environment.parts import PartError, provide
 
 ROOT = Path(__file__).resolve().parents[1]
 
+EAGER = ("--disable-cuda-graph",)  # arguments of a server that decodes without graphs
+
 # For either device. One thread per rank: two ranks that each start a thread per core wait for each other's
 # threads, and a forward pass of 20 ms takes a second. torch.compile is off because its warm-up costs 14 s
 # per start and a C++ compiler. Gloo would otherwise listen on the interface of the host name.
@@ -89,11 +91,12 @@ def no_environment(ranks: int) -> Mapping[str, str]:
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device("CPU", cpu_environment, ("--device", "cpu")),
-    # NPU graphs are not simulated.
+    # Decode replays graphs unless EAGER is among a server's arguments. Few sizes: each is captured at the
+    # start, after two forwards of it.
     "npu-sim": Device(
         "the simulated Ascend",
         simulated_npu_environment,
-        ("--device", "npu", "--disable-cuda-graph"),
+        ("--device", "npu", "--cuda-graph-bs-decode", "1", "2", "4", "8"),
     ),
     "npu": Device("Ascend", no_environment, ("--device", "npu"), real=True),
     "auto": Device("the device that SGLang finds", no_environment, (), real=True),

@@ -3,6 +3,7 @@
 scripts/serve.py                          serve until Ctrl-C, after one question
 scripts/serve.py --demo                   end after the answer: 0 if it is right, 1 if not
 scripts/serve.py --device npu-sim         on the simulated Ascend: SGLang's NPU path and the real torch_npu
+scripts/serve.py --device npu-sim --eager the same without graphs in decode
 scripts/serve.py --pp 4 -- --log-level debug    what follows -- goes to SGLang
 """
 
@@ -23,7 +24,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on the path
 
-from rig.devices import DEVICES  # noqa: E402
+from rig.devices import DEVICES, EAGER  # noqa: E402
 from rig.server import READY, TELEMETRY_DIR_VARIABLE, Server, ServerError  # noqa: E402
 from sglang_npu_pp.tools.certify.ports import free_ports  # noqa: E402
 
@@ -67,6 +68,7 @@ def parse_command_line(arguments: list[str]) -> tuple[argparse.Namespace, list[s
         help="picture to ask about, named <anything>_<digit>.png",
     )
     parser.add_argument("--unpatched", action="store_true", help="SGLang as it is: SGLANG_NPU_PP=0")
+    parser.add_argument("--eager", action="store_true", help="decode without graphs")
     parser.add_argument("--demo", action="store_true", help="end after the answer")
     options = parser.parse_args(arguments[:split])
     if options.tp < 1 or options.pp < 1:
@@ -93,7 +95,7 @@ def serve(options: argparse.Namespace, sglang_args: list[str]) -> int:
         log=folder / "serve.log",
         device=options.device,
         env={"SGLANG_NPU_PP": "0"} if options.unpatched else {TELEMETRY_DIR_VARIABLE: str(telemetry)},
-        args=sglang_args,
+        args=[*(EAGER if options.eager else ()), *sglang_args],
         port=port,
     )
     patched = "without the patch" if options.unpatched else "with the patch"

@@ -88,6 +88,13 @@ aclError aclrtSetStreamFailureMode(aclrtStream, uint64_t mode) {
   return mode == ACL_STOP_ON_FAILURE ? ACL_SUCCESS : ACL_ERROR_INVALID_PARAM;
 }
 
+// Attributes of a stream for the profiler and for failures; torch_npu sets "cache the information of operators"
+// around a capture, for the profiler to show shapes in a replay.
+aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr attribute, aclrtStreamAttrValue*) {
+  constexpr int cache_op_info = 4;  // spelt differently by the headers of torch_npu 2.10.0
+  return attribute == cache_op_info ? ACL_SUCCESS : ACL_ERROR_INVALID_PARAM;
+}
+
 // All devices are memory of the same machine.
 aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t, int32_t) {
   *can = 1;
@@ -101,11 +108,9 @@ aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* rates) {
   return ACL_SUCCESS;
 }
 
-// Errors are returned by the calls that meet them; there is no error of the thread to look up or to clear,
-// and no message besides what is printed.
+// Errors are returned by the calls that meet them; there is no error of the thread to look up or to clear.
 aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
 aclError aclrtGetLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
-const char* aclGetRecentErrMsg() { return nullptr; }
 
 // torch_npu's log. CANN writes it to files, or to the terminal if this variable of its own says so.
 void aclAppLog(aclLogLevel level, const char* function, const char* file, uint32_t line, const char* format,

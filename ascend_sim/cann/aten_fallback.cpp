@@ -1,7 +1,9 @@
 // libascend_sim_kernels.so: gives the aten operators of the simulated device a kernel each, in place of
 // torch_npu's, which would call CANN's operator library. What allocates, makes views and copies stays
 // torch_npu's.
+#include "aten_attention.h"
 #include "aten_operator.h"
+#include "aten_poison.h"
 #include "aten_stream.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -147,8 +149,8 @@ class NoWarnings final : public c10::WarningHandler {
 };
 
 // Never freed: it stays with the process.
-torch::Library& library_for(DispatchKey key) {
-  return *new torch::Library(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
+torch::Library& library_for(DispatchKey key, const char* name = "aten") {
+  return *new torch::Library(torch::Library::IMPL, name, key, __FILE__, __LINE__);
 }
 
 bool needs_kernel(const c10::OperatorHandle& op) {
@@ -178,7 +180,7 @@ int install() {
       "native_dropout", CppFunction::makeFromBoxedFunction<&differentiate<DispatchKey::Autograd>>());
   kernels.impl("scaled_dot_product_attention", &scaled_dot_product_attention);
   autograd_kernels.impl("scaled_dot_product_attention", &scaled_dot_product_attention);
-  return installed + int(written_here.size());
+  return installed + int(written_here.size()) + install_attention(library_for(DispatchKey::PrivateUse1, "npu"));
 }
 
 }  // namespace

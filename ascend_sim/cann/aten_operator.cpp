@@ -89,14 +89,21 @@ void copy_result(const at::Tensor& to, const at::Tensor& from) {
   to.copy_(from);
 }
 
-// An operator with everything that it needs, on its way to the stream.
+// An operator with everything that it needs, on its way to the stream. It may run more than once, in a graph,
+// and always on the memory that it was given first; it holds no device tensor.
 struct Work {
   c10::OperatorHandle op;
-  Stack stack;                                   // its arguments, then its results
-  std::vector<std::vector<at::Tensor>> results;  // host views, for each return; none for a written argument
+  Stack arguments;
+  std::optional<size_t> generator_argument;
+  std::optional<RandomNumbers> random_numbers;
+  std::vector<std::vector<at::Tensor>> results = {};  // host views, for each return; none for a written argument
 
-  void operator()() {
+  void operator()() const {
     const c10::InferenceMode no_autograd;
+    Stack stack;
+    stack.reserve(arguments.size());
+    for (const c10::IValue& argument : arguments) stack.push_back(map_tensors(argument, same_memory));
+    if (random_numbers) stack[*generator_argument] = random_numbers->generator();
     op.callBoxed(&stack);
     for (size_t i = 0; i < results.size(); ++i) {
       if (results[i].empty()) continue;
@@ -148,11 +155,12 @@ Stack AtenOperator::host_arguments(const Stack& arguments) const {
       changed.push_back(map_tensors(argument, host_argument));
     }
   }
-  if (signature_.generator_argument) {
-    c10::IValue& generator = changed[*signature_.generator_argument];
-    generator = host_generator(generator.toOptional<at::Generator>());
-  }
   return changed;
+}
+
+std::optional<RandomNumbers> AtenOperator::random_numbers(const Stack& arguments) const {
+  if (!signature_.generator_argument) return std::nullopt;
+  return RandomNumbers::take(arguments[*signature_.generator_argument].toOptional<at::Generator>());
 }
 
 void AtenOperator::enqueue(
@@ -162,7 +170,8 @@ void AtenOperator::enqueue(
     const at::Tensor& out = arguments[signature_.out_arguments[i]].toTensor();
     if (out.sizes() != c10::IntArrayRef(outcome.out_sizes[i])) out.resize_(outcome.out_sizes[i]);
   }
-  auto work = std::make_shared<Work>(Work{op, host_arguments(arguments), {}});
+  auto work = std::make_shared<Work>(
+      Work{op, host_arguments(arguments), signature_.generator_argument, random_numbers(arguments)});
   for (size_t i = 0; i < outcome.returned.size(); ++i) {
     work->results.emplace_back();
     if (signature_.written_argument[i] >= 0) {
@@ -183,6 +192,10 @@ void AtenOperator::enqueue(
 // For what must be known on the host, as a number or a size that depends on values; and for operators without
 // a Meta kernel.
 void AtenOperator::run_and_wait(const c10::OperatorHandle& op, const Stack& arguments, Stack* stack) {
+  TORCH_CHECK(
+      !is_capturing(), "simulated Ascend: ", signature_.name,
+      " cannot be captured in a graph: what it returns depends on values, or it has no Meta kernel, so the host ",
+      "would have to wait for the stream, which CANN refuses with ACL_ERROR_RT_STREAM_CAPTURED (107027)");
   Stack given = host_arguments(arguments);
   for (size_t index : signature_.out_arguments) {  // in memory of its own, because the kernel may resize it
     const at::Tensor& out = arguments[index].toTensor();
@@ -190,13 +203,19 @@ void AtenOperator::run_and_wait(const c10::OperatorHandle& op, const Stack& argu
   }
   kernel_counts().synchronous++;
   synchronous_calls_++;
-  auto work = std::make_shared<Work>(Work{op, given, {}});
-  launch_and_wait(signature_.name, [work] { (*work)(); });
+  auto made = std::make_shared<Stack>(given);
+  if (const auto numbers = random_numbers(arguments)) {
+    (*made)[*signature_.generator_argument] = numbers->generator();
+  }
+  launch_and_wait(signature_.name, [op, made] {
+    const c10::InferenceMode no_autograd;
+    op.callBoxed(made.get());
+  });
 
   for (size_t index : signature_.out_arguments) {
-    const at::Tensor &out = arguments[index].toTensor(), &made = given[index].toTensor();
-    if (out.sizes() != made.sizes()) out.resize_(made.sizes());
-    copy_to_device(signature_.name, out, made);
+    const at::Tensor &out = arguments[index].toTensor(), &written = given[index].toTensor();
+    if (out.sizes() != written.sizes()) out.resize_(written.sizes());
+    copy_to_device(signature_.name, out, written);
   }
   auto move_to_device = [&](const at::Tensor& made) {
     const c10::Device device(c10::DeviceType::PrivateUse1, current_device());
@@ -204,9 +223,9 @@ void AtenOperator::run_and_wait(const c10::OperatorHandle& op, const Stack& argu
     copy_to_device(signature_.name, moved, made);
     return moved;
   };
-  for (size_t i = 0; i < work->stack.size(); ++i) {
+  for (size_t i = 0; i < made->size(); ++i) {
     const int written = signature_.written_argument[i];
-    stack->push_back(written >= 0 ? arguments[written] : map_tensors(work->stack[i], move_to_device));
+    stack->push_back(written >= 0 ? arguments[written] : map_tensors((*made)[i], move_to_device));
   }
 }
 

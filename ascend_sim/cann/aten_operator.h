@@ -4,11 +4,13 @@
 
 #include "aten_shapes.h"
 #include "aten_signature.h"
+#include "aten_stream.h"
 
 #include <ATen/core/boxing/OperatorKernel.h>
 
 #include <atomic>
 #include <memory>
+#include <optional>
 
 namespace ascend_sim {
 
@@ -34,6 +36,7 @@ class AtenOperator final : public c10::OperatorKernel {
   void run_and_wait(const c10::OperatorHandle&, const Stack& arguments, Stack* stack);
 
   Stack host_arguments(const Stack& arguments) const;
+  std::optional<RandomNumbers> random_numbers(const Stack& arguments) const;
 
   const Signature signature_;
   ShapeMemory shapes_;

@@ -4,10 +4,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch_npu/csrc/aten/NPUGeneratorImpl.h>
-#include <torch_npu/csrc/core/npu/NPUCachingAllocator.h>
-#include <torch_npu/csrc/core/npu/NPUGuard.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
-#include <torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.h>
 #include <torch_npu/csrc/framework/OpCommand.h>
 
 #include <algorithm>
@@ -26,15 +23,11 @@ namespace ascend_sim {
 namespace {
 
 using at_npu::native::OpCommand;
-using c10_npu::NPUCachingAllocator::TraceEntry;
 
-// torch_npu's queue belongs to the current device, whatever the stream is.
 void launch_on(aclrtStream stream, const std::string& name, std::function<void()> task) {
   auto work = std::make_shared<sim::Task>(sim::Task{name, std::move(task)});
-  OpCommand::RunOpApiV2(name, [stream, work]() -> int {
-    sim::enqueue(stream, std::move(*work));
-    return ACL_SUCCESS;
-  });
+  work->kernel = true;
+  through_task_queue(name, [stream, work] { sim::enqueue(stream, std::move(*work)); });
 }
 
 // Not NPUStream::stream(), which first empties the task queue.
@@ -45,22 +38,16 @@ aclrtStream current_stream() { return c10_npu::getCurrentNPUStream().stream(/*ne
   std::abort();
 }
 
-// Called with the allocator's lock held, at the moment when a later allocation on the block's stream may get
-// it: the poison goes behind everything launched so far and before everything that such an allocation can
-// launch. torch_npu, too, puts tasks into its queue under this lock: event records (insert_events in
-// NPUCachingAllocator.cpp).
-void poison_when_freed(const TraceEntry& entry) {
-  const bool streams_exist = c10_npu::NpuSysCtrl::GetInstance().GetInitFlag();  // not when the process ends
-  if (entry.action_ != TraceEntry::FREE_COMPLETED || !streams_exist) return;
-  const c10_npu::NPUGuard device(entry.device_);
-  auto* block = reinterpret_cast<void*>(entry.addr_);
-  const size_t size = entry.size_;
-  launch_on(entry.stream_, "poison", [block, size] { std::memset(block, 0xff, size); });
-}
-
 }  // namespace
 
 c10::DeviceIndex current_device() { return c10_npu::current_device(); }
+
+void through_task_queue(const std::string& name, std::function<void()> launch) {
+  OpCommand::RunOpApiV2(name, [launch = std::move(launch)]() -> int {
+    launch();
+    return ACL_SUCCESS;
+  });
+}
 
 void launch(const std::string& name, std::function<void()> task) {
   launch_on(current_stream(), name, [name, task = std::move(task)] {
@@ -87,7 +74,9 @@ void launch_and_wait(const std::string& name, std::function<void()> task) {
   if (*error) std::rethrow_exception(*error);
 }
 
-at::Generator host_generator(const std::optional<at::Generator>& device_generator) {
+bool is_capturing() { return sim::graph_captured_by(current_stream()) != 0; }
+
+RandomNumbers RandomNumbers::take(const std::optional<at::Generator>& device_generator) {
   const bool given = device_generator.has_value() && device_generator->defined();
   at::Generator generator =
       given ? *device_generator : at_npu::detail::getDefaultNPUGenerator(current_device());
@@ -97,14 +86,24 @@ at::Generator host_generator(const std::optional<at::Generator>& device_generato
   const std::lock_guard<std::mutex> lock(generator.mutex());
   const uint64_t numbers_of_one_kernel = 4;
   auto* state = generator.get<at_npu::NPUGeneratorImpl>();
-  const auto [seed, offset] = state->philox_engine_inputs(numbers_of_one_kernel);
-  const uint64_t mixed = (seed + offset) * 0x9e3779b97f4a7c15u;
-  return at::make_generator<at::CPUGeneratorImpl>(mixed >> 32);  // it takes 32 bits of a seed
+  const at_npu::PhiloxNpuState inputs = state->philox_npu_state(numbers_of_one_kernel);
+  RandomNumbers numbers;
+  if (inputs.captured_) {
+    numbers.offset_ = inputs.offset_intragraph_;
+    numbers.seed_of_replay_ = static_cast<const uint64_t*>(inputs.seed_.ptr->const_data_ptr());
+    numbers.offset_of_replay_ = static_cast<const uint64_t*>(inputs.offset_.ptr->const_data_ptr());
+  } else {
+    numbers.seed_ = inputs.seed_.val;
+    numbers.offset_ = inputs.offset_.val;
+  }
+  return numbers;
 }
 
-void poison_freed_blocks() {
-  static std::once_flag once;
-  std::call_once(once, [] { c10_npu::NPUCachingAllocator::attachAllocatorTraceTracker(poison_when_freed); });
+at::Generator RandomNumbers::generator() const {
+  const uint64_t seed = seed_of_replay_ == nullptr ? seed_ : *seed_of_replay_;
+  const uint64_t before = offset_of_replay_ == nullptr ? 0 : *offset_of_replay_;
+  const uint64_t mixed = (seed + before + offset_) * 0x9e3779b97f4a7c15u;
+  return at::make_generator<at::CPUGeneratorImpl>(mixed >> 32);  // it takes 32 bits of a seed
 }
 
 }  // namespace ascend_sim

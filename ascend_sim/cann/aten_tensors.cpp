@@ -19,6 +19,17 @@ at::Tensor host_view(const at::Tensor& device_tensor) {
   return view;
 }
 
+at::Tensor same_memory(const at::Tensor& host_tensor) {
+  if (!host_tensor.defined()) return host_tensor;
+  const c10::TensorImpl& original = *host_tensor.unsafeGetTensorImpl();
+  if (original.is_wrapped_number()) return host_tensor;
+  at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(host_tensor.storage()), original.key_set(), host_tensor.dtype());
+  view.unsafeGetTensorImpl()->set_sizes_and_strides(
+      host_tensor.sizes(), host_tensor.strides(), host_tensor.storage_offset());
+  return view;
+}
+
 at::Tensor meta_copy(const at::Tensor& tensor) {
   const bool is_number = tensor.defined() && tensor.unsafeGetTensorImpl()->is_wrapped_number();
   if (!tensor.defined() || is_number) return tensor;

@@ -1,12 +1,16 @@
 // An event is the place of its latest record on a stream. Whoever waits takes the record that is current at
-// the time of the call: recording the event again does not change what was waited for.
+// the time of the call: recording the event again does not change what was waited for. A record in a capture
+// counts while that goes on, and only in it.
 #include <atomic>
 #include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
+#include "capture.h"
+#include "refusal.h"
 #include "stream.h"
 
 namespace sim {
@@ -28,7 +32,11 @@ struct Record {
 
 struct Event {
   const int number;
+  const bool can_be_waited_for;  // else a capture leaves its records out, as CANN does
   std::shared_ptr<Record> record = {};  // none yet
+  std::optional<CapturedRecord> captured = {};
+
+  bool is_being_captured() const { return captured && sim::is_being_captured(*captured); }
 };
 
 // Never freed: streams may still run while the process exits.
@@ -49,16 +57,35 @@ struct Events {
   }
 };
 
-std::shared_ptr<Record> record_of(aclrtEvent handle) {
+Event copy_of(aclrtEvent handle) {
   Events& events = Events::all();
   const std::lock_guard lock(events.mutex);
-  return events.find(handle).record;
+  return events.find(handle);
 }
+
+std::shared_ptr<Record> record_of(aclrtEvent handle) { return copy_of(handle).record; }
 
 // An event that was never recorded counts as one that has happened.
 bool has_happened(aclrtEvent handle) {
   const auto record = record_of(handle);
   return record == nullptr || record->has_run();
+}
+
+// Only a stream can look at an event whose latest record is in a capture.
+aclError refuse_to_look_at(aclrtEvent handle, const char* call) {
+  const Event event = copy_of(handle);
+  if (!event.is_being_captured()) return ACL_SUCCESS;
+  return refuse(ERROR_CODE(ACL_ERROR_RT_EVENT_CAPTURED),
+                std::string(call) + " of event " + std::to_string(event.number) +
+                    ", which was recorded in a capture");
+}
+
+// A capture has no task that would wait for what is outside of it.
+aclError refuse_from_outside(const Event& event, const Stream& stream) {
+  return refuse(ERROR_CODE(ACL_ERROR_RT_CAPTURE_DEPENDENCY),
+                "aclrtStreamWaitEvent on stream " + std::to_string(stream.id) +
+                    ", which is in a capture, of event " + std::to_string(event.number) +
+                    ", which was recorded outside of it");
 }
 
 std::uint64_t now_in_microseconds() {
@@ -73,11 +100,13 @@ using sim::Events;
 
 extern "C" {
 
-// The flags say what an event will be used for; every event here serves all uses, except between processes.
-aclError aclrtCreateEventExWithFlag(aclrtEvent* handle, uint32_t) {
+// The flags say what an event will be used for; every event here serves all uses, except between processes, and
+// except for the external events of graphs, which torch_npu makes of values (values.cpp).
+aclError aclrtCreateEventExWithFlag(aclrtEvent* handle, uint32_t flags) {
+  if (flags == ACL_EVENT_EXTERNAL) sim::not_simulated("an event with the flag ACL_EVENT_EXTERNAL");
   Events& events = Events::all();
   const std::lock_guard lock(events.mutex);
-  auto event = std::make_unique<sim::Event>(sim::Event{events.ever++});
+  auto event = std::make_unique<sim::Event>(sim::Event{events.ever++, (flags & ACL_EVENT_SYNC) != 0});
   *handle = event.get();
   events.by_handle[*handle] = std::move(event);
   return ACL_SUCCESS;
@@ -100,16 +129,23 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
   auto record = std::make_shared<sim::Record>();
   record->event = event.number;
   record->stream = sim::Stream::find(stream);
+  if (sim::is_capturing(*record->stream)) {
+    if (event.can_be_waited_for) event.captured = sim::capture_record(*record->stream, event.number);
+    return ACL_SUCCESS;
+  }
   record->task =
       sim::enqueue(stream, {"event record", [record] { record->microseconds = sim::now_in_microseconds(); }});
   event.record = std::move(record);
   return ACL_SUCCESS;
 }
 
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
-  const auto record = sim::record_of(event);
-  if (record == nullptr) return ACL_SUCCESS;
-  sim::enqueue(stream, {"event wait", [record] {
+aclError aclrtStreamWaitEvent(aclrtStream handle, aclrtEvent event_handle) {
+  const sim::Event event = sim::copy_of(event_handle);
+  const auto stream = sim::Stream::find(handle);
+  if (event.is_being_captured()) return sim::capture_wait(stream, *event.captured);
+  if (event.record == nullptr) return ACL_SUCCESS;
+  if (sim::is_capturing(*stream)) return sim::refuse_from_outside(event, *stream);
+  sim::enqueue(handle, {"event wait", [record = event.record] {
                           const aclError error = record->wait();
                           if (error != ACL_SUCCESS) sim::fail_stream(error);
                         }});
@@ -117,22 +153,28 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
 }
 
 aclError aclrtSynchronizeEvent(aclrtEvent event) {
+  if (const aclError error = sim::refuse_to_look_at(event, "aclrtSynchronizeEvent")) return error;
   const auto record = sim::record_of(event);
   return record == nullptr ? ACL_SUCCESS : record->wait();
 }
 
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus* status) {
+  if (const aclError error = sim::refuse_to_look_at(event, "aclrtQueryEventStatus")) return error;
   *status =
       sim::has_happened(event) ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return ACL_SUCCESS;
 }
 
 aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus* status) {
+  if (const aclError error = sim::refuse_to_look_at(event, "aclrtQueryEventWaitStatus")) return error;
   *status = sim::has_happened(event) ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
   return ACL_SUCCESS;
 }
 
 aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent from, aclrtEvent to) {
+  for (const aclrtEvent event : {from, to}) {
+    if (const aclError error = sim::refuse_to_look_at(event, "aclrtEventElapsedTime")) return error;
+  }
   const auto first = sim::record_of(from), second = sim::record_of(to);
   if (first == nullptr || second == nullptr || !first->has_run() || !second->has_run()) {
     return ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID;

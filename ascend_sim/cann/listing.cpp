@@ -38,11 +38,20 @@ std::string json_of(const Wait& wait) {
   });
 }
 
+std::string json_of(const Contained& task) {
+  return json::object({{"name", json::text(task.name)}, {"partners", json_of(task.partners)}});
+}
+
 std::string json_of(const TaskSummary& task, const Wait* wait = nullptr) {
+  const std::string contains =
+      task.contains == nullptr
+          ? json::list({})
+          : json::list_of(*task.contains, [](const Contained& inner) { return json_of(inner); });
   return json::object({
       {"number", std::to_string(task.number)},
       {"name", json::text(task.name)},
       {"partners", json_of(task.partners)},
+      {"contains", contains},
       {"waiting", wait == nullptr ? json::null : json_of(*wait)},
   });
 }
@@ -61,6 +70,7 @@ std::string json_of(const StreamSummary& stream, const std::vector<Wait>& waits)
   return json::object({
       {"stream", std::to_string(stream.id)},
       {"device", std::to_string(stream.device)},
+      {"graph", stream.graph == 0 ? json::null : std::to_string(stream.graph)},
       {"queued", json::list_of(stream.queued, [](const TaskSummary& task) { return json_of(task); })},
       {"running", running ? json_of(*running, wait_of(stream.id, waits)) : json::null},
       {"ended", std::to_string(stream.ended)},

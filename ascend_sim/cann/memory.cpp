@@ -3,9 +3,12 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
+#include <utility>
 
+#include "capture.h"
 #include "device.h"
 #include "sim.h"
 #include "stream.h"
@@ -28,9 +31,15 @@ struct Block {
   int device;
 };
 
+// With poison: how much freed memory stays as it is, poisoned. A graph has nothing but addresses: what still uses
+// one is to read poison, and not to destroy what the host has put there.
+constexpr std::size_t quarantine_bytes = std::size_t{128} << 20;
+
 // Never freed: streams may still run while the process exits.
 struct Memory {
   std::mutex mutex;
+  std::deque<std::pair<void*, std::size_t>> quarantine;  // the oldest first
+  std::size_t bytes_in_quarantine = 0;
   std::map<const char*, Block> blocks;
   std::map<int, std::size_t> bytes_of_device;
 
@@ -45,6 +54,18 @@ struct Memory {
     if (after == blocks.begin()) return nullptr;
     const auto& [begin, block] = *std::prev(after);
     return static_cast<const char*>(address) < begin + block.bytes ? &block : nullptr;
+  }
+
+  void poison_and_keep(void* address, std::size_t bytes) {
+    std::memset(address, poison, bytes);
+    quarantine.emplace_back(address, bytes);
+    bytes_in_quarantine += bytes;
+    while (bytes_in_quarantine > quarantine_bytes) {
+      const auto [oldest, size] = quarantine.front();
+      quarantine.pop_front();
+      bytes_in_quarantine -= size;
+      std::free(oldest);
+    }
   }
 
   bool forget(const void* address, Place place) {
@@ -132,8 +153,11 @@ aclError aclrtFree(void* address) {
   const sim::Block freed = *block;
   if (!memory.forget(address, Place::device)) return ACL_ERROR_INVALID_PARAM;
   memory.bytes_of_device[freed.device] -= freed.bytes;
-  if (sim::poisoning()) std::memset(address, sim::poison, freed.bytes);
-  std::free(address);
+  if (sim::poisoning()) {
+    memory.poison_and_keep(address, freed.bytes);
+  } else {
+    std::free(address);
+  }
   return ACL_SUCCESS;
 }
 
@@ -195,24 +219,32 @@ aclError aclrtGetMemUsageInfo(DeviceNumber, aclrtMemUsageInfo*, size_t, size_t* 
 // As in CANN, in no order with what streams do.
 aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
+  if (const aclError error = sim::refuse_by_mode("aclrtMemcpy")) return error;
   std::memcpy(to, from, bytes);
   return ACL_SUCCESS;
 }
 
 // The copy reads and writes when it runs on the stream. If its memory is not pinned, the host stands still
-// until then.
+// until then; a capture cannot record such a copy, and where it does not refuse it, it is made at once.
 aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind,
                           aclrtStream stream) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
-  const auto number = sim::enqueue(stream, {sim::name_of(kind), [=] { std::memcpy(to, from, bytes); }});
-  if (sim::device_can_reach(to) && sim::device_can_reach(from)) return ACL_SUCCESS;
+  const bool pinned = sim::device_can_reach(to) && sim::device_can_reach(from);
   const auto copying = sim::Stream::find(stream);
+  if (!pinned && sim::is_capturing(*copying)) {
+    if (const aclError error = sim::refuse_by_mode("aclrtMemcpyAsync", true)) return error;
+    std::memcpy(to, from, bytes);
+    return ACL_SUCCESS;
+  }
+  const auto number = sim::enqueue(stream, {sim::name_of(kind), [=] { std::memcpy(to, from, bytes); }});
+  if (pinned) return ACL_SUCCESS;
   const std::string name = std::to_string(copying->id);
   return copying->wait_for(number, "a copy of memory that is not pinned, on stream " + name);
 }
 
 aclError aclrtMemset(void* to, size_t room, int32_t value, size_t bytes) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
+  if (const aclError error = sim::refuse_by_mode("aclrtMemset")) return error;
   std::memset(to, value, bytes);
   return ACL_SUCCESS;
 }

@@ -51,7 +51,9 @@ int prepare(const char* name, std::function<void()> run, uint64_t* workspace_siz
 }
 
 int launch(aclOpExecutor* executor, aclrtStream stream) {
-  sim::enqueue(stream, {executor->name, std::move(executor->run)});
+  sim::Task task{executor->name, std::move(executor->run)};
+  task.kernel = true;
+  sim::enqueue(stream, std::move(task));
   delete executor;
   return ACL_SUCCESS;
 }

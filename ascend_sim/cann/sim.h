@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -25,16 +26,36 @@ struct Partners {
   int unknown = 0;           // how many more must: members that have not joined have no known pid yet
 };
 
+// A task inside another one: of a graph that is replayed.
+struct Contained {
+  std::string name;
+  Partners partners;
+};
+
 struct Task {
   std::string name;  // "HcclSend", "memcpy D2H", "aten::add.Tensor", "event wait", ...
-  std::function<void()> run;
+  std::function<void()> run;  // more than once if it is recorded in a graph
   Partners partners = {};
+  std::shared_ptr<const std::vector<Contained>> contains = {};  // the HCCL operations of a replay
+  bool kernel = false;     // an operator: nothing else may be in a task group
+  bool auxiliary = false;  // of the simulator and not of the program: a capture need not join it
 };
 
 // Put a task at the end of a stream; nullptr is the default stream of the calling thread's device. Returns
 // the number of the task, which no other task of this process has, and which is greater than those of all
-// tasks before it.
+// tasks before it. If the stream captures a graph, the task is recorded in it, does not run and has no number:
+// 0.
 std::uint64_t enqueue(aclrtStream stream, Task task);
+
+// The same, and the task runs even if the stream captures.
+std::uint64_t enqueue_past_capture(aclrtStream stream, Task task);
+
+// Put a task behind all that is on any stream of the calling thread's device, and between replays, those that are
+// launched later included. Only for the simulator's own.
+void enqueue_behind_all(Task task);
+
+// The graph that a stream captures, by its number; 0 when it captures none.
+int graph_captured_by(aclrtStream stream);
 
 // The calling thread, a stream's or the host's, stands still while one of these lives.
 class Waiting {

@@ -10,6 +10,7 @@
 #include <thread>
 #include <utility>
 
+#include "capture.h"
 #include "device.h"
 #include "gates.h"
 #include "history.h"
@@ -30,21 +31,29 @@ struct Streams {
   std::mutex mutex;
   int ever = 0;
   std::map<aclrtStream, std::shared_ptr<Stream>> by_handle;
-  std::map<int, std::shared_ptr<Stream>> default_of_device;
+  std::map<int, std::shared_ptr<Stream>> default_of_device, last_of_device;
 
   static Streams& all() {
     static auto* streams = new Streams;
     return *streams;
   }
 
-  std::shared_ptr<Stream> create(int device) {
-    auto stream = std::make_shared<Stream>(ever++, device);
+  std::shared_ptr<Stream> create(int device, int graph = 0) {
+    auto stream = std::make_shared<Stream>(ever++, device, graph);
     by_handle[stream.get()] = stream;
     return stream;
   }
 
   std::shared_ptr<Stream> default_stream(int device) {
     std::shared_ptr<Stream>& stream = default_of_device[device];
+    if (stream == nullptr) stream = create(device);
+    return stream;
+  }
+
+  // For tasks that wait for all other streams.
+  std::shared_ptr<Stream> last_stream(int device) {
+    const std::lock_guard lock(mutex);
+    std::shared_ptr<Stream>& stream = last_of_device[device];
     if (stream == nullptr) stream = create(device);
     return stream;
   }
@@ -60,14 +69,16 @@ void block_signals() {
   pthread_sigmask(SIG_SETMASK, &all, nullptr);
 }
 
-TaskSummary summary_of(std::uint64_t number, const Task& task) { return {number, task.name, task.partners}; }
+TaskSummary summary_of(std::uint64_t number, const Task& task) {
+  return {number, task.name, task.partners, task.contains};
+}
 
 }  // namespace
 
-std::shared_ptr<Stream> Stream::create(int device) {
+std::shared_ptr<Stream> Stream::create(int device, int graph) {
   Streams& streams = Streams::all();
   const std::lock_guard lock(streams.mutex);
-  return streams.create(device);
+  return streams.create(device, graph);
 }
 
 std::shared_ptr<Stream> Stream::find(aclrtStream handle) {
@@ -146,6 +157,7 @@ void Stream::end_current() {
   if (error_ == ACL_SUCCESS && !has_to_stop()) {
     remember(id, device, Moment::ended, current_->number, current_->task.name);
     last_ended_ = current_->number;
+    waited_ns_ = times_of_this_thread().waited_ns;
     ++ended_;
     current_.reset();
   }
@@ -175,6 +187,11 @@ aclError Stream::wait_for_all(std::optional<milliseconds> limit) {
     last = last_put_;
   }
   return wait_for(last, "synchronising with stream " + std::to_string(id), limit);
+}
+
+std::uint64_t Stream::last_put() const {
+  const std::lock_guard lock(mutex_);
+  return last_put_;
 }
 
 bool Stream::has_ended(std::uint64_t task) const {
@@ -224,15 +241,48 @@ bool Stream::is_busy() const {
 
 StreamSummary Stream::summary() const {
   const std::lock_guard lock(mutex_);
-  StreamSummary summary{id, device, {}, {}, ended_, error_};
+  StreamSummary summary{id, device, graph, {}, {}, ended_, error_};
   for (const Queued& queued : queue_) summary.queued.push_back(summary_of(queued.number, queued.task));
   if (current_) summary.running = summary_of(current_->number, current_->task);
   return summary;
 }
 
-std::uint64_t enqueue(aclrtStream stream, Task task) {
+std::uint64_t Stream::waited_ns() const {
+  const std::lock_guard lock(mutex_);
+  return waited_ns_;
+}
+
+std::uint64_t enqueue(aclrtStream handle, Task task) {
+  begin_process();
+  const auto stream = Stream::find(handle);
+  return take_for_graph(stream, task) ? 0 : stream->put(std::move(task));
+}
+
+std::uint64_t enqueue_past_capture(aclrtStream stream, Task task) {
   begin_process();
   return Stream::find(stream)->put(std::move(task));
+}
+
+void enqueue_behind_all(Task task) {
+  begin_process();
+  const auto last = Streams::all().last_stream(current_device());
+  std::vector<std::pair<std::shared_ptr<Stream>, std::uint64_t>> before;
+  for (const auto& stream : Stream::all()) {
+    if (stream != last && stream->device == last->device) before.emplace_back(stream, stream->last_put());
+  }
+  task.run = [before = std::move(before), run = std::move(task.run)] {
+    for (const auto& [stream, number] : before) {
+      stream->wait_for(number, "what was launched before, on stream " + std::to_string(stream->id));
+    }
+    between_replays(run);
+  };
+  last->put(std::move(task));
+}
+
+int graph_captured_by(aclrtStream stream) {
+  aclmdlRI graph = nullptr;
+  capture_status(*Stream::find(stream), &graph);
+  return graph == nullptr ? 0 : static_cast<Graph*>(graph)->number;
 }
 
 void fail_stream(aclError error) {
@@ -256,6 +306,7 @@ namespace {
 
 aclError synchronize_device(std::optional<std::chrono::milliseconds> limit) {
   const int device = sim::current_device();
+  if (const aclError error = sim::refuse_if_device_captures(device, "aclrtSynchronizeDevice")) return error;
   const auto began = std::chrono::steady_clock::now();
   for (const auto& stream : Stream::all()) {
     if (stream->device != device) continue;
@@ -268,6 +319,12 @@ aclError synchronize_device(std::optional<std::chrono::milliseconds> limit) {
     if (const aclError error = stream->wait_for_all(left); error != ACL_SUCCESS) return error;
   }
   return ACL_SUCCESS;
+}
+
+aclError synchronize_stream(aclrtStream handle, std::optional<std::chrono::milliseconds> limit) {
+  const auto stream = Stream::find(handle);
+  if (const aclError error = sim::refuse_if_capturing(*stream, "aclrtSynchronizeStream")) return error;
+  return stream->wait_for_all(limit);
 }
 
 // CANN: a negative limit is none.
@@ -289,17 +346,19 @@ aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) {
 
 aclError aclrtCreateStream(aclrtStream* stream) { return aclrtCreateStreamWithConfig(stream, 0, 0); }
 
-aclError aclrtDestroyStream(aclrtStream stream) {
-  Stream::find(stream)->destroy();
+aclError aclrtDestroyStream(aclrtStream handle) {
+  const auto stream = Stream::find(handle);
+  if (const aclError error = sim::refuse_if_capturing(*stream, "aclrtDestroyStream")) return error;
+  stream->destroy();
   return ACL_SUCCESS;
 }
 
 aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
 
-aclError aclrtSynchronizeStream(aclrtStream stream) { return Stream::find(stream)->wait_for_all(); }
+aclError aclrtSynchronizeStream(aclrtStream stream) { return synchronize_stream(stream, {}); }
 
 aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t milliseconds) {
-  return Stream::find(stream)->wait_for_all(limit_of(milliseconds));
+  return synchronize_stream(stream, limit_of(milliseconds));
 }
 
 aclError aclrtSynchronizeDevice() { return synchronize_device({}); }
@@ -310,6 +369,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t milliseconds) {
 
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus* status) {
   const auto found = Stream::find(stream);
+  if (const aclError error = sim::refuse_if_capturing(*found, "aclrtStreamQuery")) return error;
   *status = found->is_idle() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
   return found->error();
 }

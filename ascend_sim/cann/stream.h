@@ -21,10 +21,12 @@ struct TaskSummary {
   std::uint64_t number;
   std::string name;
   Partners partners;
+  std::shared_ptr<const std::vector<Contained>> contains;
 };
 
 struct StreamSummary {
   int id, device;
+  int graph;  // whose stream it is, by its number; 0: it is of the program
   std::vector<TaskSummary> queued;
   std::optional<TaskSummary> running;
   std::uint64_t ended;  // how many tasks have run to their end
@@ -33,12 +35,12 @@ struct StreamSummary {
 
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
-  static std::shared_ptr<Stream> create(int device);
+  static std::shared_ptr<Stream> create(int device, int graph = 0);
   static std::shared_ptr<Stream> find(aclrtStream handle);  // aborts when there is none
   static std::vector<std::shared_ptr<Stream>> all();
   static Stream* of_this_thread();  // whose worker calls; nullptr for a host thread
 
-  Stream(int id, int device) : id(id), device(device) {}
+  Stream(int id, int device, int graph) : id(id), device(device), graph(graph) {}
 
   std::uint64_t put(Task task);
 
@@ -48,6 +50,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
                     std::optional<std::chrono::milliseconds> limit = {});
   aclError wait_for_all(std::optional<std::chrono::milliseconds> limit = {});
 
+  std::uint64_t last_put() const;  // its number, 0 before there is any
   bool has_ended(std::uint64_t task) const;
   bool is_idle() const;
   bool is_destroyed() const { return destroyed_; }
@@ -63,7 +66,11 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   StreamSummary summary() const;
 
+  // How long its tasks have waited, those that have ended.
+  std::uint64_t waited_ns() const;
+
   const int id, device;
+  const int graph;  // whose stream it is, by its number; 0: it is of the program
 
  private:
   struct Queued {
@@ -83,6 +90,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   std::optional<Queued> current_;
   std::uint64_t last_put_ = 0, last_ended_ = 0;  // numbers
   std::uint64_t ended_ = 0;                      // how many
+  std::uint64_t waited_ns_ = 0;
   aclError error_ = ACL_SUCCESS;
   bool working_ = false;
   std::atomic<bool> destroyed_{false};

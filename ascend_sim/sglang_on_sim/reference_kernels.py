@@ -14,8 +14,7 @@ pages P of S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -97,7 +96,7 @@ def split_qkv_rmsnorm_rope(
     return normalise_and_rotate(q, q_weight), normalise_and_rotate(k, k_weight), v
 
 
-# --- attention -----------------------------------------------------------------------------------
+# --- attention without graphs; that of graphs is in cann/aten_attention.cpp -----------------------
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
@@ -172,37 +171,6 @@ def npu_flash_attention_qlens(
         causal = tokens <= tokens[total - new :, None]
         attended = _attend(query[rows].view(1, new, num_heads, -1), keys, values, causal, scale_value)
         out[rows].copy_(attended.reshape(new, -1))
-
-
-def npu_fused_infer_attention_score(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    actual_seq_lengths: Sequence[int] | None = None,
-    actual_seq_lengths_kv: Sequence[int] | None = None,
-    num_heads: int = 1,
-    scale: float = 1.0,
-    input_layout: str = "BSH",
-    num_key_value_heads: int = 0,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention within each of several sequences that lie one behind the other (layout TND), no mask.
-
-    query [T, H, D], key and value [T, G, D]; `actual_seq_lengths` is where each sequence ends. The vision
-    tower calls it so. The second result, the logarithm of the softmax's sum, is empty: nobody asks for it.
-    """
-    if input_layout != "TND" or actual_seq_lengths is None or actual_seq_lengths != actual_seq_lengths_kv:
-        raise NotImplementedError(
-            f"npu_fused_infer_attention_score with layout {input_layout} on the simulated Ascend"
-        )
-    if unknown := sorted(name for name, value in options.items() if value):
-        raise NotImplementedError(f"npu_fused_infer_attention_score with {unknown} on the simulated Ascend")
-    attended = []
-    for begin, end in pairwise([0, *actual_seq_lengths]):
-        q, k, v = (part[begin:end].unsqueeze(0) for part in (query, key, value))
-        attended.append(_attend(q, k, v, None, scale).squeeze(0))
-    return torch.cat(attended), query.new_empty(0)
 
 
 # --- cache of keys and values --------------------------------------------------------------------
@@ -295,7 +263,6 @@ OPERATORS = (
     npu_add_rms_norm,
     npu_swiglu,
     npu_rotary_mul,
-    npu_fused_infer_attention_score,
     npu_top_k_top_p,
     *reference_moe_kernels.OPERATORS,
 )

@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 
 from ascend_sim.controls import Simulator
+from rig.devices import EAGER
 from rig.folders import new_folder
 from rig.probes import probe_variables
 from rig.server import Server, ServerError
@@ -51,6 +52,9 @@ FLAGS = (
     "--skip-server-warmup",
 )
 
+# Of the sizes of the load's microbatches, which those of rig.devices are not.
+GRAPHS = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
+
 # A message of the tiny model has 1/16 of the bytes that one of hidden size 4096 in bfloat16 has: links carry
 # it at 1/16 of their rate.
 BYTES_SCALE = 16
@@ -68,7 +72,8 @@ QUICK = [Cell(20.0, 0.2, 25.0)]
 class Contestant:
     """A competitor's server, resident while others are measured: frozen except in `run`."""
 
-    def __init__(self, competitor: Competitor, pp: int, folder: Path) -> None:
+    def __init__(self, competitor: Competitor, pp: int, folder: Path, eager: bool = False) -> None:
+        """`eager`: decode without graphs."""
         self.competitor, self.pp = competitor, pp
         self._folder = folder / f"pp{pp}-{competitor.name.replace(' ', '-')}"
         self._folder.mkdir(parents=True)
@@ -85,7 +90,7 @@ class Contestant:
             log=self._folder / "log",
             device="npu-sim",
             env=variables,
-            args=(*FLAGS, "--pp-async-batch-depth", str(competitor.depth)),
+            args=(*FLAGS, *(EAGER if eager else GRAPHS), "--pp-async-batch-depth", str(competitor.depth)),
         )
         self._links: list[Simulator] = []
         self.hangs = False
@@ -149,9 +154,11 @@ def measure(
     repetitions: int,
     folder: Path,
     say: Say,
+    *,
+    eager: bool = False,
 ) -> Measurements:
     found = Measurements(pp, competitors)
-    made = (Contestant(competitor, pp, folder) for competitor in competitors)
+    made = (Contestant(competitor, pp, folder, eager) for competitor in competitors)
     with resident(made, say) as up:
         found.hung = [competitor for competitor, contestant in up.items() if contestant.hangs]
         for competitor in found.hung:
@@ -177,6 +184,7 @@ def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one cell at pp 2, about four minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions there")
     parser.add_argument("--pp", type=int, choices=(2, 4), help="only this pipeline size")
+    parser.add_argument("--eager", action="store_true", help="decode without graphs")
     parser.add_argument("--forwards", help="only these times of a forward in ms, with commas")
     parser.add_argument("--latencies", help="only these latencies in ms, with commas")
     parser.add_argument("--rates", help="only these rates in GB/s, with commas")
@@ -216,9 +224,8 @@ def main(arguments: Sequence[str]) -> int:
     repetitions = options.repetitions or (4 if options.quick else 3)
     began = time.monotonic()
     try:
-        found = [
-            measure(pp, competitors, chosen_cells(options), repetitions, folder, say=print) for pp in sizes
-        ]
+        cells, eager = chosen_cells(options), options.eager
+        found = [measure(pp, competitors, cells, repetitions, folder, say=print, eager=eager) for pp in sizes]
     except (ServerError, load.LoadError, ValueError) as error:
         print(f"bench: {error}\nLogs: {folder}", file=sys.stderr)
         return 2

@@ -111,22 +111,29 @@ class Stage:
         self._results: list[tuple[int, int]] = []
 
     def pad_forwards(self, _result: None, scheduler: Any) -> None:
-        """Behind the waits for proxies and before sampling: the forward of the model itself."""
+        """Behind the waits for proxies and before sampling: the forward of the model itself, or the replay of
+        a graph of it, before the event behind it."""
+        control = Control(control_path(self._folder))
+        runner = scheduler.tp_worker.model_runner
+        self._pad(runner.model, "forward", control)
+        backend = getattr(runner.decode_cuda_graph_runner, "backend", None)
+        for graph in getattr(backend, "_graphs", {}).values():
+            self._pad(graph, "replay", control)
+
+    def _pad(self, owner: Any, name: str, control: Control) -> None:
         from ascend_sim import kernels
 
-        control = Control(control_path(self._folder))
-        model = scheduler.tp_worker.model_runner.model
-        forward = model.forward
+        original = getattr(owner, name)
 
-        @functools.wraps(forward)
+        @functools.wraps(original)
         def padded(*arguments: Any, **options: Any) -> Any:
             self._forwards += 1
             kernels.begin_stretch()
-            result = forward(*arguments, **options)
+            result = original(*arguments, **options)
             kernels.end_stretch(control.forward_us)
             return result
 
-        model.forward = padded
+        setattr(owner, name, padded)
 
     def begin(self, scheduler: Any, *_arguments: Any) -> None:
         """In the scheduler's thread, before its loop."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ascend_sim.controls import Listing, Partners, Simulator, Stream, Task, Wait
+from ascend_sim.controls import Contained, Listing, Partners, Simulator, Stream, Task, Wait
 from ascend_sim.deadlock import Deadlock, deadlock_among, find_deadlock
 from rig.harness import Here, Team
 from rig.npu_ranks import start_team
@@ -251,6 +251,20 @@ def test_members_whose_pids_are_unknown() -> None:
     assert found(process(A, host=[joining(A, "one", unknown=2)]), stuck, free).pids == {A, B}
     also_stuck = process(C, host=[joining(C, "three", [A])])
     assert A in found(process(A, host=[joining(A, "one", unknown=1)]), stuck, also_stuck).pids
+
+
+def test_an_operation_in_a_replay_that_is_queued() -> None:
+    """It is found where the replay is, behind what runs there; one that runs comes before it."""
+    inner = operation("HcclAllReduce", "all reduce", [B], communicator="world")
+    replay = Task(7, "graph 3 replay", contains=[Contained(inner.name, inner.partners)])
+    behind = process(A, stream(0, running(send(B)), replay))
+    peer = operation("HcclAllReduce", "all reduce", [A], communicator="world")
+    in_graph = Stream(5, 0, [receive(A, number=9)], running(peer), 0, graph=4)
+    deadlock = found(behind, process(B, in_graph))
+    assert deadlock.tasks == ["HcclSend", "HcclAllReduce in graph 4"]
+    assert "HcclAllReduce in graph 3 replay is queued on stream 0 behind HcclSend" in str(deadlock)
+    begun = process(A, stream(0, running(send(B)), replay), stream(6, running(inner)))
+    assert find_deadlock([begun, process(B, in_graph)]) is None
 
 
 def test_a_stream_that_has_failed_waits_for_nobody() -> None:

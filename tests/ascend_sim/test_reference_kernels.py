@@ -5,7 +5,6 @@ On CPU tensors: what their operations do on the simulated device is the subject 
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -152,43 +151,6 @@ def test_flash_attention_with_query_lengths() -> None:
             )
             torch.testing.assert_close(out[row], expected.flatten())
             row += 1
-
-
-def test_attention_of_the_vision_tower() -> None:
-    query, key, value = torch.randn(3, 10, HEADS, WIDTH)
-    ends = [4, 5, 10]
-    found, _ = kernels.npu_fused_infer_attention_score(
-        query,
-        key,
-        value,
-        actual_seq_lengths=ends,
-        actual_seq_lengths_kv=ends,
-        num_heads=HEADS,
-        num_key_value_heads=HEADS,
-        scale=SCALE,
-        sparse_mode=0,
-        input_layout="TND",
-    )
-    for begin, end in itertools.pairwise([0, *ends]):
-        q, k, v = (part[begin:end].transpose(0, 1) for part in (query, key, value))
-        expected = functional.scaled_dot_product_attention(q, k, v, scale=SCALE)
-        torch.testing.assert_close(found[begin:end], expected.transpose(0, 1))
-
-
-def test_vision_attention_refuses_what_it_does_not_do() -> None:
-    part = torch.randn(3, HEADS, WIDTH)
-    with pytest.raises(NotImplementedError, match="layout BSH on the simulated Ascend"):
-        kernels.npu_fused_infer_attention_score(part, part, part)
-    with pytest.raises(NotImplementedError, match="sparse_mode"):
-        kernels.npu_fused_infer_attention_score(
-            part,
-            part,
-            part,
-            actual_seq_lengths=[3],
-            actual_seq_lengths_kv=[3],
-            input_layout="TND",
-            sparse_mode=3,
-        )
 
 
 def test_reshape_and_cache() -> None:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, check
+from ascend_sim.sglang_on_sim import start_check
+from ascend_sim.sglang_on_sim.start_check import (
+    EXPECTED_ATTENTION,
+    EXPECTED_GRAPHS,
+    REPLAYS,
+    check,
+    check_forward,
+)
 
 NATIVE = "sglang.srt.models.qwen3_vl.Qwen3VLForConditionalGeneration"
 FALLBACK = "sglang.srt.models.transformers.TransformersForCausalLM"
@@ -19,12 +26,30 @@ def instance_of(full_name: str, **attributes: Any) -> Any:
     return type(name, (SimpleNamespace,), {"__module__": module})(**attributes)
 
 
-def scheduler(model: str = NATIVE, attention: str = EXPECTED_ATTENTION, weights: str = "npu") -> Any:
+def scheduler(
+    model: str = NATIVE,
+    attention: str = EXPECTED_ATTENTION,
+    weights: str = "npu",
+    graphs: Any = None,
+    eager: bool = True,
+) -> Any:
     parameter = SimpleNamespace(device=SimpleNamespace(type=weights))
     runner = SimpleNamespace(
-        model=instance_of(model, parameters=lambda: iter([parameter])), attn_backend=instance_of(attention)
+        model=instance_of(model, parameters=lambda: iter([parameter])),
+        attn_backend=instance_of(attention),
+        decode_cuda_graph_runner=graphs,
     )
-    return SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    return SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=runner), server_args=SimpleNamespace(disable_cuda_graph=eager)
+    )
+
+
+def captured(*sizes: int) -> Any:
+    return instance_of(EXPECTED_GRAPHS, capture_bs=list(sizes))
+
+
+def decode_of(size: int, mode: str = "decode") -> Any:
+    return SimpleNamespace(batch_size=size, forward_mode=SimpleNamespace(is_decode=lambda: mode == "decode"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +64,10 @@ def platforms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_npu_path_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     check(None, scheduler())
     assert capsys.readouterr().out == (
-        f"simulated Ascend: platform npu, attention {EXPECTED_ATTENTION}, model {NATIVE}\n"
+        f"simulated Ascend: platform npu, attention {EXPECTED_ATTENTION}, model {NATIVE}, decode no graphs\n"
     )
+    check(None, scheduler(graphs=captured(4, 1, 2), eager=False))
+    assert capsys.readouterr().out.endswith(", decode graphs of 1, 2, 4 requests\n")
 
 
 def test_another_platform_ends_the_start(platforms: ModuleType) -> None:
@@ -62,3 +89,28 @@ def test_another_attention_backend_ends_the_start() -> None:
 def test_a_fallback_model_ends_the_start() -> None:
     with pytest.raises(SystemExit, match="fell back from its native model class"):
         check(None, scheduler(model=FALLBACK))
+
+
+def test_decode_without_graphs_that_were_asked_for_ends_the_start() -> None:
+    with pytest.raises(SystemExit, match="captured no graphs for decode"):
+        check(None, scheduler(eager=False))
+
+
+def test_a_replay_is_said_once_for_each_graph(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_check, "_replayed", set())
+    runner = scheduler(graphs=captured(1, 2, 4)).tp_worker.model_runner
+    for size in (3, 4, 1, 3):
+        check_forward(SimpleNamespace(can_run_graph=True), runner, decode_of(size))
+    assert capsys.readouterr().out == f"{REPLAYS} 4\n{REPLAYS} 1\n"
+
+
+def test_a_decode_that_leaves_its_graph_out_ends_the_scheduler() -> None:
+    runner = scheduler(graphs=captured(1, 2, 4)).tp_worker.model_runner
+    eager = SimpleNamespace(can_run_graph=False)
+    with pytest.raises(SystemExit, match="a decode batch of 3 requests ran without the graph of 4"):
+        check_forward(eager, runner, decode_of(3))
+    check_forward(eager, runner, decode_of(5))
+    check_forward(eager, runner, decode_of(3, "extend"))
+    check_forward(eager, scheduler().tp_worker.model_runner, decode_of(3))

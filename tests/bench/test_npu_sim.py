@@ -114,6 +114,7 @@ class StandIn:
     competitor: Competitor
     pp: int
     folder: Path
+    eager: bool
 
     @property
     def hangs(self) -> bool:

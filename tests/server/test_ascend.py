@@ -18,9 +18,10 @@ import pytest
 
 from ascend_sim.controls import Simulator
 from ascend_sim.deadlock import find_deadlock
-from ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPORT
+from ascend_sim.sglang_on_sim.start_check import EXPECTED_ATTENTION, REPLAYS, REPORT
 from rig import battery
 from rig.comparison import SWITCHES_OFF
+from rig.devices import EAGER
 from rig.launcher import Launcher, traces
 from rig.loads import Pool, make_pool
 from rig.server import Server
@@ -44,19 +45,21 @@ class Layout(NamedTuple):
     pp: int
     patched: bool
     switches: bool = True  # pinned memory, early sends, early receives
+    graphs: bool = True  # in decode, for batches of up to 8 requests
 
     def __str__(self) -> str:
-        off = "" if self.switches else "-switches-off"
-        return f"tp{self.tp}-pp{self.pp}-{'patched' if self.patched else 'upstream'}{off}"
+        without = ("" if self.switches else "-switches-off") + ("" if self.graphs else "-eager")
+        return f"tp{self.tp}-pp{self.pp}-{'patched' if self.patched else 'upstream'}{without}"
 
 
-# What all are compared with is the CPU server; one unpatched server shows that the probes see what it does.
-UPSTREAM = Layout(1, 2, patched=False)
-SWITCHED_OFF = Layout(1, 2, patched=True, switches=False)
+# What all are compared with is the CPU server; unpatched servers show that the probes see what they do.
 LAYOUTS = [
     *(Layout(tp, pp, patched=True) for tp, pp in ((1, 2), (1, 4), (2, 2))),
-    SWITCHED_OFF,
-    UPSTREAM,
+    Layout(1, 2, patched=True, graphs=False),
+    Layout(1, 2, patched=True, switches=False),
+    Layout(1, 2, patched=False),
+    Layout(1, 2, patched=False, graphs=False),
+    Layout(1, 1, patched=False),
 ]
 SOAKED = Layout(1, 2, patched=True)
 SOAK_REQUESTS = 300
@@ -121,8 +124,9 @@ def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU)
         "ASCEND_SIM_POISON": "1",
         **({} if layout.switches else SWITCHES_OFF),
     }
+    args = () if layout.graphs else EAGER
     with launcher.configure(
-        layout.tp, layout.pp, patched=layout.patched, device="npu-sim", env=env
+        layout.tp, layout.pp, patched=layout.patched, device="npu-sim", args=args, env=env
     ) as server:
         observed = ask_everything(server)
         if layout.pp == 2 and layout.tp == 1:
@@ -196,10 +200,14 @@ def standing_still(server: Server) -> str:
 
 
 def test_every_scheduler_took_the_npu_path(on_npu: Observed, layout: Layout) -> None:
-    """As the schedulers say themselves; one that did not would have ended (`start_check`)."""
+    """As the schedulers say themselves; one that did not would have ended (`start_check`). With graphs, also
+    one that left one out, and batches of 3 and of 5 to 7 requests, among others, were padded."""
     said = [line for line in on_npu.log.splitlines() if line.startswith(REPORT)]
-    expected = f"{REPORT} platform npu, attention {EXPECTED_ATTENTION}, model {NATIVE_MODEL}"
-    assert said == [expected] * (layout.tp * layout.pp)
+    sizes = (1, 2, 4, 8) if layout.graphs else ()
+    decode = "graphs of 1, 2, 4, 8 requests" if layout.graphs else "no graphs"
+    expected = f"{REPORT} platform npu, attention {EXPECTED_ATTENTION}, model {NATIVE_MODEL}, decode {decode}"
+    ranks = layout.tp * layout.pp
+    assert sorted(said) == sorted([expected, *(f"{REPLAYS} {size}" for size in sizes)] * ranks)
 
 
 @field_case("gpustack-3452")
@@ -232,9 +240,11 @@ def test_a_repeated_prefix_comes_from_the_radix_cache(on_cpu: Observed, on_npu: 
 
 
 def test_results_reach_the_host_without_reading_the_device(on_npu: Observed, layout: Layout) -> None:
-    """In a patched server such a read would have raised; an unpatched one shows that the probe sees them."""
-    assert on_npu.results > 0
-    assert (on_npu.device_reads == 0) == layout.patched, on_npu.device_reads
+    """In a patched server such a read would have raised; an unpatched one shows that the probe sees them, in
+    the loops of a pipeline."""
+    assert (on_npu.results > 0) == (layout.pp > 1)
+    if layout.pp > 1:
+        assert (on_npu.device_reads == 0) == layout.patched, on_npu.device_reads
 
 
 def test_order_of_the_patched_servers(on_npu: Observed, layout: Layout) -> None:
