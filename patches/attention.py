@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from sglang_npu_pp.host_copies import upload
+from sglang_npu_pp.host_copies import Uploads
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import DeviceStreams
 
@@ -22,24 +21,20 @@ from .pipeline import current
 _BACKEND = "sglang.srt.hardware_backend.npu.attention.ascend_backend:AscendAttnBackend"
 
 
-class WithoutWaiting(TorchFunctionMode):
-    """Makes three calls of torch asynchronous inside the block.
+class WithoutWaiting(Uploads):
+    """Makes reads of lengths asynchronous inside the block, too.
 
     For one batch `seq_lens.max()` and `extend_seq_lens.cpu()`, lengths of shape (requests,), return equal CPU
-    tensors; `torch.tensor(list, device=...)` becomes `upload`.
+    tensors.
     """
 
     def __init__(self, forward_batch: Any, streams: DeviceStreams) -> None:
-        super().__init__()
-        self._streams = streams
+        super().__init__(streams)
         self._seq_lens, self._on_host = forward_batch.seq_lens, forward_batch.seq_lens_cpu
         self._extend, self._extend_on_host = forward_batch.extend_seq_lens, forward_batch.extend_seq_lens_cpu
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # By name, because torch_npu's transfer_to_npu stands something else in the place of torch.tensor.
-        if function.__name__ == "tensor" and kwargs.get("device") is not None:
-            return upload(torch.tensor(args[0], dtype=kwargs.get("dtype")), self._streams)
         if (
             function is torch.Tensor.max
             and len(args) == 1
@@ -49,7 +44,7 @@ class WithoutWaiting(TorchFunctionMode):
             return self._on_host.max()
         if function is torch.Tensor.cpu and args[0] is self._extend and self._extend_on_host is not None:
             return torch.tensor(self._extend_on_host, dtype=self._extend.dtype)
-        return function(*args, **kwargs)
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def init_forward_metadata(original: Any, backend: Any, forward_batch: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .streams import DeviceStreams, Event
 
@@ -100,3 +101,24 @@ def upload(tensor: torch.Tensor, streams: DeviceStreams) -> torch.Tensor:
     uploaded = staged.clone()
     streams.keep(staged)
     return uploaded
+
+
+class Uploads(TorchFunctionMode):
+    """Inside the block host tensors and lists reach the device by `upload`: `tensor.to(device=...)` and
+    `torch.tensor(list, device=...)`, with these keywords."""
+
+    def __init__(self, streams: DeviceStreams) -> None:
+        super().__init__()
+        self._streams = streams
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        # By name, because torch_npu's transfer_to_npu stands something else in the place of torch.tensor.
+        if device is None or torch.device(device).type != self._streams.device.type:
+            return function(*args, **kwargs)
+        if function.__name__ == "tensor":
+            return upload(torch.tensor(args[0], dtype=dtype), self._streams)
+        if function.__name__ == "to" and args[0].is_cpu:
+            return upload(args[0] if dtype is None else args[0].to(dtype), self._streams)
+        return function(*args, **kwargs)

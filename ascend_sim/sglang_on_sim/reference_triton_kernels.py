@@ -29,19 +29,21 @@ def write_req_to_token_pool(
     req_to_token_ptr [rows, context]; for each of B requests its row, the address of the int64 slots of its
     prefix, the length of the prefix, all its tokens, its new tokens; out_cache_loc [new tokens of all].
 
-    torch cannot follow an address that only the device knows, so the host reads the addresses. It waits
-    for the current stream, as SGLang does in the lines before: `NPUPagedTokenToKVPoolAllocator.alloc_extend`
-    reads the number of new pages.
+    An address that only the device knows is followed on the device: the prefixes are gathered from a tensor
+    that covers all addresses. Rows are written whole, behind each prefix and new token as they were.
     """
-    addresses = prefix_tensors.view(torch.int64)
-    on_host = (part.cpu().tolist() for part in (req_pool_indices, addresses, pre_lens, seq_lens))
-    begin = 0
-    for row, address, prefix, total in zip(*on_host, strict=True):
-        slots = req_to_token_ptr[row]
-        if prefix:
-            slots[:prefix] = _int64_at(address, prefix, slots.device)
-        slots[prefix:total] = out_cache_loc[begin : begin + total - prefix]
-        begin += total - prefix
+    column = torch.arange(req_to_token_ptr.shape[1], device=req_to_token_ptr.device)
+    before, after = pre_lens.long().unsqueeze(1), seq_lens.long().unsqueeze(1)
+    first_new = (extend_lens.long().cumsum(0) - extend_lens).unsqueeze(1)
+    nth_new = (first_new + column - before).clamp(0, len(out_cache_loc) - 1)
+    in_prefix, in_row = column < before, column < after
+    # Where there is no prefix, an address that can be read.
+    readable = torch.full_like(before, out_cache_loc.data_ptr())
+    addresses = torch.where(in_prefix, prefix_tensors.view(torch.int64).unsqueeze(1) + 8 * column, readable)
+    rows = req_to_token_ptr[req_pool_indices].long()
+    rows = torch.where(in_row, out_cache_loc[nth_new].long(), rows)
+    rows = torch.where(in_prefix, _all_memory(column.device)[addresses // 8 - 1], rows)
+    req_to_token_ptr[req_pool_indices] = rows.to(req_to_token_ptr.dtype)
 
 
 def compute_position(
@@ -164,9 +166,11 @@ def install() -> None:
     JITFunction.run = run
 
 
-def _int64_at(address: int, count: int, device: torch.device) -> Tensor:
-    """The device memory at `address` as a tensor; whoever passed the address keeps the memory alive."""
+def _all_memory(device: torch.device) -> Tensor:
+    """The address space as int64, element n at address 8 (n + 1): whoever passes an address keeps what lies
+    there alive."""
     import torch_npu
 
-    storage = torch_npu._C._construct_storage_from_data_pointer(address, device, 8 * count)
-    return torch.empty(0, dtype=torch.int64, device=device).set_(storage, 0, (count,), (1,))
+    words = 2**44
+    storage = torch_npu._C._construct_storage_from_data_pointer(8, device, 8 * words)
+    return torch.empty(0, dtype=torch.int64, device=device).set_(storage, 0, (words,), (1,))

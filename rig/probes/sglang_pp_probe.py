@@ -3,8 +3,9 @@
 What it does is chosen by environment variables:
 
 PP_PROBE_DIR          count torch.distributed point-to-point operations; one file a process
-PP_PROBE_DEVICE_READS the host reads a device tensor while it handles results: "fail" raises; "count" counts,
-                      in a file a process in PP_PROBE_DIR
+PP_PROBE_DEVICE_READS the host reads a device tensor while it handles results or prepares a batch, or copies
+                      multimodal positions so that it waits: "fail" raises; "count" counts, in a file a
+                      process in PP_PROBE_DIR
 PP_PROBE_KEEP_FREE_PAGES=1
                       the first list of free pages is not freed while a stream still reads it
 PP_PROBE_FAKE_KV=1    a disaggregated server moves its KV cache with SGLang's own fake backend
@@ -32,6 +33,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+BATCHES = 2  # of the counters of device reads
 
 
 def register() -> None:
@@ -103,38 +106,69 @@ def count_point_to_point(path: Path) -> None:
 def watch_device_reads(path: Path, fail: bool) -> None:
     """Look for reads of device tensors by the host, which wait for the device.
 
-    Any read where the outputs of a microbatch are exchanged and processed, however it is written (`tolist`,
-    `item`, `cpu`, `int`, a copy to memory that is not pinned); and `tolist` anywhere but in a forward, where
-    input log-probabilities are read. `path` gets two numbers: batches looked at, and reads.
+    Any read where the outputs of a microbatch are exchanged and processed, and where a batch is made, however
+    it is written (`tolist`, `item`, `cpu`, `int`, a copy to memory that is not pinned); `tolist` anywhere but
+    in a forward, where input log-probabilities are read; and where multimodal positions are made, copies from
+    memory that is not pinned, on the stream of the forward. `path` gets three numbers: batches looked at,
+    reads, and reads or copies of these where a batch is made.
     """
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    counters = Counters(path, 2)
+    counters = Counters(path, 3)
     in_forward = threading.local()
 
-    def found(what: str) -> None:
-        counters.add(1)
+    def found(what: str, counter: int = 1) -> None:
+        counters.add(counter)
         if fail:
             raise RuntimeError(f"the probe saw {what} on a device tensor")
 
     class Watch(TorchDispatchMode):
+        def __init__(self, counter: int = 1) -> None:
+            super().__init__()
+            self.counter = counter
+
         def __torch_dispatch__(
             self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
             result = operator(*args, **(kwargs or {}))
             name = operator.overloadpacket.__name__
             if name == "_local_scalar_dense" and not args[0].is_cpu:
-                found(name)
+                found(name, self.counter)
             elif name in ("_to_copy", "copy_") and result.is_cpu and not result.is_pinned():
                 source = args[1] if name == "copy_" else args[0]
                 if not source.is_cpu:
-                    found(name)
+                    found(name, self.counter)
+            return result
+
+    class WatchCopies(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.npu: Any = torch.get_device_module("npu")
+            self.stream = self.npu.current_stream()
+
+        def __torch_dispatch__(
+            self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            name = operator.overloadpacket.__name__
+            result = operator(*args, **(kwargs or {}))
+            if name in ("_to_copy", "copy_") and not result.is_cpu:
+                source = args[1] if name == "copy_" else args[0]
+                if source.is_cpu and not source.is_pinned() and self.npu.current_stream() == self.stream:
+                    found(f"{name} from memory that is not pinned", BATCHES)
             return result
 
     def watched(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with Watch():
+            return original(*args, **kwargs)
+
+    def watched_batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with Watch(BATCHES):
+            return original(*args, **kwargs)
+
+    def watched_positions(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with WatchCopies():
             return original(*args, **kwargs)
 
     def watched_and_counted(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -156,9 +190,13 @@ def watch_device_reads(path: Path, fail: bool) -> None:
         return tolist(tensor)
 
     mixin = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    positions = "sglang.srt.model_executor.forward_batch_info.ForwardBatch._compute_mrope_positions"
+    HookRegistry.register(f"{scheduler}.get_next_batch_to_run", watched_batch, HookType.AROUND)
+    HookRegistry.register(positions, watched_positions, HookType.AROUND)
     HookRegistry.register(f"{mixin}._pp_process_batch_result", watched_and_counted, HookType.AROUND)
     HookRegistry.register(f"{mixin}._pp_prep_batch_result", watched, HookType.AROUND)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", in_a_forward, HookType.AROUND)
+    HookRegistry.register(f"{scheduler}.run_batch", in_a_forward, HookType.AROUND)
     torch.Tensor.tolist = checked_tolist  # type: ignore[assignment, method-assign]
 
 

@@ -17,6 +17,8 @@ REQUESTS = 4  # two microbatches of two
 TOKENS = 64
 IN_FULL_SWING = 20  # receives
 LIMIT_S = 60.0
+LAUNCH_LIMIT_S = 10.0  # for a host that launches without waiting
+PROMPT = 200  # tokens, less than a chunk
 SAMPLING = "aten::argmax"  # once a forward, on the last stage
 
 
@@ -44,10 +46,26 @@ def hold_a_receive(server: Server) -> Held:
     return Held(sum(map(launched_on, listing.streams)), str(listing))
 
 
-def decode(server: Server, number: int) -> int:
+def hold_a_prefill(server: Server) -> Held:
+    """Hold the proxies of a prefill, and look when it is launched, or the limit has passed."""
+    first, last = (psutil.Process(pid) for pid in server.scheduler_pids())
+    with Simulator(last.pid) as simulator, ThreadPoolExecutor(1) as pool:
+        with simulator.hold("HcclRecv", count=1) as gate:
+            answer = pool.submit(decode, server, number=97, prompt=PROMPT)
+            gate.wait_until_held()
+            deadline = time.monotonic() + LAUNCH_LIMIT_S
+            while not sum(map(launched_on, simulator.listing().streams)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            at_rest(first, last)
+            listing = simulator.listing()
+        assert answer.result(LIMIT_S) == TOKENS
+    return Held(sum(map(launched_on, listing.streams)), str(listing))
+
+
+def decode(server: Server, number: int, prompt: int = 20) -> int:
     answer = battery.generate(
         server,
-        input_ids=battery.prompt(20, seed=number),
+        input_ids=battery.prompt(prompt, seed=number),
         sampling_params={"max_new_tokens": TOKENS, "ignore_eos": True},
     )
     return len(answer["output_ids"])

@@ -29,7 +29,7 @@ from sglang_npu_pp.observe.trace import Event
 from sglang_npu_pp.tools.certify import order
 from tests.field_cases import field_case
 
-from .held_receive import Held, hold_a_receive
+from .held_receive import Held, hold_a_prefill, hold_a_receive
 from .regression.test_soak import soak
 
 CONCURRENCY = 24
@@ -75,8 +75,10 @@ class Observed:
     log: str = ""
     results: int = 0  # batches whose results a scheduler processed
     device_reads: int = 0  # reads of device tensors by the host on the way
+    batch_reads: int = 0  # the same while it makes a batch, with copies of positions that it waits for
     traces: dict[int, list[Event]] = field(default_factory=dict)
-    held: Held | None = None
+    held: Held | None = None  # in decode
+    held_prefill: Held | None = None
     soak: tuple[int, list[str]] | None = None  # requests that were ended early; wrong answers
 
 
@@ -131,13 +133,15 @@ def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU)
         observed = ask_everything(server)
         if layout.pp == 2 and layout.tp == 1:
             observed.held = hold_a_receive(server)
+            observed.held_prefill = hold_a_prefill(server)
         if layout == SOAKED:
             observed.soak = within_limit(server, lambda: soak(server, reference.pool, SOAK_REQUESTS))
         observed.log = server.log_text()
         for pid in server.scheduler_pids():
-            results, reads = struct.unpack("<QQ", (server.log.parent / f"{pid}.reads").read_bytes())
-            observed.results += results
-            observed.device_reads += reads
+            counted = struct.unpack("<QQQ", (server.log.parent / f"{pid}.reads").read_bytes())
+            observed.results += counted[0]
+            observed.device_reads += counted[1]
+            observed.batch_reads += counted[2]
         if layout.patched:
             observed.traces = {stage: of_scheduler(trace) for stage, trace in traces(server).items()}
     return observed
@@ -247,6 +251,14 @@ def test_results_reach_the_host_without_reading_the_device(on_npu: Observed, lay
         assert (on_npu.device_reads == 0) == layout.patched, on_npu.device_reads
 
 
+def test_batches_are_made_without_reading_the_device(on_npu: Observed, layout: Layout) -> None:
+    """Pages are given out and multimodal positions copied: as above, it would have raised. An unpatched
+    server does both in every prefill."""
+    prefills = on_npu.log.count("Prefill batch")
+    assert prefills > 0
+    assert on_npu.batch_reads == 0 if layout.patched else on_npu.batch_reads >= 2 * prefills
+
+
 def test_order_of_the_patched_servers(on_npu: Observed, layout: Layout) -> None:
     """As on the CPU: launch, send, only then wait for tokens; receives posted with their header. With the
     switches off: launch, wait for tokens, send; receives posted in their wait."""
@@ -279,3 +291,9 @@ def test_a_held_receive_stops_the_host_of_upstream_only(on_npu: Observed, layout
     if on_npu.held is not None:
         expected = 0 if not layout.patched else 2 if layout.switches else 1
         assert on_npu.held.launched == expected, on_npu.held.described
+
+
+def test_a_prefill_is_launched_before_its_proxies_are_there(on_npu: Observed, layout: Layout) -> None:
+    """As far as its sampling. Upstream's host stands at the copy of its positions, behind the proxies."""
+    if on_npu.held_prefill is not None:
+        assert (on_npu.held_prefill.launched > 0) == layout.patched, on_npu.held_prefill.described
