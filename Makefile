@@ -24,7 +24,7 @@ demo: setup  ## serve, ask which digit a picture shows, end; fails when the answ
 quick: setup  ## quick tests that need neither a server nor the simulated Ascend, two minutes; no lint
 	@$(PYTHON_IN_VENV) -m scripts.suite quick $(ARGS)
 
-test: lint  ## lint, then every kind of thing once, on real servers too (ARGS="-k NAME" for a part)
+test: lint  ## lint, then the usual path, on real servers too (ARGS="-k NAME" for a part)
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
 	@$(PYTHON_IN_VENV) -m scripts.suite test $(ARGS)
 
