@@ -1,6 +1,6 @@
 """Run a part of the test suite: `python -m scripts.suite PART [PYTEST ARGUMENTS]`.
 
-Every test is in one of `test`, `test-rest` and `test-release`; `quick` is a part of `test`. Tests that need
+Every test is in one of `test`, `test-rest` and `test-release`; `test` begins with `quick`. Tests that need
 neither a server nor the simulated Ascend run two at a time, the others one by one: a server uses both of two
 cores.
 """
@@ -13,15 +13,17 @@ from collections.abc import Sequence
 
 import pytest
 
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope")
 HEAVY = "server or simulator"
 LIGHT = f"not ({HEAVY} or thorough or release)"
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope")
+QUICK = ("-m", f"{LIGHT} and not slow", *TWO_AT_A_TIME)
+SLOW = ("-m", f"{LIGHT} and slow", *TWO_AT_A_TIME)
 
 # Part of the suite: what pytest is called with, one after the other.
 PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "quick": (("-m", f"{LIGHT} and not slow", *TWO_AT_A_TIME),),
-    "test": (("-m", LIGHT, *TWO_AT_A_TIME), ("-m", f"({HEAVY}) and not (thorough or release)")),
-    "test-rest": (("-m", "thorough and not release"),),
+    "quick": (QUICK,),
+    "test": (QUICK, ("-m", f"({HEAVY}) and not (thorough or release)")),
+    "test-rest": (SLOW, ("-m", "thorough and not release")),
     "test-release": (("-m", "release"),),
 }
 

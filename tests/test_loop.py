@@ -40,10 +40,10 @@ def test_every_test_is_in_one_run_of_one_part(collected: list[pytest.Item]) -> N
     assert sum(map(len, runs)) == len(everything)
 
 
-def test_the_quick_part_is_of_what_the_usual_one_begins_with(collected: list[pytest.Item]) -> None:
-    quick, light = (selected(expressions(part)[0], collected) for part in ("quick", "test"))
-    assert quick < light
-    assert not light & selected("server or simulator", collected)
+def test_the_usual_part_begins_with_the_quick_one(collected: list[pytest.Item]) -> None:
+    (quick,) = suite.PARTS["quick"]
+    assert suite.PARTS["test"][0] == quick
+    assert not selected(expressions("quick")[0], collected) & selected("server or simulator", collected)
 
 
 def test_pytest_selects_what_is_computed_here(

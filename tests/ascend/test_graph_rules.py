@@ -146,6 +146,7 @@ def test_rule_holds_and_without_it_bytes_are_wrong(npu_team: Team, scenario: Sce
 
 
 @field_case("vllm-54962")
+@pytest.mark.thorough
 @pytest.mark.timeout(2 * LIMIT_S)
 def test_proxies_arrive_intact_over_many_replays(npu_team: Team) -> None:
     """Three stages, slow links, and one of them with slow replays; freed memory is overwritten."""

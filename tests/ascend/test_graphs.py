@@ -140,6 +140,7 @@ def test_without_the_rule_a_replay_runs_with_later_lengths_and_the_next_never_en
     expect_a_wrong_replay_and_one_that_never_ends(rank, later=1, replays_left=2)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_many_replays_with_delays_between(rank: Rank) -> None:
     """Updates are slowed down, then attention is: in either case each replay has its lengths."""
