@@ -18,6 +18,8 @@ from ascend_sim.environment import environment
 
 from . import attention_scenarios as scenarios
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 60.0
 CLOSE = pytest.approx(0, abs=1e-6)
 

@@ -17,6 +17,8 @@ import pytest
 from ascend_sim import build
 from ascend_sim.environment import environment
 
+pytestmark = pytest.mark.thorough
+
 BUILD_LIMIT_S = 120.0
 
 HEADER = "int answer();\n"

@@ -17,6 +17,8 @@ from ascend_sim.controls import Entry, Links, Simulator, SimulatorError, Stream
 from rig.harness import Here, Rank, TeamKeeper
 from rig.npu_ranks import start_program, start_team
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 20.0
 
 

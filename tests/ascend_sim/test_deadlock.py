@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -13,6 +14,8 @@ from ascend_sim.controls import Contained, Listing, Partners, Simulator, Stream,
 from ascend_sim.deadlock import Deadlock, deadlock_among, find_deadlock
 from rig.harness import Here, Team
 from rig.npu_ranks import start_team
+
+pytestmark = pytest.mark.thorough
 
 LIMIT_S = 20.0
 A, B, C = 100, 200, 300  # pids

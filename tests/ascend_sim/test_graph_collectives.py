@@ -16,6 +16,8 @@ from ascend_sim.deadlock import deadlock_among
 from rig.harness import Here, Rank, Team, TeamKeeper
 from rig.npu_ranks import start_team
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 20.0
 ELEMENTS = 5
 

@@ -20,6 +20,8 @@ from rig.npu_ranks import start_team
 
 from .graph_operators import define_scale
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 20.0
 ELEMENTS = 1000
 POISON = -1

@@ -14,6 +14,8 @@ import torch
 from rig.harness import Here, TeamKeeper
 from rig.npu_ranks import run_program, start_team
 
+pytestmark = pytest.mark.thorough
+
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # aclmdlRICaptureMode
 SYNC = 1  # flag of an event
 DEVICE_TO_HOST = 2  # aclrtMemcpyKind

@@ -14,6 +14,8 @@ from ascend_sim.controls import Listing, Simulator, Stream
 from rig.harness import Here, TeamKeeper
 from rig.npu_ranks import start_team
 
+pytestmark = pytest.mark.thorough
+
 REPLAYS = 10
 
 

@@ -22,6 +22,8 @@ from rig.npu_ranks import start_team
 from . import attention_scenarios
 from .graph_operators import define_scale
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 20.0
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from rig.harness import Here, Team
 
+pytestmark = pytest.mark.thorough
+
 MEMBERS = 3
 DATA_TYPES = [
     torch.int8,

@@ -22,6 +22,8 @@ from .hccl_ranks import (
     wait_for,
 )
 
+pytestmark = pytest.mark.thorough
+
 DIFFERENT_CALLS = {
     "sizes": ("all_reduce(8)", "all_reduce(9)", "calls HcclAllReduce of 9 int32, sum"),
     "types": ("all_reduce(8)", "all_reduce(8, FLOAT32)", "calls HcclAllReduce of 8 float32, sum"),

@@ -21,6 +21,8 @@ from ascend_sim.sglang_on_sim import reference_moe_kernels as moe_kernels
 from ascend_sim.sglang_on_sim import reference_triton_kernels as triton_kernels
 from ascend_sim.sglang_on_sim.missing_packages import MissingPackage
 
+pytestmark = pytest.mark.thorough
+
 PAGE = 4
 HEADS, SHARED_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3

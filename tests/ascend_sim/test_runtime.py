@@ -17,6 +17,8 @@ from ascend_sim.controls import Entry, Listing, Simulator, Wait
 from rig.harness import Here, TeamKeeper
 from rig.npu_ranks import run_program, start_program, start_team
 
+pytestmark = pytest.mark.thorough
+
 LIMIT_S = 20.0
 ELEMENTS = 1000
 POISON = 0xFF

@@ -11,6 +11,8 @@ import pytest
 
 from ascend_sim import build, symbols
 
+pytestmark = pytest.mark.thorough
+
 TESTED = "2.13.0"  # what tests/ascend runs on
 OTHERS = (
     "2.10.0",
@@ -116,7 +118,6 @@ def test_the_torch_npu_that_tests_run_on_is_complete() -> None:
     assert "aclmdlRIAddCondTask" in comparison.left_out
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("version", OTHERS)
 def test_other_versions_are_complete(version: str) -> None:
     """And they want nothing that the tested one does not want, so that its tests stand for theirs."""
