@@ -110,7 +110,8 @@ def on_cpu(reference: OnCPU) -> Observed:
 def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
     if layout == SOAKED:
         return []
-    return [pytest.mark.release if layout.pp == 4 or not layout.switches else pytest.mark.thorough]
+    further = layout.pp != 2 or not layout.switches or not layout.graphs
+    return [pytest.mark.release if further else pytest.mark.thorough]
 
 
 @pytest.fixture(
