@@ -50,6 +50,7 @@ CORE_FUNCTION = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_com
 OF_PREFILLS = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.send_kv_chunk"
 
 
+@pytest.mark.thorough
 def test_require_refuses_a_build_that_is_not_known(launcher: Launcher) -> None:
     env = {"PP_PROBE_RELEASE": "9.9.9", "PP_PROBE_CHANGED": CORE_FUNCTION}
     log = log_of_failed_start(launcher.configure(1, 2, patched=True, env=env))
@@ -100,9 +101,8 @@ def test_auto_leaves_an_unknown_build_as_it_is(launcher: Launcher) -> None:
     assert "not activated, SGLang is left as it is: SGLang 9.9.9" in server.log_text()
 
 
-@pytest.mark.parametrize(
-    "without", [pytest.param(0, marks=pytest.mark.thorough), 1], ids=["first stage", "last stage"]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("without", [0, 1], ids=["first stage", "last stage"])
 def test_a_rank_without_the_plugin_is_named_and_nothing_hangs(launcher: Launcher, without: int) -> None:
     server = launcher.configure(
         1,

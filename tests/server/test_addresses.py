@@ -18,7 +18,7 @@ from rig.server import Server
 from scripts.bench.link import EmulatedLink, reason_for_loopback
 from sglang_npu_pp.tools.certify.ports import free_ports
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.thorough]
 on_two_nodes = pytest.mark.skipif(bool(reason_for_loopback()), reason=reason_for_loopback())
 
 NAME = "node0.example"
@@ -74,10 +74,7 @@ def server_on(link: EmulatedLink, folder: Path, case: Case) -> Server:
 @on_two_nodes
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.thorough] if name != "name_on_loopback" else [])
-        for name, case in CASES.items()
-    ],
+    [pytest.param(case, id=name) for name, case in CASES.items()],
 )
 def test_a_server_that_starts_unpatched_starts_patched(tmp_path: Path, case: Case) -> None:
     with EmulatedLink(tmp_path) as link, server_on(link, tmp_path, case) as server:
@@ -85,7 +82,6 @@ def test_a_server_that_starts_unpatched_starts_patched(tmp_path: Path, case: Cas
     assert answer["meta_info"]["completion_tokens"] == 4
 
 
-@pytest.mark.thorough  # tests/patches/test_startup.py shows it without a server
 def test_replicas_have_ports_of_their_own(tmp_path: Path) -> None:
     """Two worlds of ranks 0 and 1 on one machine, and a range of four ports."""
     (port,) = free_ports(1, with_also=(1, 2, 3))

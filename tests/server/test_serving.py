@@ -85,7 +85,9 @@ def test_a_client_that_disconnects_ends_its_request(patched: Server) -> None:
     pytest.fail("the requests of disconnected clients are still running")
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize(
+    "busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "busy"]
+)
 def test_a_server_that_was_suspended_for_longer_than_the_time_out_goes_on(
     patched: Server, busy: bool
 ) -> None:
