@@ -21,7 +21,7 @@ serve-npu-sim: setup  ## the same on the simulated Ascend: SGLang's NPU path, th
 demo: setup  ## serve, ask which digit a picture shows, end; fails when the answer is wrong
 	@$(PYTHON_IN_VENV) scripts/serve.py --demo $(ARGS)
 
-quick: setup  ## quick tests that need neither a server nor the simulated Ascend, two minutes; no lint
+quick: setup  ## quick tests that need neither a server nor the simulated Ascend, a few minutes; no lint
 	@$(PYTHON_IN_VENV) -m scripts.suite quick $(ARGS)
 
 test: lint  ## lint, then the usual path, on real servers too (ARGS="-k NAME" for a part)
