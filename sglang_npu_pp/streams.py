@@ -55,21 +55,18 @@ class DeviceStreams:
         """A stream apart from those that this process is known to use, where there is one left."""
         if not self.asynchronous:
             return None
-        used = self._used()
+        self.make_way(1)
         stream = self._module.Stream()
-        for _ in range(_MOST_STREAMS):
-            if stream.stream_id not in used:
-                break
-            stream = self._module.Stream()
         _ours.add(stream)
         return stream
 
     def make_way(self, streams: int) -> None:
-        """Let the next `streams` that torch hands out be unused: a communicator takes its own."""
+        """Let the next `streams` that torch hands out be unused, where there are such ones: a communicator
+        takes its own."""
         if not self.asynchronous:
             return
-        order = self._pool()
-        used = [stream in self._used() for stream in order] * 2
+        order, taken = self._pool(), self._used()
+        used = [stream in taken for stream in order] * 2
         for start in range(len(order)):
             if not any(used[start : start + streams]):
                 return

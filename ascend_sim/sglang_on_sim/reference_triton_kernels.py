@@ -167,8 +167,8 @@ def install() -> None:
 
 
 def _all_memory(device: torch.device) -> Tensor:
-    """The address space as int64, element n at address 8 (n + 1): whoever passes an address keeps what lies
-    there alive."""
+    """The address space as int64, element n at address 8 (n + 1). The caller who passes an address keeps
+    what lies there alive."""
     import torch_npu
 
     words = 2**44

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from rig.harness import Team, TeamKeeper
+from ascend_sim import sglang_on_sim
+from rig.harness import Rank, Team, TeamKeeper
 from rig.npu_ranks import start_team
 
 
@@ -47,3 +50,24 @@ def young_npu_team(_keeper_of_module: TeamKeeper) -> Iterator[Team]:
     """As `npu_team`, but with no groups of other modules' tests: each has taken streams of torch's pool."""
     yield _keeper_of_module.team()
     _keeper_of_module.after_test()
+
+
+def start_sglang_team(*paths: str, **options: Any) -> Team:
+    """One rank that can import SGLang's NPU modules, and `paths`; `options` are those of `start_team`."""
+    path = os.pathsep.join([str(sglang_on_sim.STARTUP), *paths, os.environ.get("PYTHONPATH", "")])
+    return start_team(1, variables={"PYTHONPATH": path}, poison=1, **options)
+
+
+@pytest.fixture(scope="module")
+def _sglang_keeper() -> Iterator[TeamKeeper]:
+    keeper = TeamKeeper(start_sglang_team)
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def rank(_sglang_keeper: TeamKeeper) -> Iterator[Rank]:
+    """A process of `start_sglang_team`, the same for a module."""
+    (rank,) = _sglang_keeper.team().ranks
+    yield rank
+    _sglang_keeper.after_test()

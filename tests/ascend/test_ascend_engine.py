@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from ascend_sim import sglang_on_sim
-from rig.harness import Rank, Team, TeamKeeper
-from rig.npu_ranks import start_team
+from rig.harness import Rank
 
 from . import engine
 from .engine import LIMIT_S, UNWRITTEN
@@ -33,25 +29,6 @@ NUMBERS = Rule(
     "LateIndices.wait",
     "self._passed.synchronize()",
 )
-
-
-def start_sglang_team() -> Team:
-    paths = os.pathsep.join([str(sglang_on_sim.STARTUP), os.environ.get("PYTHONPATH", "")])
-    return start_team(1, variables={"PYTHONPATH": paths}, poison=1)
-
-
-@pytest.fixture(scope="module")
-def _keeper() -> Iterator[TeamKeeper]:
-    keeper = TeamKeeper(start_sglang_team)
-    yield keeper
-    keeper.close()
-
-
-@pytest.fixture
-def rank(_keeper: TeamKeeper) -> Iterator[Rank]:
-    (rank,) = _keeper.team().ranks
-    yield rank
-    _keeper.after_test()
 
 
 def open_prefill(rank: Rank, length: int, rule: Rule | None = None, first_page: int = 0) -> None:

@@ -6,20 +6,18 @@ updates wait. Without either, replay i runs with lengths of later steps, and the
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from ascend_sim import sglang_on_sim
 from ascend_sim.build import torch_npu
 from ascend_sim.controls import Simulator
 from rig.harness import Rank, Team, TeamKeeper
-from rig.npu_ranks import start_team
 from rig.releases import EARLY, IN_VENV, NEWEST, RELEASES, Release
 
 from . import graph_steps as steps
+from .conftest import start_sglang_team
 from .mutation import Rule
 from .rest import POLL_S, at_rest, holding
 
@@ -33,13 +31,11 @@ REPLAYS = 10_000
 LIMIT_S = 120.0
 
 
-def start_with_sglang(release: Release) -> Team:
-    """One rank that can import SGLang's NPU modules, and does so from that release."""
+def start_with_graphs(release: Release) -> Team:
+    """One rank that imports SGLang from that release."""
     package = torch_npu()
     assert package is not None
-    paths = [str(sglang_on_sim.STARTUP), str(package.parent), os.environ.get("PYTHONPATH", "")]
-    variables = {"PYTHONPATH": os.pathsep.join(paths)}
-    team = start_team(1, process_group=True, kernels=True, variables=variables, poison=1)
+    team = start_sglang_team(str(package.parent), process_group=True, kernels=True)
     if release.folder is not None:
         team.each(steps.use, str(release.folder))
     return team
@@ -56,17 +52,10 @@ def release(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def _keeper(release: str) -> Iterator[TeamKeeper]:
-    keeper = TeamKeeper(lambda: start_with_sglang(RELEASES[release]))
+def _sglang_keeper(release: str) -> Iterator[TeamKeeper]:
+    keeper = TeamKeeper(lambda: start_with_graphs(RELEASES[release]))
     yield keeper
     keeper.close()
-
-
-@pytest.fixture
-def rank(_keeper: TeamKeeper) -> Iterator[Rank]:
-    (rank,) = _keeper.team().ranks
-    yield rank
-    _keeper.after_test()
 
 
 def ran_with(length: int) -> list[list[int]]:
@@ -74,7 +63,7 @@ def ran_with(length: int) -> list[list[int]]:
 
 
 def expect_a_wrong_replay_and_one_that_never_ends(rank: Rank, later: int, replays_left: int) -> None:
-    """Replay 0 ran with the lengths of a later step; the next one waits for an event that nobody records."""
+    """Replay 0 ran with lengths of a later step; the next one waits for an event that is never recorded."""
     at_rest(rank)
     assert rank.call(steps.lengths_seen, 0) == [ran_with(later)]
     at_rest(rank)

@@ -271,12 +271,16 @@ RULES = [
 ]
 
 
+def assert_holds_and_is_needed(team: Team, scenario: Scenario, rule: Rule) -> None:
+    scenario(team, None)
+    team.reset()
+    with pytest.raises(AssertionError):
+        scenario(team, rule)
+
+
 @pytest.mark.parametrize(("scenario", "rule"), RULES)
 def test_rule_holds_and_without_it_bytes_are_wrong(npu_team: Team, scenario: Scenario, rule: Rule) -> None:
-    scenario(npu_team, None)
-    npu_team.reset()
-    with pytest.raises(AssertionError):
-        scenario(npu_team, rule)
+    assert_holds_and_is_needed(npu_team, scenario, rule)
 
 
 @field_case("sglang-36248")

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from ascend_sim import sglang_on_sim
-from rig.harness import Rank, Team, TeamKeeper, close_lanes
-from rig.npu_ranks import start_team
+from rig.harness import Rank, close_lanes
 
 from . import prefill
 from .rest import at_rest, holding
 
 IMPORT_LIMIT_S = 120.0
-
-
-def start_sglang_team() -> Team:
-    paths = os.pathsep.join([str(sglang_on_sim.STARTUP), os.environ.get("PYTHONPATH", "")])
-    return start_team(1, variables={"PYTHONPATH": paths}, poison=1)
-
-
-@pytest.fixture(scope="module")
-def _keeper() -> Iterator[TeamKeeper]:
-    keeper = TeamKeeper(start_sglang_team)
-    yield keeper
-    keeper.close()
-
-
-@pytest.fixture
-def rank(_keeper: TeamKeeper) -> Iterator[Rank]:
-    (rank,) = _keeper.team().ranks
-    yield rank
-    _keeper.after_test()
 
 
 def open_prefill(rank: Rank, **options: bool) -> None:

@@ -28,17 +28,10 @@ POISON = -1
 
 
 @pytest.fixture(scope="module")
-def _lifetimes_keeper() -> Iterator[TeamKeeper]:
+def _rank_keeper() -> Iterator[TeamKeeper]:
     keeper = TeamKeeper(lambda: start_team(1, memory_mb=512, kernels=True, poison=1))
     yield keeper
     keeper.close()
-
-
-@pytest.fixture
-def rank(_lifetimes_keeper: TeamKeeper) -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process with one device, whose freed memory is poisoned."""
-    yield _lifetimes_keeper.team().ranks[0].call
-    _lifetimes_keeper.after_test()
 
 
 # --- in the rank's process -----------------------------------------------------------------------

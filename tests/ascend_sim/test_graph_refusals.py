@@ -39,17 +39,11 @@ CODES = {
 
 
 @pytest.fixture(scope="module")
-def _refusals_keeper() -> Iterator[TeamKeeper]:
+def _rank_keeper() -> Iterator[TeamKeeper]:
+    """Without poison."""
     keeper = TeamKeeper(lambda: start_team(1, memory_mb=256, kernels=True))
     yield keeper
     keeper.close()
-
-
-@pytest.fixture
-def rank(_refusals_keeper: TeamKeeper) -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process with one device."""
-    yield _refusals_keeper.team().ranks[0].call
-    _refusals_keeper.after_test()
 
 
 # --- in the rank's process: CANN by its C interface ------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,26 +11,11 @@ import torch
 
 from ascend_sim import kernels
 from ascend_sim.controls import Listing, Simulator, Stream
-from rig.harness import Here, TeamKeeper
-from rig.npu_ranks import start_team
+from rig.harness import Here
 
 pytestmark = pytest.mark.thorough
 
 REPLAYS = 10
-
-
-@pytest.fixture(scope="module")
-def _streams_keeper() -> Iterator[TeamKeeper]:
-    keeper = TeamKeeper(lambda: start_team(1, memory_mb=256, kernels=True, poison=1))
-    yield keeper
-    keeper.close()
-
-
-@pytest.fixture
-def rank(_streams_keeper: TeamKeeper) -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process with one device, whose freed memory is poisoned."""
-    yield _streams_keeper.team().ranks[0].call
-    _streams_keeper.after_test()
 
 
 # --- in the rank's process -----------------------------------------------------------------------

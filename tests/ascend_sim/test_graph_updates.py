@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,8 +16,7 @@ import torch
 
 from ascend_sim.controls import Simulator
 from ascend_sim.deadlock import deadlock_among
-from rig.harness import Here, Rank, TeamKeeper
-from rig.npu_ranks import start_team
+from rig.harness import Here, Rank
 
 from . import attention_scenarios
 from .graph_operators import define_scale
@@ -27,18 +26,9 @@ pytestmark = pytest.mark.thorough
 LIMIT_S = 20.0
 
 
-@pytest.fixture(scope="module")
-def _updates_keeper() -> Iterator[TeamKeeper]:
-    keeper = TeamKeeper(lambda: start_team(1, memory_mb=256, kernels=True, poison=1))
-    yield keeper
-    keeper.close()
-
-
 @pytest.fixture
-def rank(_updates_keeper: TeamKeeper) -> Iterator[Rank]:
-    """A process with one device, whose freed memory is poisoned."""
-    yield _updates_keeper.team().ranks[0]
-    _updates_keeper.after_test()
+def rank(rank_process: Rank) -> Rank:
+    return rank_process
 
 
 # --- in the rank's process -----------------------------------------------------------------------

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
-from rig.harness import Here, TeamKeeper
-from rig.npu_ranks import run_program, start_team
+from rig.harness import Here
+from rig.npu_ranks import run_program
 
 from .graph_operators import define_scale
-
-
-@pytest.fixture(scope="module")
-def _graphs_keeper() -> Iterator[TeamKeeper]:
-    keeper = TeamKeeper(lambda: start_team(1, memory_mb=256, kernels=True, poison=1))
-    yield keeper
-    keeper.close()
-
-
-@pytest.fixture
-def rank(_graphs_keeper: TeamKeeper) -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process with one device, whose freed memory is poisoned."""
-    yield _graphs_keeper.team().ranks[0].call
-    _graphs_keeper.after_test()
-
 
 # --- in the rank's process -----------------------------------------------------------------------
 

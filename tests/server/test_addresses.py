@@ -72,10 +72,7 @@ def server_on(link: EmulatedLink, folder: Path, case: Case) -> Server:
 
 
 @on_two_nodes
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name) for name, case in CASES.items()],
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_server_that_starts_unpatched_starts_patched(tmp_path: Path, case: Case) -> None:
     with EmulatedLink(tmp_path) as link, server_on(link, tmp_path, case) as server:
         answer = server.post("/generate", REQUEST).json()

@@ -151,13 +151,7 @@ def assert_says_why(pair: disaggregated.Pair, reason: str, address: str) -> None
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        "dead",
-        *("slow", "error", "garbage"),
-    ],
-)
+@pytest.mark.parametrize("trouble", ["dead", "slow", "error", "garbage"])
 def test_a_bootstrap_server_in_trouble_fails_its_request_alone(
     pair: disaggregated.Pair, trouble: str
 ) -> None:

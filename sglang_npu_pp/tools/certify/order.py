@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from sglang_npu_pp.observe.trace import Event
 
-# Recorded when a message happens to come in, a window to be full, or a device or another thread to have
-# finished: these may stand between any two others.
-_INCIDENTAL = ("arrive", "post_receive", "full", "run", "ran", "chunk_taken")
+# Recorded when a message happens to come in or a window to be full: these, and what other threads record, may
+# stand between any two others.
+_INCIDENTAL = ("arrive", "post_receive", "full")
 
 
 def _of_other_threads(event: Event) -> bool:
