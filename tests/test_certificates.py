@@ -422,10 +422,12 @@ def agreed(here: Here, round_name: str, features_of_ranks: list[list[str] | None
     return ""
 
 
+@pytest.mark.slow
 def test_ranks_with_equal_certificates_agree(team: Team) -> None:
     assert team.each(agreed, team.new_round(), [[CORE]] * 3) == [""] * 3
 
 
+@pytest.mark.slow
 def test_ranks_with_different_certificates_end_with_a_sentence(team: Team) -> None:
     """One of them covers LoRA too, which is known anyway: nothing else differs."""
     one, other = (certificates.identity(for_known(unknown(), covered)) for covered in ([CORE], [CORE, LORA]))
@@ -435,6 +437,7 @@ def test_ranks_with_different_certificates_end_with_a_sentence(team: Team) -> No
         assert f"certificate is {one!r} on rank 0, 2 but {other!r} on rank 1)" in sentence
 
 
+@pytest.mark.slow
 def test_a_rank_without_the_certificate_is_named(team: Team) -> None:
     for sentence in team.each(agreed, team.new_round(), [[CORE], [CORE], None]):
         assert "but 'none' on rank 2" in sentence

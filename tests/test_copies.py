@@ -16,6 +16,8 @@ from sglang_npu_pp.fingerprints import fingerprint_on_disk
 from sglang_npu_pp.patches import SEAMS, load_contracts
 from sglang_npu_pp.patches.features import DISAGGREGATION
 
+pytestmark = pytest.mark.slow
+
 MODULES = sorted({target.partition(":")[0] for seam in SEAMS for target in seam.targets})
 LOOP = "sglang.srt.managers.scheduler_pp_mixin"
 PREFILL = "sglang.srt.disaggregation.prefill"

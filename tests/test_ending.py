@@ -168,6 +168,7 @@ def test_nobody_is_lost_when_sglang_ends_the_server(node: Node) -> None:
     assert {node.look() for _ in range(3)} == {"nothing"}
 
 
+@pytest.mark.slow
 def test_the_watch_ends_a_node_with_a_sentence(node: Node) -> None:
     node.tell("watch")
     node.send(signal.SIGSTOP, psutil.STATUS_STOPPED)

@@ -15,6 +15,8 @@ import pytest
 
 import sglang_npu_pp
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NAME = f"sglang_npu_pp-{sglang_npu_pp.__version__}"
 NOT_BUILT = ("__pycache__", "*.pyc", "*.egg-info")

@@ -94,6 +94,7 @@ def lose(here: Here) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_gone_is_named_as_the_reason() -> None:
     team = Team(2, process_group=True)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -85,23 +86,23 @@ def test_a_snapshot_does_not_change_any_more() -> None:
 
 
 def test_a_snapshot_can_be_taken_while_another_thread_counts() -> None:
-    telemetry = Telemetry(0, 0)
-    end = threading.Event()
-
-    def count() -> None:
-        number = 0
-        while not end.is_set():
-            telemetry.sending(f"kind {number % 1000}").messages += 1
-            number += 1
-
-    thread = threading.Thread(target=count)
-    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds: the threads take turns within one snapshot
     try:
-        for _ in range(300):
-            telemetry.snapshot()
+        for _ in range(20):
+            telemetry = Telemetry(0, 0)
+            thread = threading.Thread(target=count_kinds, args=(telemetry, 200))
+            thread.start()
+            while thread.is_alive():
+                telemetry.snapshot()
+            assert len(telemetry.snapshot().sent) == 200
     finally:
-        end.set()
-        thread.join(timeout=10)
+        sys.setswitchinterval(interval)
+
+
+def count_kinds(telemetry: Telemetry, number: int) -> None:
+    for kind in range(number):
+        telemetry.sending(f"kind {kind}").messages += 1
 
 
 def test_the_last_report_is_made_once(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_warnings_and_notes_pass_and_can_be_read() -> None:
     assert check(Finding(Level.OK, "a", "fine")).text == "Nothing is wrong."
 
 
+@pytest.mark.slow
 def test_the_whole_doctor_for_this_machine() -> None:
     sections = doctor_checks.sections(["--pp-size", "2"], {"SGLANG_NPU_PP_WINDOW": "many"})
     found = {each.name: each for each in doctor_checks.checks(sections)}

@@ -12,6 +12,8 @@ from sglang_npu_pp.tools.certify.releases import FolderTexts, NoTextError, Relea
 
 from .wheels import write_folder, write_wheel
 
+pytestmark = pytest.mark.slow
+
 MODULES = {"server": "def serve(): ...\n"}
 
 

@@ -13,6 +13,8 @@ from scripts.environment.parts import LOCKS, ROOT, parts
 
 from .wheels import make_installed
 
+pytestmark = pytest.mark.slow
+
 LOCK = (
     "alpha==1.0 \\\n    --hash=sha256:00\n    # via beta\nbeta==2.0\ngamma==3.0 ; sys_platform == 'win32'\n"
 )

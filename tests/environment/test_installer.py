@@ -14,6 +14,8 @@ from scripts.environment.parts import ROOT
 
 from .wheels import make_wheel
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 120
 
 

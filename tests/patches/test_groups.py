@@ -16,6 +16,8 @@ import torch
 from rig.harness import Here, Rank, Team, open_device_lane, results, trace_of
 from sglang_npu_pp.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 WAYS = ("upstream", "torch", "host lane", "both lanes")
 
 # What a rank process keeps for the whole module: `Here.kept` goes with every test.

@@ -249,6 +249,7 @@ PLANS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=900)
 @given(PLANS)
 def test_no_bounds_no_sizes_and_no_switches_make_the_stages_wait_for_each_other(plan: Plan) -> None:

@@ -925,7 +925,9 @@ def open_with_few_descriptors(here: Here, spare: int) -> str:
     return fails_to_open(lane(start_limit_s=0.2), alone_with(record))
 
 
-@pytest.mark.parametrize("spare", [3, 10, 20, 40])
+@pytest.mark.parametrize(
+    "spare", [10, *(pytest.param(spare, marks=pytest.mark.slow) for spare in (3, 20, 40))]
+)
 def test_a_process_that_may_open_no_more_files_is_told_so(team: Team, spare: int) -> None:
     victim = team.recruit()
     sentence = victim.call(open_with_few_descriptors, spare)

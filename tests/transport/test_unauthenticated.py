@@ -203,6 +203,7 @@ def send_until_lost(here: Here, peer: int, frame_bytes: int) -> None:
         here.lane.poll(100)
 
 
+@pytest.mark.slow
 def test_a_peer_that_sends_a_frame_that_is_too_long_loses_its_connection(ranks: list[Rank]) -> None:
     with memory_is_bounded(ranks[0]), pytest.raises(PeerLostError, match="stage 0 is gone"):
         ranks[1].call(send_until_lost, 0, 64 << 20)
@@ -283,6 +284,7 @@ def _pass_on(source: socket.socket, target: socket.socket) -> bytes | None:
         return None
 
 
+@pytest.mark.slow
 def test_five_thousand_damaged_handshakes_do_no_harm(ranks: list[Rank], address: Address) -> None:
     said = record_handshake(*ranks[0].call(endpoint_of))
     assert said[9:32] == GREETING[9:32]
