@@ -55,7 +55,7 @@ def check_forward(output: Any, runner: Any, batch: Any, *_arguments: object, **_
     """End this scheduler if a decode batch that fits a captured graph did not replay it; say the first time
     that a graph was."""
     fitting = [size for size in graph_sizes(runner) if size >= batch.batch_size]
-    if not fitting or not batch.forward_mode.is_decode():
+    if not fitting or not batch.forward_mode.is_decode() or was_outvoted(runner, batch):
         return
     if not output.can_run_graph:
         raise SystemExit(
@@ -64,6 +64,11 @@ def check_forward(output: Any, runner: Any, batch: Any, *_arguments: object, **_
     if fitting[0] not in _replayed:
         _replayed.add(fitting[0])
         print(REPLAYS, fitting[0], flush=True)
+
+
+def was_outvoted(runner: Any, batch: Any) -> bool:
+    """With data-parallel attention all ranks replay, or none: not while another one prefills."""
+    return runner.decode_cuda_graph_runner.require_mlp_sync and not batch.can_run_decode_cuda_graph
 
 
 def graph_sizes(runner: Any) -> list[int]:

@@ -44,12 +44,17 @@ def scheduler(
     )
 
 
-def captured(*sizes: int) -> Any:
-    return instance_of(EXPECTED_GRAPHS, capture_bs=list(sizes))
+def captured(*sizes: int, votes: bool = False) -> Any:
+    """`votes`: with data-parallel attention."""
+    return instance_of(EXPECTED_GRAPHS, capture_bs=list(sizes), require_mlp_sync=votes)
 
 
-def decode_of(size: int, mode: str = "decode") -> Any:
-    return SimpleNamespace(batch_size=size, forward_mode=SimpleNamespace(is_decode=lambda: mode == "decode"))
+def decode_of(size: int, mode: str = "decode", voted: bool = False) -> Any:
+    return SimpleNamespace(
+        batch_size=size,
+        forward_mode=SimpleNamespace(is_decode=lambda: mode == "decode"),
+        can_run_decode_cuda_graph=voted,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +119,11 @@ def test_a_decode_that_leaves_its_graph_out_ends_the_scheduler() -> None:
     check_forward(eager, runner, decode_of(5))
     check_forward(eager, runner, decode_of(3, "extend"))
     check_forward(eager, scheduler().tp_worker.model_runner, decode_of(3))
+
+
+def test_a_decode_beside_another_ranks_prefill_needs_no_graph() -> None:
+    runner = scheduler(graphs=captured(1, 2, 4, votes=True)).tp_worker.model_runner
+    eager = SimpleNamespace(can_run_graph=False)
+    check_forward(eager, runner, decode_of(3, voted=False))
+    with pytest.raises(SystemExit, match="ran without the graph of 4"):
+        check_forward(eager, runner, decode_of(3, voted=True))
