@@ -210,13 +210,16 @@ def keep_free_pages() -> None:
 
     kept: list[Any] = []
 
-    def copy(_result: None, scheduler: Any) -> None:
+    def copy(scheduler: Any) -> None:
         allocator = scheduler.token_to_kv_pool_allocator
         kept.append(allocator.free_pages)
         allocator.free_pages = allocator.free_pages.clone()
 
-    mixin = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
-    HookRegistry.register(f"{mixin}.init_pp_loop_state", copy, HookType.AFTER)
+    for function in (
+        "scheduler_pp_mixin.SchedulerPPMixin.init_pp_loop_state",
+        "scheduler.Scheduler.event_loop_overlap",  # with one stage
+    ):
+        HookRegistry.register(f"sglang.srt.managers.{function}", copy, HookType.BEFORE)
 
 
 class Counters:

@@ -61,7 +61,6 @@ LAYOUTS = [
     Layout(1, 2, patched=False, graphs=False),
     Layout(1, 1, patched=False),
 ]
-LIKE_STAGES = ("--disable-overlap-schedule",)  # with several stages SGLang never overlaps
 SOAKED = Layout(1, 2, patched=True)
 SOAK_REQUESTS = 300
 
@@ -128,7 +127,7 @@ def on_npu(request: pytest.FixtureRequest, launcher: Launcher, reference: OnCPU)
         "ASCEND_SIM_POISON": "1",
         **({} if layout.switches else SWITCHES_OFF),
     }
-    args = (*(() if layout.graphs else EAGER), *(LIKE_STAGES if layout.pp == 1 else ()))
+    args = () if layout.graphs else EAGER
     with launcher.configure(
         layout.tp, layout.pp, patched=layout.patched, device="npu-sim", args=args, env=env
     ) as server:
