@@ -68,7 +68,9 @@ FEATURES = (
         separable=True,
     ),
 )
-_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, END = (feature.name for feature in FEATURES)
+_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, END = (
+    feature.name for feature in FEATURES
+)
 
 _known: Known | None = None
 

@@ -97,7 +97,9 @@ def _prepare_result(
     """Upstream's preparation, with device tensors where needed."""
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
-    on_device = _DEVICE_OUTPUTS if speculation.is_verify_round(values) else ("next_token_ids", *_DEVICE_OUTPUTS)
+    on_device = (
+        _DEVICE_OUTPUTS if speculation.is_verify_round(values) else ("next_token_ids", *_DEVICE_OUTPUTS)
+    )
     outputs = {
         name: ticket.on_device(name, value) if name.startswith(on_device) else value
         for name, value in values.items()

@@ -3,7 +3,8 @@
 The last stage drafts. On one server every stage verifies the same tree, rebuilt from outputs: accept
 lengths, new lengths, bonus tokens, tree. A prefill server passes on scores and hidden states of the draft
 for the decode server. All of it takes the host lane: some KB a microbatch (hidden states of a draft: one row
-a request), wanted by the host or by a launch of a later iteration, and device tensors flow in one direction only.
+a request), wanted by the host or by a launch of a later iteration, and device tensors flow in one direction
+only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _KNOWN = ("EAGLE", "NEXTN")  # NEXTN is SGLang's other name of EAGLE
 _ACCEPTED = "spec_accept_lens"  # an output of verify rounds only
 _LENGTHS = "spec_new_seq_lens"
 
-# Kept in the batch on the device until the next launch, or used there. Accept lengths and new lengths are read
-# on the host; next lengths, too, become a tensor of the batch (`finish`).
+# Kept in the batch on the device until the next launch, or used there. The others are read on the host; new
+# lengths, too, and become a tensor of the batch then (`put_lengths_on_device`).
 DEVICE_OUTPUTS = ("spec_bonus_tokens", "spec_accept_index", "spec_next_")
 
 
@@ -70,6 +71,7 @@ PATCHES = (
         relies_on=(
             f"{_MIXIN}._pp_spec_rebuild_verify_input",
             f"{_MIXIN}._pp_spec_compact_accept_kv",
+            f"{_MIXIN}._pp_spec_commit_relayed_accept",  # the same, from 0.5.22 on
             f"{_MIXIN}._pp_spec_adopt_relayed_tree",
             f"{_MIXIN}._pp_spec_set_relay",
             f"{_RELAY}.adopt",

@@ -1,7 +1,7 @@
 """Kernels of `sgl_kernel` for the CPU that speculative decoding calls, in plain torch: slow, and correct.
 
-Names, arguments and results are those that SGLang 0.5.21 uses. `tests/environment/test_cpu_reference_kernels.py`
-checks each against its formula. Tensors named "out" are written in place.
+Names, arguments and results are those that SGLang 0.5.21 uses. Each is checked against its formula by
+`tests/environment/test_cpu_reference_kernels.py`. Tensors named "out" are written in place.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def assign_draft_cache_locs_contiguous_cpu(
 def build_draft_decode_metadata_cpu(
     req_to_token: Tensor, requests: Tensor, lengths: Tensor, topk: int, steps: int, pool_len: int
 ) -> Tensor:
-    """A row for each branch of each request: the request's own prefix, then the branch's `steps` locations."""
+    """A row for each branch of each request: the request's prefix, then the branch's `steps` locations."""
     rows = req_to_token[requests.long()].repeat_interleave(topk, dim=0)
     for index, length in enumerate(lengths.tolist()):
         behind = req_to_token[requests[index], length : length + topk * steps].view(topk, steps)
@@ -244,8 +244,11 @@ def extend_attention_cpu(
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
     """[tokens, heads, width], for fewer heads of keys too."""
+    by_head = [each.transpose(0, 1).unsqueeze(0) for each in (query, keys, values)]
     attended = scaled_dot_product_attention(
-        *(each.transpose(0, 1).unsqueeze(0) for each in (query, keys, values)),
+        by_head[0],
+        by_head[1],
+        by_head[2],
         attn_mask=visible,
         scale=scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
