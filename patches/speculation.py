@@ -1,10 +1,11 @@
-"""Seam: speculative decoding with stages: on one server (SGLANG_ENABLE_PP_SPEC), or on a prefill server.
+"""Seam: speculative decoding with stages on one server (SGLANG_ENABLE_PP_SPEC).
 
-The last stage drafts. On one server every stage verifies the same tree, rebuilt from outputs: accept
-lengths, new lengths, bonus tokens, tree. A prefill server passes on scores and hidden states of the draft
-for the decode server. All of it takes the host lane: some KB a microbatch (hidden states of a draft: one row
-a request), wanted by the host or by a launch of a later iteration, and device tensors flow in one direction
-only.
+The last stage drafts; every stage verifies the same tree, rebuilt from outputs: accept lengths, new lengths,
+bonus tokens, tree. All of it takes the host lane: some KB a microbatch, wanted by the host or by a launch of
+a later iteration, and device tensors flow in one direction only.
+
+Prefill servers keep upstream's path. There is no right answer to compare with: with an EAGLE draft on a last
+stage upstream's Mooncake (0.5.21, MHA) takes the draft's keys and values for those of other layers.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def refused(server_args: Any) -> str | None:
         return None
     if algorithm.upper() not in _KNOWN:
         return f"speculative decoding by {algorithm} with pipeline parallelism is not supported yet"
-    if server_args.enable_dp_attention:
-        return "speculative decoding with stages and data-parallel attention is not supported yet"
+    if server_args.disaggregation_mode != "null":
+        return "speculative decoding on a disaggregated server with stages is not supported yet"
     return None
 
 

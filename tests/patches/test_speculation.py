@@ -34,8 +34,8 @@ ROUND = {  # of two requests, with trees of four nodes
 
 
 def arguments(**changed: Any) -> Any:
-    usual = {"pp_size": 2, "speculative_algorithm": "EAGLE", "enable_dp_attention": False}
-    return SimpleNamespace(**{**usual, "disaggregation_mode": "null", **changed})
+    usual = {"pp_size": 2, "speculative_algorithm": "EAGLE", "disaggregation_mode": "null"}
+    return SimpleNamespace(**{**usual, **changed})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def arguments(**changed: Any) -> Any:
         ({"speculative_algorithm": "NEXTN"}, None),
         ({"speculative_algorithm": "DSPARK"}, "speculative decoding by DSPARK with pipeline parallelism"),
         ({"speculative_algorithm": "DSPARK", "pp_size": 1}, None),
-        ({"enable_dp_attention": True}, "speculative decoding with stages and data-parallel attention"),
+        ({"disaggregation_mode": "prefill"}, "speculative decoding on a disaggregated server with stages"),
     ],
 )
 def test_what_is_refused_is_named(changed: dict[str, Any], sentence: str | None) -> None:

@@ -20,7 +20,7 @@ import torch
 from rig import battery
 from rig.agreement import assert_stages_agree
 from rig.launcher import RANDOM_MODEL, ROOT, Launcher, traces
-from rig.server import Server
+from rig.server import PATH, Server
 from rig.speculation_models import write_models
 from sglang_npu_pp.tools.certify import order
 
@@ -56,16 +56,18 @@ def served(
             *("--speculative-num-steps", "3", "--speculative-eagle-topk", "4"),
             *("--speculative-num-draft-tokens", "8"),
         ),
-        "env": {
-            "SGLANG_ENABLE_PP_SPEC": "1",
-            "PP_PROBE_STATES": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "scripts/cpu_compat", ROOT))),
-        },
+        "env": {"SGLANG_ENABLE_PP_SPEC": "1", "PP_PROBE_STATES": "1"},
     }
+
+    def start(patched: bool) -> Server:
+        server = launcher.configure(1, STAGES, patched=patched, **options)
+        server.env[PATH] = os.pathsep.join([str(ROOT / "scripts/cpu_compat"), server.env[PATH]])
+        return launcher.servers.enter_context(server)
+
     try:
-        answers = ask_all(launcher.start(1, STAGES, patched=False, **options), CONCURRENCY)
+        answers = ask_all(start(patched=False), CONCURRENCY)
         launcher.stop_all()
-        yield Served(target, answers, launcher.start(1, STAGES, patched=True, **options))
+        yield Served(target, answers, start(patched=True))
     finally:
         launcher.stop_all()
 
@@ -119,7 +121,11 @@ def test_greedy_answers_are_those_without_speculation(served: Served) -> None:
         prompt = torch.tensor([requests()[name]["input_ids"]])
         with torch.inference_mode():
             ids = model.generate(
-                prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+                prompt,
+                attention_mask=torch.ones_like(prompt),  # else none of a token that is also the padding
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                eos_token_id=None,
             )
         found = battery.generate(served.patched, **requests()[name])["output_ids"]
         assert found == ids[0, prompt.shape[1] :].tolist(), name
@@ -131,7 +137,7 @@ def test_a_stop_in_the_middle_of_what_was_accepted(served: Served) -> None:
     ids = battery.generate(served.patched, **body)["output_ids"]
 
     def stopped(token: int) -> list[int]:
-        sampling = {**body["sampling_params"], "stop_token_ids": [token]}
+        sampling = {"max_new_tokens": TOKENS, "stop_token_ids": [token]}
         return battery.generate(served.patched, **{**body, "sampling_params": sampling})["output_ids"]
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
