@@ -4,8 +4,8 @@ The last stage drafts; every stage verifies the same tree, rebuilt from outputs:
 bonus tokens, tree. All of it takes the host lane: some KB a microbatch, wanted by the host or by a launch of
 a later iteration, and device tensors flow in one direction only.
 
-Prefill servers keep upstream's path. There is no right answer to compare with: with an EAGLE draft on a last
-stage upstream's Mooncake (0.5.21, MHA) takes the draft's keys and values for those of other layers.
+Prefill servers keep upstream's path: nothing right to compare with was found. With a draft on the last stage
+`get_mha_kv_ptrs_with_pp` of 0.5.21 mixes up layers.
 """
 
 from __future__ import annotations
