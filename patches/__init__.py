@@ -28,6 +28,7 @@ from . import (
     proxies,
     queue_order,
     requests,
+    speculation,
     startup,
     time_limits,
 )
@@ -64,6 +65,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("dp_metadata", features.DP_ATTENTION, _only(has_pipeline, dp_metadata.PATCHES)),
     Seam("bootstrap", features.BOOTSTRAP, _only(is_ours, bootstrap.PATCHES)),
     Seam("disaggregation", features.DISAGGREGATION, _only(has_pipeline, disaggregation.PATCHES)),
+    Seam("speculation", features.SPECULATION, _only(has_pipeline, speculation.PATCHES)),
     Seam("ending", features.END, ending.PATCHES),
 )
 PATCHES: tuple[Patch, ...] = tuple(patch for seam in SEAMS for patch in seam.patches)

@@ -26,6 +26,7 @@ from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
 
+from . import speculation
 from .features import unknown_to_a_server
 from .pipeline import current_or_none, has_pipeline
 
@@ -56,7 +57,7 @@ def launch_scheduler_processes(
 
     ours = (
         server_args.pp_size > 1
-        and server_args.speculative_algorithm is None
+        and speculation.refused(server_args) is None
         and unknown_to_a_server(server_args) is None
     )
     at_once = ours and not has_own_end(server_args)

@@ -45,6 +45,10 @@ def _has_data_parallel_attention(arguments: ServerArgs) -> bool:
     return _has_stages(arguments) and bool(arguments.enable_dp_attention)
 
 
+def _speculates(arguments: ServerArgs) -> bool:
+    return _has_stages(arguments) and arguments.speculative_algorithm is not None
+
+
 def _has_adapters(arguments: ServerArgs) -> bool:
     return _has_stages(arguments) and bool(arguments.enable_lora or arguments.lora_paths)
 
@@ -56,6 +60,7 @@ FEATURES = (
     Feature("data-parallel attention", _has_data_parallel_attention, "--enable-dp-attention"),
     Feature("bootstrap", _is_disaggregated, "--disaggregation-mode, with one stage or more"),
     Feature("disaggregation", _transfers_kv, "--disaggregation-mode, with stages"),
+    Feature("speculative decoding", _speculates, "--speculative-algorithm, with stages"),
     Feature(
         "end of a server",
         _has_stages,
@@ -63,7 +68,9 @@ FEATURES = (
         separable=True,
     ),
 )
-_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, END = (feature.name for feature in FEATURES)
+_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, END = (
+    feature.name for feature in FEATURES
+)
 
 _known: Known | None = None
 

@@ -16,6 +16,7 @@ from sglang_npu_pp.host_copies import upload
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import PassedEvent
 
+from . import speculation
 from .hidden_states import give_hidden_states
 from .pipeline import AsyncPipeline, Launch, current
 
@@ -23,7 +24,7 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer"
 
 # Outputs that later work reads on the device; everything else is only read on the host.
-_DEVICE_OUTPUTS = ("draft_", "__sampling_observer_output__.")
+_DEVICE_OUTPUTS = ("draft_", "__sampling_observer_output__.", *speculation.DEVICE_OUTPUTS)
 
 
 class OutputTicket:
@@ -96,13 +97,15 @@ def _prepare_result(
     """Upstream's preparation, with device tensors where needed."""
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
+    on_device = (
+        _DEVICE_OUTPUTS if speculation.is_verify_round(values) else ("next_token_ids", *_DEVICE_OUTPUTS)
+    )
     outputs = {
-        name: ticket.on_device(name, value)
-        if name == "next_token_ids" or name.startswith(_DEVICE_OUTPUTS)
-        else value
+        name: ticket.on_device(name, value) if name.startswith(on_device) else value
         for name, value in values.items()
     }
     result = scheduler._pp_prep_batch_result(batch, metadata, PPProxyTensors(outputs))
+    speculation.put_lengths_on_device(batch, result, outputs, ticket.on_device)
     give_hidden_states(batch, result, values)
     return result
 

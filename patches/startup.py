@@ -37,6 +37,7 @@ from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
+from . import speculation
 from .dp_metadata import open_metadata
 from .features import certificate, functions, in_force, in_use, unknown_to_a_server
 from .groups import attach_link
@@ -142,9 +143,7 @@ def init_pp_loop_state(original: Any, scheduler: Any) -> None:
 def _unsupported(scheduler: Any) -> str | None:
     """Configuration without an asynchronous path; equal on all ranks."""
     arguments = scheduler.server_args
-    if arguments.pp_size > 1 and not scheduler.spec_algorithm.is_none():
-        return "speculative decoding with pipeline parallelism is not supported yet"
-    return unknown_to_a_server(arguments)
+    return speculation.refused(arguments) or unknown_to_a_server(arguments)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:

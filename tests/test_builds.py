@@ -268,6 +268,7 @@ PLAIN = {
     "pp_size": 2,
     "enable_dp_attention": False,
     "disaggregation_mode": "null",
+    "speculative_algorithm": None,
     "enable_lora": None,
     "lora_paths": None,
 }
@@ -285,6 +286,8 @@ PLAIN = {
         ({"pp_size": 1, "disaggregation_mode": "decode"}, {features.BOOTSTRAP}),
         ({"enable_lora": True}, {features.LORA}),
         ({"lora_paths": ["a=b"]}, {features.LORA}),
+        ({"speculative_algorithm": "EAGLE"}, {features.SPECULATION}),
+        ({"pp_size": 1, "speculative_algorithm": "EAGLE"}, None),
     ],
 )
 def test_what_a_server_uses(arguments: dict[str, Any], used: set[str] | None) -> None:

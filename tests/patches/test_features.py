@@ -16,6 +16,7 @@ from sglang_npu_pp.patches import features, load_contracts, pipeline, seams_for,
 
 PLAIN = {
     "enable_dp_attention": False,
+    "speculative_algorithm": None,
     "disaggregation_mode": "null",
     "enable_lora": None,
     "lora_paths": None,
@@ -49,9 +50,7 @@ def start(monkeypatch: pytest.MonkeyPatch, pp_size: int, **arguments: Any) -> No
     parallel = SimpleNamespace(pp_rank=0, tp_rank=0, pp_size=pp_size)
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
     server_args = SimpleNamespace(**{**PLAIN, "pp_size": pp_size, **arguments})
-    startup._start(
-        SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: True), server_args=server_args)
-    )
+    startup._start(SimpleNamespace(server_args=server_args))
 
 
 @pytest.mark.parametrize("pp_size", [1, 2])
@@ -75,7 +74,9 @@ def test_auto_leaves_all_of_it_to_upstream_and_all_ranks_agree(
     start(monkeypatch, 2, disaggregation_mode="prefill")
     (statement,) = statements
     assert statement["path"].startswith("upstream (this SGLang is not known for disaggregation (")
-    assert statement["features"] == "core, LoRA, data-parallel attention, bootstrap, end of a server"
+    assert statement["features"] == (
+        "core, LoRA, data-parallel attention, bootstrap, speculative decoding, end of a server"
+    )
     assert len(statement["functions"]) == 16
     assert statement["certificate"] == "none"
     assert pipeline.current_or_none() is None

@@ -68,7 +68,7 @@ def test_a_failure_of_upstreams_loop_is_upstreams() -> None:
         ending.dispatch_event_loop(fail, object())
 
 
-def test_the_start_of_a_server_with_speculation_leaves_everything_to_upstream(
+def test_the_start_of_a_server_with_unsupported_speculation_leaves_everything_to_upstream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pipeline, "_left_to_upstream", False)
@@ -77,15 +77,15 @@ def test_the_start_of_a_server_with_speculation_leaves_everything_to_upstream(
     monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
     agreed = []
     monkeypatch.setattr(startup, "_agree_with_all_ranks", lambda settings, reason: agreed.append(reason))
+    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="DSPARK")
     speculating = SimpleNamespace(
-        spec_algorithm=SimpleNamespace(is_none=lambda: False),
-        server_args=SimpleNamespace(pp_size=2),
+        server_args=arguments,
         idle_sleeper=None,
     )
     original = Original()
     startup.init_idle_sleeper(original, speculating)
     assert original.calls == [((speculating,), {})]
-    assert agreed == ["speculative decoding with pipeline parallelism is not supported yet"]
+    assert agreed == ["speculative decoding by DSPARK with pipeline parallelism is not supported yet"]
     assert pipeline.current_or_none() is None
     assert speculating.idle_sleeper is None
     assert not pipeline.is_ours()
@@ -94,7 +94,7 @@ def test_the_start_of_a_server_with_speculation_leaves_everything_to_upstream(
 def test_a_launcher_of_a_server_with_speculation_calls_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(ending, "Watch", lambda *args, **kwargs: started.append(args))
-    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="EAGLE")
+    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="DSPARK")
     ports = SimpleNamespace(instance_id="test")
     original = Original((SimpleNamespace(), ["process"]))
     result = ending.launch_scheduler_processes(original, "Engine", arguments, ports, 1, a=2)

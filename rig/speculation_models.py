@@ -1,0 +1,107 @@
+"""A tiny Llama with random weights and an EAGLE draft for it, of which a part is accepted.
+
+The next token is mostly that which the last one's embedding says, changed by small layers: a draft without
+those layers is then right about half of the time. 0.6 MB in float32, without a tokenizer of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+SEED = 0
+WIDTH, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH, INNER = 64, 4, 2, 16, 128
+VOCABULARY, CONTEXT = 512, 4096
+LAYERS = 4
+LAYER_SCALE = 0.35  # of what a layer adds: with more, fewer drafts are accepted
+HIDDEN_SCALE = 0.1  # of what the target's hidden states tell the draft
+
+Weights = dict[str, torch.Tensor]
+
+
+def write_models(folder: Path, tokenizer: Path, end_of_text: int) -> tuple[Path, Path]:
+    """Target and draft, with the tokenizer that lies in `tokenizer`."""
+    generator = torch.Generator().manual_seed(SEED)
+    target, draft = folder / "target", folder / "draft"
+    embedding, head = (torch.randn(VOCABULARY, WIDTH, generator=generator) for _ in range(2))
+    layers = [_layer(f"model.layers.{index}.", generator) for index in range(LAYERS)]
+    weights: Weights = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": torch.ones(WIDTH),
+        "lm_head.weight": head,
+        **{name: value for layer in layers for name, value in layer.items()},
+    }
+    _write(target, "LlamaForCausalLM", LAYERS, weights, tokenizer, end_of_text)
+    _write(draft, "LlamaForCausalLMEagle", 1, _draft(embedding, generator), tokenizer, end_of_text)
+    return target, draft
+
+
+def _draft(embedding: torch.Tensor, generator: torch.Generator) -> Weights:
+    """It reads [embedding of a token, hidden state that said it]; the head is the target's."""
+    told = torch.randn(WIDTH, WIDTH, generator=generator) * HIDDEN_SCALE / WIDTH**0.5
+    layer = _layer("layers.0.", generator)
+    del layer["layers.0.input_layernorm.weight"]  # the draft's layer has none
+    return {
+        "embed_tokens.weight": embedding.clone(),
+        "fc.weight": torch.cat([torch.eye(WIDTH), told], dim=1),
+        "fc.bias": torch.zeros(WIDTH),
+        **layer,
+    }
+
+
+def _layer(prefix: str, generator: torch.Generator) -> Weights:
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * scale / columns**0.5
+
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    query, key = HEADS * HEAD_WIDTH, KEY_VALUE_HEADS * HEAD_WIDTH
+    return {
+        f"{attention}q_proj.weight": matrix(query, WIDTH),
+        f"{attention}k_proj.weight": matrix(key, WIDTH),
+        f"{attention}v_proj.weight": matrix(key, WIDTH),
+        f"{attention}o_proj.weight": matrix(WIDTH, query, LAYER_SCALE),
+        f"{mlp}gate_proj.weight": matrix(INNER, WIDTH),
+        f"{mlp}up_proj.weight": matrix(INNER, WIDTH),
+        f"{mlp}down_proj.weight": matrix(WIDTH, INNER, LAYER_SCALE),
+        f"{prefix}input_layernorm.weight": torch.ones(WIDTH),
+        f"{prefix}post_attention_layernorm.weight": torch.ones(WIDTH),
+    }
+
+
+def _write(
+    folder: Path, architecture: str, layers: int, weights: Weights, tokenizer: Path, end_of_text: int
+) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(_config(architecture, layers, end_of_text), indent=1))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for path in tokenizer.glob("tokenizer*"):
+        shutil.copy(path, folder)
+
+
+def _config(architecture: str, layers: int, end_of_text: int) -> Mapping[str, Any]:
+    return {
+        "architectures": [architecture],
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_VALUE_HEADS,
+        "head_dim": HEAD_WIDTH,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+    }
