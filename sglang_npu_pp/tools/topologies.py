@@ -162,7 +162,8 @@ ROWS = (
         "yes",
         GLM_5_1,
         Here.IN_FORCE,
-        note="0.5.21 turns it off without data-parallel attention, so in what is published",
+        (_DP_ATTENTION,),
+        "0.5.21 turns it off without data-parallel attention, so in what is published",
     ),
     Row(
         "expert parallelism (`--ep-size 2`), all-reduce",
