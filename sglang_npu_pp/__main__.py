@@ -7,12 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .tools import ledger, settings_command
+from .tools import ledger, settings_command, topologies
 from .tools.certify import command as certify_command
 from .tools.doctor import command as doctor_command
 from .tools.timeline import command as timeline_command
 
-COMMANDS = (certify_command.add, doctor_command.add, ledger.add, settings_command.add, timeline_command.add)
+COMMANDS = (
+    certify_command.add,
+    doctor_command.add,
+    ledger.add,
+    settings_command.add,
+    timeline_command.add,
+    topologies.add,
+)
 """Each adds one command to the parser, and sets `run`, which gives the exit code, as its default."""
 
 

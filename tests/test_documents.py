@@ -40,6 +40,8 @@ RUN_BY = {
     "test_the_document_is_what_the_command_prints",
     "python -m sglang_npu_pp settings --markdown > docs/settings.md": "tests/test_settings_command.py::"
     "test_the_document_is_what_the_command_prints",
+    "python -m sglang_npu_pp topologies --markdown > docs/topologies.md": "tests/test_topologies.py::"
+    "test_the_document_is_what_the_command_prints",
     "python -m sglang_npu_pp timeline DIR": "tests/test_timeline.py::"
     "test_the_command_prints_the_table_and_draws_the_picture",
     "python -m sglang_npu_pp timeline DIR --iterations 100:140": "tests/test_timeline.py::"
@@ -160,7 +162,7 @@ def source_of(script: str) -> str:
     return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
-@pytest.mark.parametrize("command", ["doctor", "ledger", "settings", "timeline"])
+@pytest.mark.parametrize("command", ["doctor", "ledger", "settings", "timeline", "topologies"])
 def test_options_of_the_tool_that_are_named_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -1,8 +1,9 @@
-"""How later stages receive the requests of an iteration, as far as upstream's own accounts show it."""
+"""How later stages receive the requests of an iteration, as far as upstream's own accounts show it; and how a
+stage of four ranks, attention tp 2 and cp 2, shares what the stages of a disaggregated server agree on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from sglang.srt.observability.scheduler_stage_metrics import SchedulerStageMetricsRecorder
 
+from rig.harness import Here, Team, results
+from sglang_npu_pp.patches import requests as requests_seam
 from sglang_npu_pp.patches.intake import Intake
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patches.requests import recv_requests
@@ -63,3 +66,39 @@ def test_profiles_show_it_by_upstreams_name() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         receive(1, None)
     assert "scheduler.recv_requests" in {event.name for event in profile.events()}
+
+
+# --- in a process for each rank of a stage -------------------------------------------------------------
+
+
+def receive_consensus(here: Here, rank: int, messages: Sequence[list[str]]) -> list[list[str]]:
+    """What this rank has in the end. Only the leader gets the messages of the previous stage."""
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    def group(name: str, layout: list[list[int]]) -> Any:
+        without = ("pynccl", "mscclpp", "custom_allreduce", "torch_symm_mem_all_reduce")
+        communicators = ("hpu_communicator", "xpu_communicator", "npu_communicator")
+        options = {f"use_{each}": False for each in (*without, *communicators)}
+        return GroupCoordinator(layout, 0, "gloo", group_name=name, **options)
+
+    scheduler = SimpleNamespace(
+        attn_tp_group=group("tp", [[0, 1], [2, 3]]), attn_cp_group=group("cp", [[0, 2], [1, 3]])
+    )
+    arriving = iter(messages)
+    pending = SimpleNamespace(wait_values=lambda: next(arriving))
+    pipeline: Any = SimpleNamespace(link=SimpleNamespace(stage=1, stages=2, post=lambda kind, stage: pending))
+    set_current(pipeline)
+    requests_seam.is_leader = lambda: rank == 0
+    return [requests_seam.recv_from_previous_stage(None, scheduler) for _ in messages]
+
+
+@pytest.mark.slow
+def test_every_rank_of_a_stage_gets_the_consensus() -> None:
+    """Of attention tp 2 and cp 2: no group has them all."""
+    team = Team(4, process_group=True, environment={"SGLANG_USE_CPU_ENGINE": "1"})
+    messages: list[list[str]] = [["one", "another"], []]
+    try:
+        calls = [rank.start(receive_consensus, rank.index, messages) for rank in team.ranks]
+        assert results(calls, limit_s=120) == [messages] * 4
+    finally:
+        team.close()

@@ -1,4 +1,5 @@
-"""Data-parallel attention on a real server, tp 2 dp 2 pp 2 on CPU, patched against unpatched.
+"""Data-parallel attention on a real server, tp 2 dp 2 pp 2 on CPU, patched against unpatched; each group has
+a vocabulary of its own there.
 
 Everything is float32, so that greedy tokens depend neither on who shares a batch nor on the number of stages;
 the unpatched server has one, because its start takes half as long.
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.thorough
 LENGTHS = (1, 7, 64, 255, 300, 700)  # tokens; chunks are 256 for both ranks together
 DEVICE = os.environ.get("DP_ATTENTION_DEVICE", "cpu")
 ON_CPU = DEVICE == "cpu"
-ARGUMENTS = ("--dp-size", "2", "--enable-dp-attention", *(() if ON_CPU else ("--dtype", "bfloat16")))
+FURTHER = ("--enable-dp-lm-head",) if ON_CPU else ("--dtype", "bfloat16")
+ARGUMENTS = ("--dp-size", "2", "--enable-dp-attention", *FURTHER)
 
 
 @dataclass
