@@ -252,11 +252,12 @@ ROWS = (
         note="`SGLANG_NPU_PP=require` does not start it: `tests/patches/test_without_pipeline.py`",
     ),
     Row(
-        "speculative decoding on one server (`SGLANG_ENABLE_PP_SPEC=1`, EAGLE)",
+        "speculative decoding on one server (`SGLANG_ENABLE_PP_SPEC=1`, EAGLE, NEXTN)",
         "yes; without data-parallel attention",
         "",
-        Here.UPSTREAM,
-        note="`SGLANG_NPU_PP=require` does not start it, as above",
+        Here.IN_FORCE,
+        (Shown(CPU, "tests/server/test_speculation.py::test_answers_and_accepted_drafts_are_upstreams"),),
+        "trees of four branches; kernels in plain torch",
     ),
     Row(
         "other speculation (EAGLE3, NGRAM, STANDALONE, DFLASH)",
