@@ -26,8 +26,7 @@ from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.patching import Patch, with_names
 from sglang_npu_pp.settings import load_settings
 
-from . import speculation
-from .features import unknown_to_a_server
+from .features import unsupported
 from .pipeline import current_or_none, has_pipeline
 
 logger = logging.getLogger("sglang_npu_pp")
@@ -55,11 +54,7 @@ def launch_scheduler_processes(
     """In the launcher of every node; returns when the processes were started, before they are ready."""
     from sglang.srt.managers.load_snapshot import shm_path_for
 
-    ours = (
-        server_args.pp_size > 1
-        and speculation.refused(server_args) is None
-        and unknown_to_a_server(server_args) is None
-    )
+    ours = server_args.pp_size > 1 and unsupported(server_args) is None
     at_once = ours and not has_own_end(server_args)
     node = Node(psutil.Process(), (Path(shm_path_for(port_args.instance_id)),))
     global _node

@@ -14,6 +14,8 @@ from typing import Any
 from sglang_npu_pp.builds import CORE, Known
 from sglang_npu_pp.certificates import identity
 
+from . import speculation
+
 ServerArgs = Any
 """SGLang's."""
 
@@ -100,6 +102,11 @@ def functions() -> str:
 def certificate() -> str:
     """Equal on ranks with equal certificates, or with none."""
     return identity(None if _known is None else _known.certificate)
+
+
+def unsupported(arguments: ServerArgs) -> str | None:
+    """Why this server stays on upstream's path; None if it does not. Equal on all ranks."""
+    return speculation.refused(arguments) or unknown_to_a_server(arguments)
 
 
 def unknown_to_a_server(arguments: ServerArgs, separable: bool = False) -> str | None:

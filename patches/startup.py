@@ -37,9 +37,8 @@ from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
-from . import speculation
 from .dp_metadata import open_metadata
-from .features import certificate, functions, in_force, in_use, unknown_to_a_server
+from .features import certificate, functions, in_force, in_use, unknown_to_a_server, unsupported
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .parallel import get_parallel
@@ -91,7 +90,8 @@ def _start(scheduler: Any) -> None:
     parallel = get_parallel()
     where = f"stage {parallel.pp_rank} rank {parallel.tp_rank}"
     settings = load_settings()
-    reason, without = _unsupported(scheduler), unknown_to_a_server(scheduler.server_args, separable=True)
+    arguments = scheduler.server_args
+    reason, without = unsupported(arguments), unknown_to_a_server(arguments, separable=True)
     refused = reason or without
     if refused is not None and settings.mode == "require":
         raise ContractError(
@@ -138,12 +138,6 @@ def init_pp_loop_state(original: Any, scheduler: Any) -> None:
     allocator = scheduler.token_to_kv_pool_allocator
     names = ("free_pages", "release_pages")
     current().first_free_pages = [getattr(allocator, name, None) for name in names]
-
-
-def _unsupported(scheduler: Any) -> str | None:
-    """Configuration without an asynchronous path; equal on all ranks."""
-    arguments = scheduler.server_args
-    return speculation.refused(arguments) or unknown_to_a_server(arguments)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:

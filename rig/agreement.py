@@ -30,12 +30,19 @@ def disagreement(found: list[dict[str, Any]], old_forwards: list[Any]) -> str:
         return "a scheduler has never been idle"
     if any(state["forwards"] == old for state, old in zip(found, old_forwards, strict=True)):
         return "a scheduler has not been idle since"
+    if complaint := held(found):
+        return complaint
+    if any(state != found[0] for state in found):
+        return "the stages differ"
+    return ""
+
+
+def held(found: list[dict[str, Any]]) -> str:
+    """What schedulers must not hold once nothing is left to do; empty when all is well."""
     if any(state[name] for state in found for name in BUSY):
         return "a scheduler still holds requests"
     if any(state["free"] + state["cached"] != state["capacity"] for state in found):
         return "KV pages are lost"
-    if any(state != found[0] for state in found):
-        return "the stages differ"
     return ""
 
 

@@ -33,6 +33,20 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [generator.randrange(10, 500) for _ in range(length)]
 
 
+def ask_tokens(server: Server, length: int, seed: int = 0, **options: Any) -> dict[str, Any]:
+    """The summary of an answer to `prompt(length, seed)`, with log-probabilities."""
+    return summary(
+        generate(
+            server,
+            input_ids=prompt(length, seed),
+            sampling_params={"ignore_eos": True},
+            return_logprob=True,
+            timeout_s=200,
+            **options,
+        )
+    )
+
+
 def ask_about(server: Server, picture: Path) -> dict[str, Any]:
     """Ask which digit a picture shows, with log-probabilities."""
     return asking.ask_about(server, picture.read_bytes(), QUESTION)

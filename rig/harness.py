@@ -409,6 +409,15 @@ class Team:
         results(calls)
         return chosen
 
+    def open_columns(self, slots: int | None = None) -> None:
+        """Of four ranks, tp 2 on two stages: host lanes between ranks 0 and 2 and between ranks 1 and 3; with
+        `slots` device lanes, too."""
+        for first in (0, 1):
+            self.open_lanes([self.ranks[first], self.ranks[first + 2]])
+        if slots is not None:
+            places = [(rank, rank.index % 2, rank.index // 2) for rank in self.ranks]
+            results([rank.start(open_device_lane, [c, c + 2], stage, slots) for rank, c, stage in places])
+
     @property
     def usable(self) -> bool:
         return not any(rank.failed for rank in self.ranks)

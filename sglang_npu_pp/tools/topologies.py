@@ -75,6 +75,7 @@ _ENGINE = Shown(
 )
 _LAYOUTS = Shown(CPU, "tests/server/test_layouts.py::test_answers_are_upstreams")
 _CHUNKS = Shown(CPU, "tests/server/test_layouts.py::test_all_ranks_run_the_chunks_that_upstream_predicts")
+_SPECULATION = Shown(CPU, "tests/server/test_speculation.py::test_answers_and_accepted_drafts_are_upstreams")
 _SLICES = Shown(CPU, "tests/server/test_layouts.py::test_each_context_parallel_rank_sends_its_own_slice")
 
 ROWS = (
@@ -136,11 +137,7 @@ ROWS = (
         "yes",
         ARGUMENTS,
         Here.IN_FORCE,
-        (
-            Shown(
-                CPU, "tests/server/regression/test_memory.py::test_prompts_are_prefilled_while_others_decode"
-            ),
-        ),
+        (_MIXED,),
     ),
     Row(
         "data-parallel replicas (`--dp-size` alone)",
@@ -222,12 +219,7 @@ ROWS = (
         "yes",
         GLM_5_1,
         Here.IN_FORCE,
-        (
-            Shown(
-                SIMULATED,
-                "tests/ascend/test_ascend_engine.py::test_chunks_leave_one_by_one_behind_their_forwards",
-            ),
-        ),
+        (_ENGINE,),
         "SGLang's manager and sender; a stand-in copies the memory, no server",
     ),
     Row(
@@ -256,7 +248,7 @@ ROWS = (
         "yes; without data-parallel attention",
         "",
         Here.IN_FORCE,
-        (Shown(CPU, "tests/server/test_speculation.py::test_answers_and_accepted_drafts_are_upstreams"),),
+        (_SPECULATION,),
         "trees of four branches; kernels in plain torch",
     ),
     Row(

@@ -171,11 +171,13 @@ BAD_ORDERS = [  # with how many ranks it takes
 
 
 @contextmanager
-def hanging(order: BadOrder, size: int) -> Iterator[list[Call[None]]]:
+def hanging(
+    order: BadOrder, size: int, prepare: Callable[[Here], None] = warm_up
+) -> Iterator[list[Call[None]]]:
     """Calls of that order, by ranks of their own (they are killed at the end) with warm communicators."""
     team = start_npu_team(size)
     try:
-        team.each(warm_up)
+        team.each(prepare)
         yield [rank.start(order) for rank in team.ranks]
     finally:
         team.close()

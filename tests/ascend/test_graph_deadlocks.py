@@ -6,7 +6,7 @@ its stream until the other rank of its stage has come to the same sum, and that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,23 +15,20 @@ import torch.distributed as dist
 
 from ascend_sim.controls import Simulator
 from ascend_sim.deadlock import deadlock_among
-from rig.harness import Here, Rank, TeamKeeper, open_device_lane, results
-from sglang_npu_pp.settings import Settings
+from rig.harness import Here, Rank, TeamKeeper, results
 from sglang_npu_pp.transport.message import Kind
 from tests.field_cases import field_case
 
 from . import ranks
 from .conftest import start_npu_team
+from .test_deadlocks import FOUND_WITHIN_S, BadOrder, hanging, message
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(240)]
 
-FOUND_WITHIN_S = 20.0
 STAGES = ((0, 1), (2, 3))
 ITERATIONS = 200
 LINK_US = 500
 SUM = "HcclAllReduce"
-
-BadOrder = Callable[[Here], None]
 
 
 class SummingGraph:
@@ -64,10 +61,6 @@ def column(here: Here) -> int:
 def peer(here: Here) -> int:
     """The rank of the other stage that this one exchanges messages with."""
     return (here.index + 2) % 4
-
-
-def message(here: Here) -> torch.Tensor:
-    return ranks.numbered(here, here.index)
 
 
 def prepare(here: Here) -> None:
@@ -139,13 +132,8 @@ def of_ranks(order: BadOrder, waiting: set[int], *inside: str) -> object:
 )
 def test_order_that_hangs(order: BadOrder, waiting: set[int], inside: tuple[str, ...]) -> None:
     """A cycle is found, in which the sum within a replay is named where one waits for it."""
-    team = start_npu_team(4)
-    try:
-        team.each(prepare)
-        calls = [rank.start(order) for rank in team.ranks]
+    with hanging(order, 4, prepare) as calls:
         found = deadlock_among([call.rank.pid for call in calls], FOUND_WITHIN_S)
-    finally:
-        team.close()
     assert found is not None, f"{order.__name__} does not hang"
     members = {call.rank.index for call in calls if call.rank.pid in found.pids}
     # Of the second order either column's cycle may be the one that is found.
@@ -168,10 +156,7 @@ def _square_keeper() -> Iterator[TeamKeeper]:
 def square(_square_keeper: TeamKeeper) -> Iterator[list[Rank]]:
     """Four ranks with their graphs, and with links between the stages of either column."""
     team = _square_keeper.team()
-    for index in (0, 1):
-        team.open_lanes([team.ranks[index], team.ranks[index + 2]], Settings(wait_limit_s=20))
-    places = [(rank, rank.index % 2, rank.index // 2) for rank in team.ranks]
-    results([rank.start(open_device_lane, [first, first + 2], stage, 2) for rank, first, stage in places])
+    team.open_columns(slots=2)
     team.each(prepare)
     yield team.ranks
     _square_keeper.after_test()

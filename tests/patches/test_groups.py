@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from rig.harness import Here, Rank, Team, open_device_lane, results, trace_of
-from sglang_npu_pp.settings import Settings
+from rig.harness import Here, Rank, Team, results, trace_of
+
+from .coordinators import gloo_coordinator
 
 pytestmark = pytest.mark.slow
 
@@ -54,22 +55,8 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def make_groups(here: Here) -> None:
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
-
     for name, layout in (("pp", [[0, 2], [1, 3]]), ("tp", [[0, 1], [2, 3]])):
-        _groups[name] = GroupCoordinator(
-            group_ranks=layout,
-            local_rank=0,
-            torch_distributed_backend="gloo",
-            use_pynccl=False,
-            use_mscclpp=False,
-            use_custom_allreduce=False,
-            use_torch_symm_mem_all_reduce=False,
-            use_hpu_communicator=False,
-            use_xpu_communicator=False,
-            use_npu_communicator=False,
-            group_name=f"test-{name}",
-        )
+        _groups[name] = gloo_coordinator(f"test-{name}", layout)
 
 
 def choose(here: Here, way: str) -> None:
@@ -205,11 +192,7 @@ def square() -> Iterator[Team]:
 
 def prepare(square: Team, way: str) -> tuple[list[Rank], list[Rank]]:
     """The ranks of stage 0 and of stage 1, with the functions of `way` in force."""
-    for column in (0, 1):
-        square.open_lanes([square.ranks[column], square.ranks[column + 2]], Settings(wait_limit_s=20))
-    if way == "both lanes":
-        places = [(rank, rank.index % 2, rank.index // 2) for rank in square.ranks]
-        results([rank.start(open_device_lane, [c, c + 2], stage, 4) for rank, c, stage in places])
+    square.open_columns(slots=4 if way == "both lanes" else None)
     results([rank.start(choose, way) for rank in square.ranks], limit_s=60)
     return square.ranks[:2], square.ranks[2:]
 

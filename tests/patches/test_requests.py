@@ -17,6 +17,8 @@ from sglang_npu_pp.patches.intake import Intake
 from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.patches.requests import recv_requests
 
+from .coordinators import gloo_coordinator
+
 
 @pytest.fixture(autouse=True)
 def no_pipeline_afterwards() -> Iterator[None]:
@@ -73,16 +75,9 @@ def test_profiles_show_it_by_upstreams_name() -> None:
 
 def receive_consensus(here: Here, rank: int, messages: Sequence[list[str]]) -> list[list[str]]:
     """What this rank has in the end. Only the leader gets the messages of the previous stage."""
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
-
-    def group(name: str, layout: list[list[int]]) -> Any:
-        without = ("pynccl", "mscclpp", "custom_allreduce", "torch_symm_mem_all_reduce")
-        communicators = ("hpu_communicator", "xpu_communicator", "npu_communicator")
-        options = {f"use_{each}": False for each in (*without, *communicators)}
-        return GroupCoordinator(layout, 0, "gloo", group_name=name, **options)
-
     scheduler = SimpleNamespace(
-        attn_tp_group=group("tp", [[0, 1], [2, 3]]), attn_cp_group=group("cp", [[0, 2], [1, 3]])
+        attn_tp_group=gloo_coordinator("tp", [[0, 1], [2, 3]]),
+        attn_cp_group=gloo_coordinator("cp", [[0, 2], [1, 3]]),
     )
     arriving = iter(messages)
     pending = SimpleNamespace(wait_values=lambda: next(arriving))

@@ -44,15 +44,7 @@ class Observed:
 
 def ask_everything(server: Server) -> Observed:
     def ask(length: int, seed: int = 0) -> Any:
-        return battery.summary(
-            battery.generate(
-                server,
-                input_ids=battery.prompt(length, seed=seed),
-                sampling_params={"ignore_eos": True},
-                return_logprob=True,
-                timeout_s=200,
-            )
-        )
+        return battery.ask_tokens(server, length, seed)
 
     alone = [ask(length) for length in LENGTHS]
     with ThreadPoolExecutor(12) as pool:

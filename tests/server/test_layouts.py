@@ -18,7 +18,7 @@ import pytest
 
 from rig import battery
 from rig.adapters import write_adapter
-from rig.agreement import BUSY, LIMIT_S, POLL_S, states
+from rig.agreement import LIMIT_S, POLL_S, held, states
 from rig.launcher import MOE_MODEL, ROOT, Launcher
 from rig.probes import probe_variables
 from rig.probes.layouts_probe import milliseconds, prefills
@@ -119,18 +119,9 @@ def observe(launcher: Launcher, case: Case, args: tuple[str, ...], *, patched: b
 def ask(
     server: Server, length: int, seed: int = 0, adapter: str | None = None, name: str | None = None
 ) -> Any:
-    options: dict[str, Any] = {} if adapter is None else {"lora_path": adapter}
-    return battery.summary(
-        battery.generate(
-            server,
-            input_ids=battery.prompt(length, seed=seed),
-            sampling_params={"ignore_eos": True},
-            return_logprob=True,
-            timeout_s=200,
-            **options,
-            **({} if name is None else {"rid": name}),
-        )
-    )
+    options = {"lora_path": adapter, "rid": name}
+    given = {option: value for option, value in options.items() if value is not None}
+    return battery.ask_tokens(server, length, seed, **given)
 
 
 def ask_everything(server: Server, adapters: tuple[str | None, ...]) -> Observed:
@@ -180,16 +171,11 @@ def wait_until_idle(server: Server) -> list[dict[str, Any]]:
     while True:
         found = states(server)
         ranks = len(found) // 2
-        if all(found) and found[:ranks] == found[ranks:] and not any(held(state) for state in found):
+        if all(found) and found[:ranks] == found[ranks:] and not held(found):
             return found
         server.check_alive("while its stages were compared")
         assert time.monotonic() < deadline, f"after {LIMIT_S:.0f} s the stages hold {found}"
         time.sleep(POLL_S)
-
-
-def held(state: dict[str, Any]) -> bool:
-    lost = state["free"] + state["cached"] != state["capacity"]
-    return lost or any(state[name] for name in BUSY)
 
 
 # --- tests ---------------------------------------------------------------------------------------------
