@@ -32,7 +32,7 @@ test-rest: setup  ## what `make test` leaves out: further features, layouts, rel
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
 	@$(PYTHON_IN_VENV) -m scripts.suite test-rest $(ARGS)
 
-test-release: setup  ## before a release: planted faults that our gates must notice, four stages, a benchmark's cell
+test-release: setup  ## before a release: planted faults that our gates must notice, four stages, second variants
 	@$(PYTHON_IN_VENV) -m scripts.environment.install --suite
 	@$(PYTHON_IN_VENV) -m scripts.suite test-release $(ARGS)
 

@@ -63,7 +63,7 @@ def test_the_readmes_commands_are_those_that_are_run_here() -> None:
     assert set(commands(ROOT / "README.md")) == set(RUN_AS)
 
 
-@pytest.mark.thorough
+@pytest.mark.release
 def test_the_readmes_commands_in_any_order(clone: Path) -> None:
     """Installing leaves files in the clone, which neither lint nor an import may take for ours."""
     own = clone.parent / "own"
@@ -76,7 +76,7 @@ def test_the_readmes_commands_in_any_order(clone: Path) -> None:
         run(clone, command.format(python=".venv/bin/python"))
 
 
-@pytest.mark.thorough
+@pytest.mark.release
 def test_set_up_again_costs_nothing_and_links_to_the_clone(clone: Path) -> None:
     assert run(clone, "make setup") == ""
     where = run(clone, ".venv/bin/python -c 'import sglang_npu_pp; print(sglang_npu_pp.__file__)'")

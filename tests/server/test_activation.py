@@ -40,7 +40,7 @@ def test_a_wrong_setting_stops_the_start_with_one_sentence(launcher: Launcher) -
     assert "Traceback" not in log
 
 
-@pytest.mark.thorough
+@pytest.mark.release  # another wrong setting
 def test_a_misspelt_setting_stops_the_start(launcher: Launcher) -> None:
     server = launcher.configure(1, 2, patched=True, env={"SGLANG_NPU_PP_WINDOWS": "16"})
     assert "SGLANG_NPU_PP_WINDOWS is not a setting" in log_of_failed_start(server)
@@ -92,7 +92,7 @@ def test_auto_leaves_sglang_as_it_is_when_a_patch_fails(launcher: Launcher) -> N
     assert "of 2 stages" not in server.log_text()
 
 
-@pytest.mark.thorough  # tests/test_plugin.py shows it without a server
+@pytest.mark.release  # tests/test_plugin.py shows it without a server
 def test_auto_leaves_an_unknown_build_as_it_is(launcher: Launcher) -> None:
     env = {"SGLANG_NPU_PP": "auto", "PP_PROBE_RELEASE": "9.9.9", "PP_PROBE_CHANGED": CORE_FUNCTION}
     server = launcher.start(1, 2, patched=False, env=env)
@@ -102,7 +102,9 @@ def test_auto_leaves_an_unknown_build_as_it_is(launcher: Launcher) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("without", [0, 1], ids=["first stage", "last stage"])
+@pytest.mark.parametrize(
+    "without", [0, pytest.param(1, marks=pytest.mark.release)], ids=["first stage", "last stage"]
+)
 def test_a_rank_without_the_plugin_is_named_and_nothing_hangs(launcher: Launcher, without: int) -> None:
     server = launcher.configure(
         1,
@@ -116,14 +118,14 @@ def test_a_rank_without_the_plugin_is_named_and_nothing_hangs(launcher: Launcher
     assert f"rank {1 - without}: after 5 s there is no word from rank {without};" in log
 
 
-@pytest.mark.thorough  # tests/test_agreement.py shows it without a server
+@pytest.mark.release  # tests/test_agreement.py shows it without a server
 def test_ranks_with_different_settings_are_named(launcher: Launcher) -> None:
     server = launcher.configure(1, 2, patched=True, nnodes=2, node_env={1: {"SGLANG_NPU_PP_WINDOW": "32"}})
     log = log_of_failed_start(server)
     assert "SGLANG_NPU_PP_WINDOW is '16' on rank 0 but '32' on rank 1" in log
 
 
-@pytest.mark.thorough  # another wrong setting
+@pytest.mark.release  # another wrong setting
 def test_an_unusable_ipc_directory_is_named(launcher: Launcher, tmp_path: Path) -> None:
     """As for everything that keeps the host lane from opening; tests/transport has the other reasons."""
     missing = tmp_path / "missing"

@@ -110,7 +110,7 @@ def on_cpu(reference: OnCPU) -> Observed:
 def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
     if layout == SOAKED:
         return []
-    further = layout.pp != 2 or not layout.switches or not layout.graphs
+    further = layout.pp != 2 or not layout.switches or not layout.graphs or not layout.patched
     return [pytest.mark.release if further else pytest.mark.thorough]
 
 

@@ -10,14 +10,13 @@ import pytest
 from rig.launcher import RANDOM_MODEL, ROOT
 from sglang_npu_pp.tools.certify.ports import free_ports
 
-pytestmark = pytest.mark.thorough
-
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/serve.py", "--demo", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.thorough
 def test_demo_answers_and_shows_where_the_time_went() -> None:
     """Of this server; one that failed at the same port has left what cannot be read."""
     (port,) = free_ports(1)
@@ -30,6 +29,7 @@ def test_demo_answers_and_shows_where_the_time_went() -> None:
     assert "stage" in result.stdout
 
 
+@pytest.mark.release
 def test_demo_fails_when_the_answer_is_wrong() -> None:
     result = demo("--model", str(RANDOM_MODEL), "--pp", "2", "--tp", "1")
     assert result.returncode == 1, result.stdout + result.stderr

@@ -21,9 +21,14 @@ from tests.field_cases import field_case
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}
 LAYOUTS = [
     Layout("tp1-pp2", 1, 2),
-    Layout("tp1-pp2-depth1-skip", 1, 2, {"args": depth(1), "env": SKIP_OUTPUTS}),
     Layout("tp2-pp2-two-nodes", 2, 2, {"nnodes": 2}, {"SGLANG_NPU_PP_HOST_TRANSPORT": "tcp"}),
-    Layout("tp2-pp2-depth1-device-lane", 2, 2, {"args": depth(1)}, {"SGLANG_NPU_PP_PROXY_LANE": "device"}),
+    Layout(
+        "tp2-pp2-depth1-skip-device-lane",
+        2,
+        2,
+        {"args": depth(1), "env": SKIP_OUTPUTS},
+        {"SGLANG_NPU_PP_PROXY_LANE": "device"},
+    ),
     Layout("tp1-pp4", 1, 4, {}, {"SGLANG_NPU_PP_CHECKSUM": "full"}),
     Layout("tp1-pp2-switches-off", 1, 2, {}, {**SWITCHES_OFF, "SGLANG_NPU_PP_PROXY_LANE": "device"}),
     Layout("tp1-pp4-depth1-late-send", 1, 4, {"args": depth(1)}, {"SGLANG_NPU_PP_EARLY_SEND": "0"}),

@@ -67,10 +67,8 @@ def serve(
     return one_by_one, {str(index): answer for index, answer in enumerate(together)}, after - before
 
 
-@pytest.mark.thorough  # tests/server/test_kv_transfer.py compares the answers of a disaggregated pair
-@pytest.mark.parametrize(
-    ("mode", "depth"), [("prefill", 0), pytest.param("decode", 1, marks=pytest.mark.release)]
-)
+@pytest.mark.release  # tests/server/test_kv_transfer.py compares the answers of a disaggregated pair
+@pytest.mark.parametrize(("mode", "depth"), [("prefill", 0), ("decode", 1)])
 def test_disaggregated_answers_equal_upstreams(
     make_launcher: Callable[[str], Launcher], mode: str, depth: int
 ) -> None:

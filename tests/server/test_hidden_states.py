@@ -35,7 +35,7 @@ def alone(make_launcher: Callable[[str], Launcher]) -> Iterator[Server]:
 @pytest.fixture(
     scope="module",
     params=[
-        (2, 0),
+        pytest.param((2, 0), marks=pytest.mark.release),
         (2, 2),
         pytest.param((3, 1), marks=pytest.mark.release),
     ],

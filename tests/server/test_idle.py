@@ -123,7 +123,7 @@ def is_healthy(server: Server) -> bool:
         return False
 
 
-@pytest.mark.thorough  # tests/patches/test_idle.py shows it without a server
+@pytest.mark.release  # tests/patches/test_idle.py shows it without a server
 def test_embeddings_that_are_on_their_way_are_asked_for_without_a_sleep(launcher: Launcher) -> None:
     encoder = start_encoder(launcher)
     env = {"SGLANG_HOST_IP": HOST, "PP_PROBE_SLEEPS": "1"}

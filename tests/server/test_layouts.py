@@ -67,7 +67,8 @@ class Case:
         return self.name
 
 
-CASES = (Case("adapters", 1, LORA, ADAPTERS), Case("sequences", 2, SLICES))
+ADAPTED = Case("adapters", 1, LORA, ADAPTERS)
+SEQUENCES = Case("sequences", 2, SLICES)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,11 @@ class Both:
     patched: Observed
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[ADAPTED, pytest.param(SEQUENCES, marks=pytest.mark.release)],  # the second has eight schedulers
+    ids=str,
+)
 def both(
     request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher], adapters: list[str]
 ) -> Iterator[Both]:

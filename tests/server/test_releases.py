@@ -13,7 +13,7 @@ from rig.releases import EARLY, NEWEST, RELEASES
 pytestmark = pytest.mark.thorough
 
 
-@pytest.mark.parametrize("release", [EARLY, NEWEST])
+@pytest.mark.parametrize("release", [pytest.param(EARLY, marks=pytest.mark.release), NEWEST])
 def test_nothing_is_wrong(make_launcher: Callable[[str], Launcher], release: str) -> None:
     pair = compare(make_launcher("release"), Layout("tp1-pp2", 1, 2), RELEASES[release])
     assert not complaints(pair)

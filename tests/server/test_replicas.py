@@ -16,7 +16,7 @@ from sglang_npu_pp.observe.telemetry import read_snapshots
 from sglang_npu_pp.observe.trace import read_traces
 from sglang_npu_pp.tools.timeline.states import analyse
 
-pytestmark = pytest.mark.thorough  # tests/test_reporting.py and test_startup.py show it without a server
+pytestmark = pytest.mark.release  # tests/test_reporting.py and test_startup.py show it without a server
 
 LENGTH = 86  # of a TMPDIR that serves upstream
 LIMIT_S = 120.0

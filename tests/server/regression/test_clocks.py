@@ -34,7 +34,7 @@ LONG = greedy(battery.prompt(60, seed=5253), LONG_TOKENS)
 BARRIER = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
 LAYOUTS = [  # release, tp, pp
     ("oldest", 1, 2),
-    (IN_VENV, 2, 2),
+    pytest.param((IN_VENV, 2, 2), marks=pytest.mark.release),
     pytest.param((NEWEST, 1, 4), marks=pytest.mark.release),
 ]
 

@@ -59,8 +59,8 @@ def meet_grammars(server: Server) -> None:
     ("planted", "meet"),
     [
         ("ABORTS", meet_aborts),
-        ("FLUSHES", meet_a_flush),
-        ("GRAMMARS", meet_grammars),
+        pytest.param("FLUSHES", meet_a_flush, marks=pytest.mark.release),
+        pytest.param("GRAMMARS", meet_grammars, marks=pytest.mark.release),
     ],
 )
 def test_stages_that_differ_end_with_a_sentence(

@@ -10,7 +10,7 @@ from rig.loads import Pool, make_pool
 from rig.server import Server
 from scripts.soak.load import Clients, Known, Tally
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.release
 
 SECONDS = 4.0
 
