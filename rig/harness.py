@@ -36,7 +36,7 @@ from sglang_npu_pp.transport.host_lane import HostLane
 from sglang_npu_pp.transport.message import Kind, Message
 from sglang_npu_pp.transport.stage_link import StageLink
 
-CALL_LIMIT_S = 30.0
+CALL_LIMIT_S = 90.0  # a first call may import SGLang, on a busy machine
 AFTER_ERROR_S = 5.0
 START_LIMIT_S = 120.0
 GROUP_LIMIT = timedelta(seconds=60)
