@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from ..text import table
+from . import published
 
 _HEADER = ("feature", "SGLang with PP", "published for Ascend", "here", "shown on", "by")
 NOT_RUN = "not run"
@@ -195,7 +196,7 @@ ROWS = (
     Row(
         "context parallelism, prefill, cp 2 (`--attn-cp-size`, `--enable-prefill-cp`), Qwen3-MoE",
         "yes; on NPU `layers/utils/cp_utils.py` refuses the first prefill",
-        f"attn-cp 4, with flags that 0.5.21 has no more: {GLM_5_1}; equal to tp: {ARGUMENTS}",
+        f"attn-cp 4: {GLM_5_1}; equal to tp: {ARGUMENTS}",
         Here.IN_FORCE,
         (_LAYOUTS, _SLICES),
         "attention over the gathered sequence in the place of a kernel; cp 2 equal to tp",
@@ -320,7 +321,7 @@ def markdown() -> str:
         by = "; ".join([*tests, *([row.note] if row.note else [])])
         cells = (row.feature, row.upstream, row.published or "not found", row.here.value, _devices(row), by)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *published.markdown()])
 
 
 def _devices(row: Row) -> str:

@@ -1,0 +1,180 @@
+"""The ten command lines with stages that SGLang's repositories publish and time on Ascend.
+
+All start a prefill server of GLM-5.1 or GLM-5.2 (W4A8): tp 4, pp 4 or 8, context parallelism within a stage,
+experts over DeepEP. Five stand in sgl-project/sglang, five in Ascend/sglang, where GLM-5.2 drafts with its
+NEXTN layer. Facts of the files that `source` names; what SGLang 0.5.21 says to them is shown by
+tests/ascend/test_published.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_FOLDER = "test/registered/ascend/performance"
+
+_ALL = (
+    *("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "ascend"),
+    *("--device", "npu", "--attention-backend", "ascend", "--dtype", "bfloat16", "--tp-size", "4"),
+    *("--quantization", "modelslim", "--speculative-draft-model-quantization", "unquant"),
+    *("--mem-fraction-static", "0.72", "--max-prefill-tokens", "180000", "--disable-cuda-graph"),
+    *("--moe-a2a-backend", "deepep", "--deepep-mode", "normal", "--disable-shared-experts-fusion"),
+    *("--moe-dense-tp", "1", "--enable-dp-lm-head", "--attn-cp-size", "4"),
+)
+_ZIGZAG = ("--enable-prefill-cp", "--cp-strategy", "zigzag")
+_PARSERS = ("--reasoning-parser", "glm45", "--tool-call-parser", "glm47")
+_IN_SEQUENCE = ("--enable-nsa-prefill-context-parallel", "--nsa-prefill-cp-mode", "in-seq-split")
+_NEXTN = (
+    *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "1"),
+    *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"),
+)
+_WITH_NEXTN = "speculative decoding on a disaggregated server with stages is not supported yet"
+_ZBAL: Mapping[str, str] = {
+    "SGLANG_PP_LAYER_PARTITION": "18,20,24,16",
+    "SGLANG_ZBAL_LOCAL_MEM_SIZE": "61184",
+    "ZBAL_HCCL_OP": "send,recv",
+    "ZBAL_NPU_ALLOC_CONF": "use_vmm_for_static_memory:True",
+    "DEEP_USE_ALLTOALL_MODE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One command line; `arguments` lacks the model, the addresses and the rank of the node."""
+
+    source: str  # "repository: path below test/registered/ascend/performance", at `commit`
+    commit: str
+    stages: int
+    nodes: int
+    chunk: int  # tokens
+    running: int  # requests at most
+    more: tuple[str, ...]
+    environment: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what concerns stages, their links and experts
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            *_ALL,
+            *("--pp-size", str(self.stages), "--nnodes", str(self.nodes)),
+            *("--chunked-prefill-size", str(self.chunk), "--max-running-requests", str(self.running)),
+            *self.more,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.source.rpartition("/test_npu_")[2].removesuffix(".py")
+
+    @property
+    def renamed(self) -> bool:
+        """Whether its context parallelism has names that 0.5.21 has no more."""
+        return _IN_SEQUENCE[0] in self.more
+
+    @property
+    def for_0_5_21(self) -> tuple[str, ...]:
+        """With the names of today in the place of earlier ones."""
+        if not self.renamed:
+            return self.arguments
+        return (*(each for each in self.arguments if each not in _IN_SEQUENCE), *_ZIGZAG)
+
+    @property
+    def left_to_upstream(self) -> str | None:
+        """Why, where it is; None where the patches are in force."""
+        return _WITH_NEXTN if _NEXTN[0] in self.more else None
+
+
+def _glm_5_1(name: str, commit: str, layout: tuple[int, int, int, int], *more: str) -> Published:
+    source = f"sgl-project/sglang: glm5_1/test_npu_glm5_1_w4a8_{name}.py"
+    return Published(source, commit, *layout, more)
+
+
+def _glm_5_2(name: str, commit: str, nodes: int, chunk: int) -> Published:
+    source = f"Ascend/sglang: glm5_2/test_npu_{name}.py"
+    return Published(source, commit, 4, nodes, chunk, 16, (*_IN_SEQUENCE, *_NEXTN), _ZBAL)
+
+
+_F61 = "f61f460b3205509887063e965822021f189c96ab"
+_BEA = "bea34a88b966f2611dc75bade73871c4e174a21d"
+_NOW = (*_ZIGZAG, *_PARSERS)
+
+PUBLISHED = (  # layouts: stages, nodes, tokens a chunk, requests at most
+    _glm_5_1("1p1d_32p_in64k_out1k_20ms", _F61, (8, 2, 8192, 16), *_NOW),
+    _glm_5_1(
+        "1p1d_32p_in128k_out1k_20ms", "8b87e6960f7476a8af666342120880c23d7ec3e1", (8, 2, 8192, 16), *_NOW
+    ),
+    _glm_5_1("2p1d_48p_in128k_out1k_prefix90_50ms", _F61, (8, 2, 16384, 32), *_NOW),
+    _glm_5_1("4p1d_48p_in64k_out1k_prefix90_50ms", _F61, (4, 1, 16384, 16), *_NOW),
+    _glm_5_1(
+        "1p1d_32p_in64k_out1k_50ms_aime26",
+        "0184e9cc3d92f6d54252dabec3fbc396638a6046",
+        (8, 2, 16384, 16),
+        *_IN_SEQUENCE,
+    ),
+    _glm_5_2("glm_5_2_w4a8_3p1d_32p_in16k_out1k_50ms", "3f43c7e7634060627fd9e4510df4336a1d0c8d5c", 1, 4096),
+    _glm_5_2("glm_5_2_w4a8_2p1d_32p_in64k_out1k_prefix90_20ms", _BEA, 2, 16384),
+    _glm_5_2(
+        "glm_5_2_w4a8_2p1d_32p_in128k_out1k_prefix90_20ms",
+        "a80f1d74c3dd507e31d3b7f3ab5f6e306cec0627",
+        2,
+        16384,
+    ),
+    _glm_5_2("glm5_2_w4a8_4p1d_48p_in64k_out1k_prefix90_50ms", _BEA, 1, 16384),
+    _glm_5_2("glm_5_2_w4a8_4p1d_48p_in128k_out1k_prefix90_50ms", _BEA, 1, 16384),
+)
+
+
+# Of the lines above: what neither the CPU nor the simulated Ascend can do, and what tests have in its place.
+NOT_HERE = (
+    ("the models, `--quantization modelslim`", "sizes; kernels for W4A8", "random float32 weights, no DSA"),
+    (
+        "sparse attention (DSA) of the models",
+        "no kernels for it",
+        "latent attention as DeepSeek-V3's, on CPU",
+    ),
+    ("`--moe-a2a-backend deepep`", "its kernels need the hardware", "the all-reduce of SGLang's default"),
+    (
+        "`--disaggregation-transfer-backend ascend`",
+        "its engine needs the hardware",
+        "`mooncake` over TCP on CPU; SGLang's ascend manager with a copy of memory on the simulated Ascend",
+    ),
+    ("`--attn-cp-size 4`, `--tp-size 4`, `--pp-size 8`", "two cores", "2 of each"),
+    ("`SGLANG_ZBAL_*`, `ZBAL_*`", "its engine needs the hardware", "HCCL"),
+)
+
+
+def markdown() -> list[str]:
+    """Lines of docs/topologies.md."""
+    return [
+        "## The published command lines",
+        "",
+        "Prefill servers, tp 4, context parallelism within a stage, experts over DeepEP, one line each. "
+        f"Sources are below `{_FOLDER}`. Some have earlier names of flags: `{' '.join(_IN_SEQUENCE)}`, in "
+        f"0.5.21 `{' '.join(_ZIGZAG)}`. That its parser takes each line, and what this package does with "
+        "such a server, is shown on the simulated Ascend by `tests/ascend/test_published.py`; none "
+        "was served.",
+        "",
+        "| source | commit | stages | nodes | tokens a chunk | draft | flags of 0.5.21 | here |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_row(line) for line in PUBLISHED),
+        "",
+        "What they ask for that cannot be had here, and what stands in for it in tests:",
+        "",
+        "| asked for | missing | in its place |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in NOT_HERE),
+    ]
+
+
+def _row(line: Published) -> str:
+    cells = (
+        line.source,
+        line.commit[:9],
+        str(line.stages),
+        str(line.nodes),
+        str(line.chunk),
+        "NEXTN" if _NEXTN[0] in line.more else "none",
+        "earlier names" if line.renamed else "yes",
+        "upstream's path" if line.left_to_upstream else "in force",
+    )
+    return f"| {' | '.join(cells)} |"
