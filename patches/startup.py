@@ -312,7 +312,17 @@ def _slot_bytes(scheduler: Any, parallel: Any) -> int:
     tokens = arguments.chunked_prefill_size
     if tokens is None or tokens <= 0:  # no chunks
         tokens = arguments.max_prefill_tokens
-    return slot_bytes_for(tokens, model.hidden_size, model.dtype.itemsize, parallel.attn_tp_size)
+    indices = _shared_indices(model.hf_text_config)
+    return slot_bytes_for(tokens, model.hidden_size, model.dtype.itemsize, parallel.attn_tp_size, indices)
+
+
+def _shared_indices(config: Any) -> int:
+    """A token's, in the proxies of sparse attention (DSA): a stage may begin with a layer that takes those of
+    the layer before. Which one does is not known before the layers are there."""
+    every = max(getattr(config, name, None) or 1 for name in ("index_topk_freq", "cli_factor"))
+    if every == 1 and getattr(config, "index_topk_pattern", None) is None:
+        return 0
+    return getattr(config, "index_topk", None) or 0
 
 
 def _open_token_return(link: StageLink, streams: DeviceStreams) -> TokenReturn | None:

@@ -89,10 +89,11 @@ class _Slot:
     freed: Any = None  # event behind the last reader of a received message
 
 
-def slot_bytes_for(tokens: int, hidden_size: int, item_bytes: int, ranks: int = 1) -> int:
-    """Bytes of hidden states and residual of `tokens` tokens, sliced over `ranks` tensor-parallel ranks."""
+def slot_bytes_for(tokens: int, hidden_size: int, item_bytes: int, ranks: int = 1, indices: int = 0) -> int:
+    """Bytes of hidden states and residual of `tokens` tokens, sliced over `ranks` tensor-parallel ranks, and
+    of `indices` int32 numbers a token, whole."""
     tensor = -(-tokens * hidden_size * item_bytes // ranks)
-    return PROXY_TENSORS * _aligned(tensor)
+    return PROXY_TENSORS * _aligned(tensor) + _aligned(tokens * indices * torch.int32.itemsize)
 
 
 class Receive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from rig.harness import Here, Team
@@ -39,6 +40,24 @@ def test_a_range_that_is_not_there_is_refused() -> None:
     for replica in range(2):  # all end, and none waits for another
         with pytest.raises(SettingsError, match="SGLANG_NPU_PP_PORT=65529 leaves no port for each rank"):
             port_of(65529, dp_size=2, dp_rank=replica)
+
+
+@pytest.mark.parametrize(
+    ("config", "indices"),
+    [
+        ({}, 0),
+        ({"index_topk": 2048}, 0),  # each layer has its own
+        ({"index_topk": 2048, "index_topk_freq": 4}, 2048),
+        ({"index_topk": 2048, "index_topk_pattern": "FSSS"}, 2048),
+        ({"index_topk": 2048, "index_topk_freq": None, "cli_factor": 2}, 2048),
+    ],
+)
+def test_slots_have_room_for_the_indices_that_layers_share(config: dict[str, object], indices: int) -> None:
+    model = SimpleNamespace(hidden_size=64, dtype=torch.bfloat16, hf_text_config=SimpleNamespace(**config))
+    arguments = SimpleNamespace(chunked_prefill_size=1024)
+    scheduler = SimpleNamespace(server_args=arguments, model_config=model)
+    reserved = startup._slot_bytes(scheduler, SimpleNamespace(attn_tp_size=2))
+    assert reserved == 2 * 1024 * 64 * 2 // 2 + 1024 * indices * 4
 
 
 def judged(here: Here, sentences: list[str | None]) -> str:

@@ -188,15 +188,17 @@ def test_slots_grow_to_a_larger_message_and_say_so(team: Team) -> None:
     hidden=st.integers(1, 300),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     ranks=st.sampled_from([1, 2, 4]),
+    indices=st.integers(0, 70),
 )
 def test_hidden_states_and_residual_fit_into_a_slot(
-    tokens: int, hidden: int, dtype: torch.dtype, ranks: int
+    tokens: int, hidden: int, dtype: torch.dtype, ranks: int, indices: int
 ) -> None:
     """Also when each rank sends a slice, which those send whole that cannot be cut."""
     sent = tokens * hidden // ranks if tokens * hidden % ranks == 0 else 0
     tensors = {name: torch.zeros(sent, dtype=dtype) for name in ("hidden_states", "residual")}
+    tensors["topk_indices"] = torch.zeros(tokens, indices, dtype=torch.int32)
     _, nbytes = pack_layout(describe(tensors))
-    assert nbytes <= slot_bytes_for(tokens, hidden, dtype.itemsize, ranks)
+    assert nbytes <= slot_bytes_for(tokens, hidden, dtype.itemsize, ranks, indices)
 
 
 def pass_on(here: Here, messages: list[dict[str, Sample]]) -> None:
