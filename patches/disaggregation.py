@@ -25,7 +25,16 @@ _LAUNCHED = "sglang_npu_pp_launched"  # attribute of a request: event of its las
 
 def is_disaggregated(scheduler: Any) -> bool:
     """At present: from 0.5.20 on the role can change."""
-    return str(getattr(scheduler.disaggregation_mode, "value", scheduler.disaggregation_mode)) != "null"
+    return _role(scheduler) != "null"
+
+
+def is_prefill_server(scheduler: Any) -> bool:
+    """At present, as well."""
+    return _role(scheduler) == "prefill"
+
+
+def _role(scheduler: Any) -> str:
+    return str(getattr(scheduler.disaggregation_mode, "value", scheduler.disaggregation_mode))
 
 
 def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, launched: Any) -> None:
@@ -33,9 +42,7 @@ def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, la
 
     `launched`: the event after it. Equal on all stages, whatever their transfers do, for equal prefix caches.
     """
-    from sglang.srt.disaggregation.utils import DisaggregationMode
-
-    if scheduler.disaggregation_mode != DisaggregationMode.PREFILL:
+    if not is_prefill_server(scheduler):
         return
     pipeline.last_launched = launched
     for req in batch.reqs:

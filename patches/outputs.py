@@ -17,6 +17,7 @@ from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.streams import PassedEvent
 
 from . import speculation
+from .disaggregation import is_prefill_server
 from .hidden_states import give_hidden_states
 from .pipeline import AsyncPipeline, Launch, current
 
@@ -106,6 +107,8 @@ def _prepare_result(
     }
     result = scheduler._pp_prep_batch_result(batch, metadata, PPProxyTensors(outputs))
     speculation.put_lengths_on_device(batch, result, outputs, ticket.on_device)
+    if speculation.has_proposal(values) and is_prefill_server(scheduler):
+        speculation.leave_proposal_on_host(result, values)
     give_hidden_states(batch, result, values)
     return result
 

@@ -1,11 +1,11 @@
-"""Seam: speculative decoding with stages on one server (SGLANG_ENABLE_PP_SPEC).
+"""Seam: speculative decoding with stages, on one server (SGLANG_ENABLE_PP_SPEC) or before a decode server.
 
-The last stage drafts; every stage verifies the same tree, rebuilt from outputs: accept lengths, new lengths,
-bonus tokens, tree. All of it takes the host lane: some KB a microbatch, wanted by the host or by a launch of
-a later iteration, and device tensors flow in one direction only.
+On one server the last stage drafts; every stage verifies the same tree, rebuilt from outputs: accept lengths,
+new lengths, bonus tokens, tree. On a prefill server every stage gets the draft's first proposal (scores,
+tokens, hidden states, indices of sparse attention), which it writes into its message for the decode server.
 
-Prefill servers keep upstream's path: nothing right to compare with was found. With a draft on the last stage
-`get_mha_kv_ptrs_with_pp` of 0.5.21 mixes up layers.
+All of it takes the host lane: at most some 100 KB a microbatch, wanted by the host or by a launch of a later
+iteration, and device tensors flow in one direction only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _WORKER = "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2"
 _KNOWN = ("EAGLE", "NEXTN")  # NEXTN is SGLang's other name of EAGLE
 _ACCEPTED = "spec_accept_lens"  # an output of verify rounds only
 _LENGTHS = "spec_new_seq_lens"
+_PROPOSAL = ("topk_p", "topk_index", "hidden_states", "dsa_topk_indices")  # "draft_..." among the outputs
 
 # Kept in the batch on the device until the next launch, or used there. The others are read on the host; new
 # lengths, too, and become a tensor of the batch then (`put_lengths_on_device`).
@@ -34,8 +35,8 @@ def refused(server_args: Any) -> str | None:
         return None
     if algorithm.upper() not in _KNOWN:
         return f"speculative decoding by {algorithm} with pipeline parallelism is not supported yet"
-    if server_args.disaggregation_mode != "null":
-        return "speculative decoding on a disaggregated server with stages is not supported yet"
+    if server_args.disaggregation_mode == "decode":
+        return "speculative decoding on a decode server with stages is not supported yet"
     return None
 
 
@@ -45,6 +46,21 @@ def prepare_tensor_dict(original: Any, scheduler: Any, result: Any, batch: Any) 
     if is_verify_round(tensors):
         return {name: value for name, value in tensors.items() if not name.startswith("draft_")}
     return tensors
+
+
+def has_proposal(outputs: Any) -> bool:
+    """Of a prefill: what the draft proposes first."""
+    return "draft_topk_p" in outputs
+
+
+def leave_proposal_on_host(result: Any, outputs: Any) -> None:
+    """Behind upstream's preparation: what a prefill server copies into its message comes from the host.
+
+    A copy from the device is waited for, behind all that the host has launched before.
+    """
+    for name in _PROPOSAL:
+        if (value := outputs.get(f"draft_{name}")) is not None:
+            setattr(result.next_draft_input, name, value)
 
 
 def is_verify_round(outputs: Any) -> bool:

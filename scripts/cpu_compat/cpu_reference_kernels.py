@@ -226,7 +226,8 @@ def extend_attention_cpu(
     is_causal: bool,
 ) -> None:
     """The last `new_lengths` positions of each request over all before them, and among each other over
-    earlier ones, or over those that `tree_mask` names. Their keys and values are in the pool already."""
+    earlier ones, or over those that `tree_mask` names. Where their own keys and values are given, these are
+    taken, and only those before them from the pool, which may keep others (of latent attention)."""
     _refuse(logit_cap, is_cross_attention, sliding_window, encoder_lengths, sinks, key_scale, value_scale)
     taken = 0  # of the mask
     for row, (length, new) in enumerate(zip(lengths.tolist(), new_lengths.tolist(), strict=True)):
@@ -237,9 +238,17 @@ def extend_attention_cpu(
         elif is_causal:
             among = among.tril()
         visible = torch.cat([torch.ones(new, length - new, dtype=torch.bool), among], dim=1)
-        at = req_to_token[requests[row], :length].long()
         here = slice(int(starts[row]), int(starts[row]) + new)
-        out[here] = _attend(query[here], keys[at], values[at], visible, scaling)
+        at = req_to_token[requests[row], :length].long()
+        if key is None or value is None:
+            seen_keys, seen_values = keys[at], values[at]
+        else:
+            seen_keys = key[here].view(new, -1, query.shape[-1])
+            seen_values = value[here].view(new, -1, out.shape[-1])
+            if before := length - new:
+                seen_keys = torch.cat([keys[at[:before]], seen_keys])
+                seen_values = torch.cat([values[at[:before]], seen_values])
+        out[here] = _attend(query[here], seen_keys, seen_values, visible, scaling)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scaling: float) -> Tensor:

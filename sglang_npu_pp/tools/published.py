@@ -28,7 +28,6 @@ _NEXTN = (
     *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "1"),
     *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"),
 )
-_WITH_NEXTN = "speculative decoding on a disaggregated server with stages is not supported yet"
 _ZBAL: Mapping[str, str] = {
     "SGLANG_PP_LAYER_PARTITION": "18,20,24,16",
     "SGLANG_ZBAL_LOCAL_MEM_SIZE": "61184",
@@ -77,11 +76,6 @@ class Published:
         if not self.renamed:
             return self.arguments
         return (*(each for each in self.arguments if each not in _IN_SEQUENCE), *_ZIGZAG)
-
-    @property
-    def left_to_upstream(self) -> str | None:
-        """Why, where it is; None where the patches are in force."""
-        return _WITH_NEXTN if _NEXTN[0] in self.more else None
 
 
 def _glm_5_1(name: str, commit: str, layout: tuple[int, int, int, int], *more: str) -> Published:
@@ -175,6 +169,6 @@ def _row(line: Published) -> str:
         str(line.chunk),
         "NEXTN" if _NEXTN[0] in line.more else "none",
         "earlier names" if line.renamed else "yes",
-        "upstream's path" if line.left_to_upstream else "in force",
+        "in force",
     )
     return f"| {' | '.join(cells)} |"

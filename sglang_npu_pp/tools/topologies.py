@@ -77,6 +77,7 @@ _ENGINE = Shown(
 _LAYOUTS = Shown(CPU, "tests/server/test_layouts.py::test_answers_are_upstreams")
 _CHUNKS = Shown(CPU, "tests/server/test_layouts.py::test_all_ranks_run_the_chunks_that_upstream_predicts")
 _SPECULATION = Shown(CPU, "tests/server/test_speculation.py::test_answers_and_accepted_drafts_are_upstreams")
+_PROPOSAL = Shown(CPU, "tests/server/test_prefill_drafts.py::test_greedy_answers_are_those_without_drafts")
 _SLICES = Shown(CPU, "tests/server/test_layouts.py::test_each_context_parallel_rank_sends_its_own_slice")
 
 ROWS = (
@@ -241,8 +242,10 @@ ROWS = (
         "speculative decoding on prefill servers (EAGLE, NEXTN)",
         "yes",
         f"NEXTN: {GLM_5_2}",
-        Here.UPSTREAM,
-        note="`SGLANG_NPU_PP=require` does not start it: `tests/patches/test_without_pipeline.py`",
+        Here.IN_FORCE,
+        (_PROPOSAL,),
+        "latent attention, experts, a decode server with one stage; kernels in plain torch; DSPARK stays on "
+        "upstream's path",
     ),
     Row(
         "speculative decoding on one server (`SGLANG_ENABLE_PP_SPEC=1`, EAGLE, NEXTN)",

@@ -38,7 +38,12 @@ PRODUCED = Rule(
     "scheduler.copy_stream, produced)",
     "scheduler.copy_stream, pipeline.launch_event)",
 )
-
+PROPOSAL = Rule(
+    "what a prefill server tells its decode server of the first draft stays on the host",
+    "sglang_npu_pp.patches.outputs",
+    "_prepare_result",
+    "speculation.leave_proposal_on_host(result, values)",
+)
 
 IMPORT_LIMIT_S = 120.0
 
@@ -78,6 +83,7 @@ def make_scheduler() -> Any:
         pp_group = SimpleNamespace(is_first_rank=True)
         tp_worker = SimpleNamespace(model_runner=SimpleNamespace(sampling_observer=Observer()))
         future_map = SimpleNamespace(stash=lambda indices, payload: None)
+        disaggregation_mode = "prefill"
         _pp_spec_relay = False
 
     return Scheduler()
@@ -85,13 +91,28 @@ def make_scheduler() -> Any:
 
 def process_outputs(here: Here, number: int, rule: Rule | None = None) -> int | str:
     """As stage 0 takes the outputs of the last one; what the observer's consumer reads: `number` + 1."""
+    scores = torch.full((ranks.ELEMENTS,), number, dtype=torch.int32)
+    found = take_outputs(here, {"__sampling_observer_output__.scores": scores}, number, rule)
+    scores = found.auxiliary_host_output.scores
+    assert scores.device.type == "cpu"
+    return ranks.number_of(scores)
+
+
+def process_proposal(here: Here, number: int, rule: Rule | None = None) -> int | str:
+    """As stage 0 of a prefill server behind a launch; what upstream copies into its message: `number`."""
+    occupy(1)
+    hidden = torch.full((1, ranks.ELEMENTS), number, dtype=torch.int32)
+    draft = {"draft_topk_p": torch.ones(1, 1), "draft_topk_index": torch.zeros(1, 1, dtype=torch.int64)}
+    found = take_outputs(here, {**draft, "draft_hidden_states": hidden}, number, rule)
+    return ranks.number_of(found.next_draft_input.hidden_states.to("cpu")[0])
+
+
+def take_outputs(here: Here, outputs: dict[str, torch.Tensor], number: int, rule: Rule | None) -> Any:
+    """The result with these outputs beside a token."""
     from sglang_npu_pp.patches.outputs import OutputTicket
     from sglang_npu_pp.patches.pipeline import Launch
 
-    values = {
-        "next_token_ids": torch.tensor([number]),
-        "__sampling_observer_output__.scores": torch.full((ranks.ELEMENTS,), number, dtype=torch.int32),
-    }
+    values = {"next_token_ids": torch.tensor([number]), **outputs}
     pipeline: Any = SimpleNamespace(
         streams=DeviceStreams(here.device),
         launched={0: Launch(iteration=0, skipped=False)},
@@ -110,9 +131,7 @@ def process_outputs(here: Here, number: int, rule: Rule | None = None) -> int | 
     here.note("synchronized")
     found: Any = ticket.result
     assert found.next_token_ids.tolist() == [number]
-    scores = found.auxiliary_host_output.scores
-    assert scores.device.type == "cpu"
-    return ranks.number_of(scores)
+    return found
 
 
 def return_tokens(here: Here, number: int, rule: Rule | None = None) -> int | str:
@@ -179,6 +198,19 @@ def test_without_the_wait_the_result_is_there_too_early(npu_team: Team) -> None:
         call = rank.start(process_outputs, 59, WAIT)
         assert call.note() == "synchronized"
         assert call.result() != 60  # which no other test leaves in memory
+
+
+def test_a_prefill_servers_proposal_is_read_without_the_device(npu_team: Team) -> None:
+    """Though a launch still runs; without the rule the host waits for it."""
+    rank = ready(npu_team)
+    for rule in (None, PROPOSAL):
+        with holding(rank, "occupy"):
+            call = rank.start(process_proposal, 77, rule)
+            assert call.note() == "synchronized"
+            wait_until_held(rank, "occupy")
+            at_rest(rank)
+            assert call.has_answer == (rule is None)
+        assert call.result() == 77
 
 
 def test_outputs_are_copied_when_they_are_packed(npu_team: Team) -> None:

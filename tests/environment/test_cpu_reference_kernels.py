@@ -221,10 +221,20 @@ def test_a_decoding_token_attends_to_its_request_and_itself(kernels: Any) -> Non
         torch.testing.assert_close(out[index], expected)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["kept", "given"])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-def test_new_tokens_attend_to_the_prefix_and_to_those_above_them(kernels: Any, tree: bool) -> None:
+def test_new_tokens_attend_to_the_prefix_and_to_those_above_them(
+    kernels: Any, tree: bool, given: bool
+) -> None:
+    """`given`: their own keys and values are, and the pool has others in their place."""
     (keys, values), req_to_token = pool(4), table()
     new = [3, 2, 3]
+    kept = [
+        req_to_token[row, end - count : end] for row, end, count in zip(REQUESTS, LENGTHS, new, strict=True)
+    ]
+    own = torch.cat(kept).long()
+    given_key, given_value = (each[own].flatten(1) if given else None for each in (keys, values))
+    in_pool = [each.index_fill(0, own, math.nan) if given else each for each in (keys, values)]
     starts = torch.tensor([0, 3, 5])
     query = torch.randn(sum(new), HEADS, WIDTH, generator=torch.Generator().manual_seed(5))
     masks = [torch.eye(count, dtype=torch.bool) for count in new]
@@ -232,8 +242,8 @@ def test_new_tokens_attend_to_the_prefix_and_to_those_above_them(kernels: Any, t
         mask[:, 0] = True  # all below the root, none below another
     out = torch.zeros_like(query)
     kernels.extend_attention_cpu(
-        *(query, None, None, out, keys, values, 1.0, 1.0, req_to_token, REQUESTS, torch.tensor(LENGTHS)),
-        *(torch.tensor(new), starts, max(new), SCALE, 0.0, False, 0, None, None),
+        *(query, given_key, given_value, out, *in_pool, 1.0, 1.0, req_to_token, REQUESTS),
+        *(torch.tensor(LENGTHS), torch.tensor(new), starts, max(new), SCALE, 0.0, False, 0, None, None),
         *(torch.cat([mask.flatten() for mask in masks]) if tree else None, True),
     )
     for index, (row, length, count) in enumerate(zip(REQUESTS.tolist(), LENGTHS, new, strict=True)):
@@ -243,6 +253,22 @@ def test_new_tokens_attend_to_the_prefix_and_to_those_above_them(kernels: Any, t
             at = req_to_token[row, seen].tolist()
             expected = attended(query[starts[index] + token], keys, values, at)
             torch.testing.assert_close(out[starts[index] + token], expected)
+
+
+def test_keys_of_another_width_than_the_pool_are_enough_without_a_prefix(kernels: Any) -> None:
+    """Latent attention prefills so: the pool keeps what keys and values are computed from."""
+    (keys, values), req_to_token = pool(7), table()
+    count = LENGTHS[0]
+    query = torch.randn(count, HEADS, WIDTH, generator=torch.Generator().manual_seed(8))
+    latent = torch.full((POOL, 1, 3), math.nan)
+    out = torch.zeros_like(query)
+    kernels.extend_attention_cpu(
+        *(query, keys[:count], values[:count], out, latent, latent, 1.0, 1.0, req_to_token, REQUESTS[:1]),
+        *(torch.tensor([count]), torch.tensor([count]), torch.tensor([0]), count, SCALE, 0.0, False, 0, None),
+        *(None, None, True),
+    )
+    for token in range(count):
+        torch.testing.assert_close(out[token], attended(query[token], keys, values, list(range(token + 1))))
 
 
 def test_what_the_reference_does_not_know_is_refused(kernels: Any) -> None:

@@ -46,7 +46,8 @@ def arguments(**changed: Any) -> Any:
         ({"speculative_algorithm": "NEXTN"}, None),
         ({"speculative_algorithm": "DSPARK"}, "speculative decoding by DSPARK with pipeline parallelism"),
         ({"speculative_algorithm": "DSPARK", "pp_size": 1}, None),
-        ({"disaggregation_mode": "prefill"}, "speculative decoding on a disaggregated server with stages"),
+        ({"disaggregation_mode": "prefill"}, None),
+        ({"disaggregation_mode": "decode"}, "speculative decoding on a decode server with stages"),
     ],
 )
 def test_what_is_refused_is_named(changed: dict[str, Any], sentence: str | None) -> None:
@@ -74,8 +75,11 @@ class Uploaded(torch.Tensor):
 
 
 class Scheduler(SchedulerPPMixin):
-    def __init__(self, stage: int) -> None:
-        self._pp_spec_relay, self.device = True, "cpu"
+    def __init__(self, stage: int, role: str) -> None:
+        self._pp_spec_relay, self.device = role == "null", "cpu"
+        self.disaggregation_mode = role
+        self.stashed: list[Any] = []  # upstream's table of what requests go on with, on the device
+        self.future_map = SimpleNamespace(stash=lambda indices, payload: self.stashed.append(payload))
         self.pp_group = SimpleNamespace(is_first_rank=False)
         self.moved: list[Any] = []  # KV of accepted paths
         self.stage = stage
@@ -110,14 +114,17 @@ def batch_of(names: str) -> Any:
         return_logprob=False,
         return_hidden_states=False,
         spec_info=None,
+        spec_algorithm=SimpleNamespace(is_dspark=lambda: False),
+        req_pool_indices=None,
+        contains_last_prefill_chunk=False,
         seq_lens=torch.tensor([10, 20]),
         seq_lens_cpu=torch.tensor([10, 20]),
         seq_lens_sum=30,
     )
 
 
-def take(stage: int, values: dict[str, torch.Tensor]) -> tuple[Any, Any, Scheduler]:
-    """Outputs on a stage, by the ticket; on the last (1) its own."""
+def take(stage: int, values: dict[str, torch.Tensor], role: str = "null") -> tuple[Any, Any, Scheduler]:
+    """Outputs on a stage of a server of that role, by the ticket; on the last (1) its own."""
     own = HostCopy(dict(values), PassedEvent(), sources=dict(values)) if stage == 1 else None
     pipeline: Any = SimpleNamespace(
         launched={0: Launch(5, False, own)},
@@ -126,7 +133,7 @@ def take(stage: int, values: dict[str, torch.Tensor]) -> tuple[Any, Any, Schedul
         token_return=SimpleNamespace(check=lambda: None),
         post_outputs=lambda slot: SimpleNamespace(wait=lambda: dict(values)),
     )
-    batch, scheduler = batch_of("ab"), Scheduler(stage)
+    batch, scheduler = batch_of("ab"), Scheduler(stage, role)
     metadata = SimpleNamespace(fwd_batch=batch_of("ab"), verify_out_cache_loc=None, can_run_cuda_graph=False)
     ticket = outputs.OutputTicket(scheduler, pipeline, 0, batch, metadata)
     ticket.synchronize()
@@ -167,6 +174,38 @@ def test_what_the_next_launch_reads_is_on_the_device_and_the_rest_is_not(uploads
     assert scheduler.moved[0][0] is Uploaded
     on_host = [batch.seq_lens_cpu, result.next_token_ids, result.accept_lens]
     assert not any(isinstance(each, Uploaded) for each in on_host)
+
+
+PREFILL = {  # of two requests
+    "next_token_ids": torch.tensor([7, 8]),
+    "draft_topk_p": torch.tensor([[0.5], [0.25]]),
+    "draft_topk_index": torch.tensor([[11], [21]]),
+    "draft_hidden_states": torch.arange(8.0).view(2, 4),
+    "draft_dsa_topk_indices": torch.tensor([[3, 1], [2, 5]], dtype=torch.int32),
+}
+
+
+def proposal(result: Any) -> dict[str, Any]:
+    names = ("topk_p", "topk_index", "hidden_states", "dsa_topk_indices")
+    return {f"draft_{name}": getattr(result.next_draft_input, name) for name in names}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_every_stage_of_a_prefill_server_gets_the_proposal_on_the_host(
+    uploads: list[torch.Tensor], stage: int
+) -> None:
+    batch, result, scheduler = take(stage, PREFILL, role="prefill")
+    assert batch.spec_info is result.next_draft_input  # upstream asserts it
+    for name, value in proposal(result).items():
+        assert torch.equal(value, PREFILL[name])
+        assert not isinstance(value, Uploaded)
+    (stashed,) = scheduler.stashed
+    assert isinstance(stashed.topk_p, Uploaded) == (stage == 0)  # the last stage has its own
+
+
+def test_where_a_launch_reads_the_proposal_it_is_on_the_device(uploads: list[torch.Tensor]) -> None:
+    _, result, _ = take(0, PREFILL)
+    assert all(isinstance(value, Uploaded) for value in proposal(result).values())
 
 
 def swap_rows(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:

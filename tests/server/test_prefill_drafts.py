@@ -1,0 +1,160 @@
+"""A prefill server of two stages that drafts with a NEXTN layer, and a decode server behind it.
+
+The published command lines of GLM-5.2 do so. On CPU, a tiny twin of their models (rig/published_twin.py) over
+Mooncake's TCP: the last stage drafts, and what a decode server needs of it returns to every stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from rig import battery, disaggregated
+from rig.launcher import RANDOM_MODEL, ROOT, Launcher, traces
+from rig.published_twin import write_twin
+from rig.server import PATH, Server
+from sglang_npu_pp.tools.certify import order
+from sglang_npu_pp.tools.certify.ports import free_ports
+
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing())
+    ),
+]
+
+STAGES, CONCURRENCY, TOKENS = 2, 6, 16
+LENGTHS = (1, 5, 17, 60, 250, 256, 257, 600)  # tokens; chunks are 256
+BACKEND = "intel_amx"  # of SGLang's for the CPU, the one that knows latent attention and drafts
+ARGUMENTS = ("--prefill-attention-backend", BACKEND, "--decode-attention-backend", BACKEND)
+STEPS = {"prefill": 1, "decode": 3}  # of drafts, as published
+ACCEPTANCE = ("spec_verify_ct", "spec_accept_length")
+
+Answers = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    end_of_text = json.loads((RANDOM_MODEL / "config.json").read_text())["text_config"]["eos_token_id"]
+    return write_twin(tmp_path_factory.mktemp("twin") / "model", RANDOM_MODEL, end_of_text)
+
+
+def configured(launcher: Launcher, stages: int, twin: Path, **options: Any) -> Server:
+    server = launcher.configure(1, stages, model=twin, **options)
+    server.env[PATH] = os.pathsep.join([str(ROOT / "scripts/cpu_compat"), server.env[PATH]])
+    return server
+
+
+def drafting(steps: int) -> tuple[str, ...]:
+    return (
+        *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(steps)),
+        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(steps + 1)),
+    )
+
+
+def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregated.Pair:
+    (bootstrap_port,) = free_ports(1)
+    servers = [
+        configured(
+            launcher,
+            stages,
+            twin,
+            patched=patched and stages > 1,
+            args=(*disaggregated.arguments(mode, bootstrap_port), *ARGUMENTS, *drafting(STEPS[mode])),
+            env=disaggregated.engine_environment("sglang_pp_probe", "nextn_probe"),
+        )
+        for mode, stages in (("prefill", STAGES), ("decode", 1))
+    ]
+    with ThreadPoolExecutor(2) as pool:  # they start beside each other
+        prefill, decode = pool.map(launcher.servers.enter_context, servers)
+    return disaggregated.Pair(prefill, decode, bootstrap_port)
+
+
+def requests() -> dict[str, dict[str, Any]]:
+    return {
+        f"{length} tokens, {seed}": {
+            "input_ids": battery.prompt(length, seed),
+            "sampling_params": {"temperature": 0, "ignore_eos": True, "max_new_tokens": TOKENS},
+            "return_logprob": True,
+        }
+        for seed in range(2)
+        for length in LENGTHS
+    }
+
+
+def ask_all(pair: disaggregated.Pair, concurrency: int) -> Answers:
+    answers = pair.generate_all(list(requests().values()), concurrency=concurrency)
+    for answer in answers:
+        assert not isinstance(answer, Exception), answer
+    return dict(zip(requests(), answers, strict=True))
+
+
+def tokens(answers: Answers) -> dict[str, list[int]]:
+    return {name: answer["output_ids"] for name, answer in answers.items()}
+
+
+def essence(answers: Answers) -> dict[str, list[Any]]:
+    return {
+        name: [answer["output_ids"], *(answer["meta_info"][key] for key in ACCEPTANCE)]
+        for name, answer in answers.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def without_drafts(make_launcher: Callable[[str], Launcher], twin: Path) -> dict[str, list[int]]:
+    """Of one unpatched server with one stage."""
+    with configured(make_launcher("no-drafts"), 1, twin, patched=False, args=ARGUMENTS) as server:
+        return tokens({name: battery.generate(server, **body) for name, body in requests().items()})
+
+
+@pytest.fixture(scope="module")
+def pair(make_launcher: Callable[[str], Launcher], twin: Path) -> Iterator[disaggregated.Pair]:
+    launcher = make_launcher("prefill-drafts")
+    yield start_pair(launcher, twin, patched=True)
+    launcher.stop_all()
+
+
+@pytest.mark.parametrize("concurrency", [1, CONCURRENCY])
+def test_greedy_answers_are_those_without_drafts(
+    without_drafts: dict[str, list[int]], pair: disaggregated.Pair, concurrency: int
+) -> None:
+    answers = ask_all(pair, concurrency)
+    assert tokens(answers) == without_drafts
+    accepted = [answer["meta_info"]["spec_accept_length"] for answer in answers.values()]
+    assert mean(accepted) > 1.3, "drafts are never right: nothing is shown here"
+
+
+def test_nothing_waits_that_need_not(pair: disaggregated.Pair) -> None:
+    """Proxies leave right behind a launch, outputs come from the last stage and are waited for behind one."""
+    ask_all(pair, CONCURRENCY)
+    recorded = traces(pair.prefill)
+    # What stages ask one another about transfers fills the buffers, and not equally fast.
+    since = max(order.launches(trace)[0] for trace in recorded.values())
+    recorded = {
+        stage: [event for event in trace if event.iteration >= since] for stage, trace in recorded.items()
+    }
+    assert len(order.launches(recorded[0])) == len(order.launches(recorded[1])) > 10
+    assert not order.outputs_come_from_the_last_stage(recorded)
+    assert not order.proxies_leave_right_behind_the_launch(recorded[0])
+    for trace in recorded.values():
+        assert not order.tokens_are_waited_for_behind_the_launch(trace)
+
+
+@pytest.mark.release
+def test_as_many_drafts_are_accepted_as_upstreams(
+    make_launcher: Callable[[str], Launcher], twin: Path, pair: disaggregated.Pair
+) -> None:
+    """The first round of a decode server verifies what the prefill server has drafted."""
+    launcher = make_launcher("upstreams-drafts")
+    try:
+        upstream = ask_all(start_pair(launcher, twin, patched=False), 1)
+    finally:
+        launcher.stop_all()
+    assert essence(ask_all(pair, 1)) == essence(upstream)
