@@ -37,7 +37,7 @@ from .endpoints import (
 from .inbox import Inbox, ReceiveChannel
 from .liveness import Pulse
 from .message import Kind, Message
-from .outbox import POLL_MS, Outbox, Peer
+from .outbox import Outbox, Peer
 from .parts import refuse_longer_frames
 from .window import Bounds
 
@@ -308,25 +308,22 @@ class HostLane:
         """
         channel = self._inbox.channel(source, kind)
         number = channel.post()
-        for _ in self.wait_steps(channel, number, limit_s):
-            pass
+        if number not in channel.waiting:
+            for _ in self.wait_steps(channel, number, limit_s):
+                pass
         return channel.take(number)
 
     def wait_steps(
         self, channel: ReceiveChannel, number: int, limit_s: float | None = None
     ) -> Iterator[None]:
-        """Process arrivals until the message is here; yields every 0.1 s at most, where the caller may raise.
+        """Process arrivals until the message, not here yet, is; yields every 0.1 s at most, and after others.
 
-        Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
+        The caller may raise there. Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
         """
-        counters = channel.counters
-        counters.waits += 1
-        if number in channel.waiting:
-            return
         began = time.monotonic()
         limit_s = self._settings.wait_limit_s if limit_s is None else limit_s
         while True:
-            self._inbox.pump(POLL_MS)
+            self._inbox.receive_next()
             if number in channel.waiting:
                 break
             self.check()
@@ -336,7 +333,7 @@ class HostLane:
                     f"{self._where}: {channel.kind.label} message {number} of stage {channel.source} did "
                     f"not come within {limit_s:g} s although that stage is alive; look at its log."
                 )
-        counters.wait_s += time.monotonic() - began
+        channel.counters.wait_s += time.monotonic() - began
 
     def poll(self, timeout_ms: int = 0) -> None:
         """Process arrivals; waits up to `timeout_ms` for the first."""

@@ -120,6 +120,9 @@ class Outbox:
 
     def _connect(self) -> None:
         socket = self._socket
+        self._send = (
+            socket.send
+        )  # every look-up of a socket's attribute asks for an option of that name first
         # Of each attempt its own: the peer may not know yet that the one before has ended.
         identity = connection_identity(self._context.stage, self._peer.port, self._attempt)
         socket.setsockopt(zmq.ROUTING_ID, identity)
@@ -152,7 +155,8 @@ class Outbox:
 
         Raises PeerLostError, or WaitLimitError if the peer takes nothing in time.
         """
-        self.check()
+        if self._abandoned or time.monotonic() >= self._next_check:
+            self.check()
         channel = self._channels.get(message.kind) or self._open_channel(message.kind)
         window, counters = channel.window, channel.counters
         number = window.sent_messages
@@ -161,7 +165,8 @@ class Outbox:
             self._read_credit()
             if not window.has_room(message.nbytes):
                 began = time.monotonic()
-                self._trace.record("full", message.kind.label, message.slot, message.iteration)
+                if self._trace.enabled:
+                    self._trace.record("full", message.kind.label, message.slot, message.iteration)
                 self._wait_for_room(message, window)
                 counters.backpressure += 1
                 counters.backpressure_s += time.monotonic() - began
@@ -170,7 +175,8 @@ class Outbox:
         counters.messages += 1
         counters.bytes += message.nbytes + message.device_nbytes
         self._last_sent = channel
-        self._trace.record("push", message.kind.label, message.slot, message.iteration)
+        if self._trace.enabled:
+            self._trace.record("push", message.kind.label, message.slot, message.iteration)
 
     def _open_channel(self, kind: Kind) -> _Channel:
         channel = _Channel(kind, Window(self._bounds), self._context.telemetry.sending(kind.label))
@@ -277,12 +283,12 @@ class Outbox:
         # raises at the end of the settling time.
         if self._peer.keys is not None:  # between nodes
             frames = cut(frames)
-        copy = copy or max(map(len, frames)) < ZERO_COPY_BYTES
         while True:
             try:
                 if len(frames) == 1:
-                    self._socket.send(frames[0], zmq.NOBLOCK)
+                    self._send(frames[0], zmq.NOBLOCK)
                 else:
+                    copy = copy or max(map(len, frames)) < ZERO_COPY_BYTES
                     self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
                 return
             except zmq.Again:

@@ -26,7 +26,7 @@ from .clock import UNMEASURED, LinkClock
 from .device_lane import DeviceLane, Receive, pack_layout, unpack
 from .host_lane import HostLane
 from .inbox import ReceiveChannel
-from .message import Kind, Message, TensorSpec, dtype_name
+from .message import Kind, Message, TensorSpec, device_type, dtype_name
 from .outbox import Outbox
 
 
@@ -127,7 +127,8 @@ class StageLink:
                 self.trace.record("full", kind.label, slot, iteration)
             counters = self.telemetry.sending(kind.label)
             self.device_lane.send(on_device, message, counters)
-            self.trace.record("post_send", kind.label, slot, iteration)
+            if self.trace.enabled:
+                self.trace.record("post_send", kind.label, slot, iteration)
 
     def _compose(
         self,
@@ -151,8 +152,8 @@ class StageLink:
                 values[name] = value
                 continue
             part, count = (value, 1) if gather is None else _slice_for(value, gather)
-            device = value.device.type
-            spec = TensorSpec(name, dtype_name(value.dtype), tuple(value.shape), device, count)
+            device = device_type(value)
+            spec = TensorSpec(name, dtype_name(value.dtype), value.shape, device, count)
             if device == lane_device and part.numel():
                 on_device[name] = part
                 device_specs.append(spec)
@@ -194,13 +195,15 @@ class StageLink:
         overtaking = None if overtaken_by is None else lane.channel(source, overtaken_by)
         if self.device_lane is not None:
             lane.poll()  # a header that is here posts its receive
-        self.trace.record("post", kind.label, slot, iteration)
+        if self.trace.enabled:
+            self.trace.record("post", kind.label, slot, iteration)
         return Pending(self, channel, channel.post(), slot, iteration, overtaking)
 
     def receive(self, pending: Pending) -> Any:
         """See `Pending.wait_values`."""
         message = self._take(pending)
-        self.trace.record("ready", pending.kind.label, message.slot, message.iteration)
+        if self.trace.enabled:
+            self.trace.record("ready", pending.kind.label, message.slot, message.iteration)
         return message.values
 
     def receive_tensors(self, pending: Pending, gather: GatherGroup | None, owned: bool) -> dict[str, Any]:
@@ -225,15 +228,20 @@ class StageLink:
                 found[name] = self._gather_slices(tensors[name], sliced[name], gather)
             else:
                 found[name] = tensors[name] if name in tensors else values[name]
-        self.trace.record("ready", message.kind.label, message.slot, message.iteration)
+        if self.trace.enabled:
+            self.trace.record("ready", message.kind.label, message.slot, message.iteration)
         return found
 
     def _take(self, pending: Pending) -> Message:
         """Wait for the message, and compare it with the expected one."""
         channel, slot, iteration = pending.channel, pending.slot, pending.iteration
-        self.trace.record("wait", channel.kind.label, slot, iteration)
-        for _ in self.host_lane.wait_steps(channel, pending.number):
-            self._check_overtaken(pending)
+        if self.trace.enabled:
+            self.trace.record("wait", channel.kind.label, slot, iteration)
+        if pending.number not in channel.waiting:
+            for _ in self.host_lane.wait_steps(channel, pending.number):
+                self._check_overtaken(pending)
+            if self.device_lane is not None:
+                self.host_lane.poll()  # a header behind that message posts its receive
         message = channel.take(pending.number)
         if iteration >= 0 and (message.slot, message.iteration) != (slot, iteration):
             raise SequenceError(
@@ -335,7 +343,8 @@ class StageLink:
             message = self._announced.popleft()
             key = (message.kind, message.number)
             self._posted[key] = lane.post_receive(message.device_nbytes)
-            self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
+            if self.trace.enabled:
+                self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
 
     def close(self) -> None:
         self.host_lane.close()
