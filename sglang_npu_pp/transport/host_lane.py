@@ -321,18 +321,17 @@ class HostLane:
         The caller may raise there. Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
         """
         began = time.monotonic()
-        limit_s = self._settings.wait_limit_s if limit_s is None else limit_s
-        while True:
-            self._inbox.receive_next()
-            if number in channel.waiting:
-                break
+        self._inbox.receive_next()
+        while number not in channel.waiting:
             self.check()
             yield
+            limit_s = self._settings.wait_limit_s if limit_s is None else limit_s
             if time.monotonic() - began >= limit_s:
                 raise WaitLimitError(
                     f"{self._where}: {channel.kind.label} message {number} of stage {channel.source} did "
                     f"not come within {limit_s:g} s although that stage is alive; look at its log."
                 )
+            self._inbox.receive_next()
         channel.counters.wait_s += time.monotonic() - began
 
     def poll(self, timeout_ms: int = 0) -> None:

@@ -97,11 +97,11 @@ class Inbox:
 
     def pump(self, timeout_ms: int) -> None:
         """Process all arrivals; waits up to `timeout_ms` for the first."""
-        for socket, _ in self._poller.poll(timeout_ms):
-            more = _POLLIN
-            while more:
+        if timeout_ms:
+            self._poller.poll(timeout_ms)
+        for socket in self._sockets:
+            while int(socket.get(zmq.EVENTS)) & _POLLIN:  # cheaper than a poll, or an exception
                 self._receive(socket, socket.recv(_NOBLOCK))
-                more = socket.get(zmq.EVENTS) & _POLLIN  # cheaper than the exception of an empty socket
 
     def receive_next(self) -> None:
         """Process one arrival of each socket; waits up to POLL_MS for the first."""
@@ -117,17 +117,17 @@ class Inbox:
         self._receive(self._only, identity)
 
     def _receive(self, socket: zmq.Socket, identity: bytes) -> None:
-        frames = [socket.recv(_NOBLOCK, copy=False)]  # behind an identity there is at least one
-        while frames[-1].more:
-            frames.append(socket.recv(_NOBLOCK, copy=False))
+        frame = socket.recv(_NOBLOCK, copy=False)  # behind an identity there is at least one
+        buffers = [_VIEW(frame)]
+        while frame.more:
+            frame = socket.recv(_NOBLOCK, copy=False)
+            buffers.append(_VIEW(frame))
         stage = self._stages.get(identity)
         if stage is None:
-            self._handshake(socket, identity, frames)
+            self._handshake(socket, identity, buffers, frame)
             return
         try:
-            buffers = list(map(_VIEW, frames))
-            if socket in self._in_parts:
-                del frames  # which would keep every part until the last one is copied
+            if self._in_parts and socket in self._in_parts:
                 buffers = join(buffers, self._blocks)
             header = read_header(buffers[0])
             if header.source != stage:
@@ -159,10 +159,12 @@ class Inbox:
         if message.device_nbytes:
             self.on_announcement(message)
 
-    def _handshake(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
-        """A connection's first message: a stage's hello, otherwise dropped."""
-        stage = self._authenticate(identity, frames[-1])
-        if stage is None or not _is_hello(frames, stage):
+    def _handshake(
+        self, socket: zmq.Socket, identity: bytes, buffers: list[Buffer], frame: zmq.Frame
+    ) -> None:
+        """A connection's first message, with its last frame: a stage's hello, otherwise dropped."""
+        stage = self._authenticate(identity, frame)
+        if stage is None or not _is_hello(buffers, stage):
             self._context.telemetry.refused += 1
             return
         self._stages[identity] = stage
@@ -183,11 +185,11 @@ class Inbox:
         )
 
 
-def _is_hello(frames: list[zmq.Frame], stage: int) -> bool:
-    if len(frames) != 1:
+def _is_hello(buffers: list[Buffer], stage: int) -> bool:
+    if len(buffers) != 1:
         return False
     try:
-        header = read_header(frames[0].buffer)
+        header = read_header(buffers[0])
     except MessageError:
         return False
     return header.kind == Kind.HELLO and header.source == stage

@@ -30,6 +30,7 @@ PROTOCOL = 6
 INLINE_BYTES = 16 << 10  # smaller buffers lie in the header: copying them is cheaper than a frame for each
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
+_CRC_BYTES = _CRC.size
 _CRC_OF_ALL = 0x2144DF1C  # CRC-32 of any bytes with their own CRC-32 behind them
 _ALIGNMENT = 8  # only complex128 is wider
 
@@ -64,6 +65,7 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
     elements: int  # that travel: of the slice where there is one
     nbytes: int
+    shape: tuple[int, ...]  # in which they arrive: slices are flat
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +73,7 @@ def sizes_of(dtype: str, shape: tuple[int, ...], sliced: int) -> Sizes:
     """Raises MessageError."""
     # Cached: the messages of a decode have tensors of the same few shapes.
     torch_type, elements = torch_dtype(dtype), math.prod(shape) // sliced
-    return Sizes(torch_type, elements, elements * torch_type.itemsize)
+    return Sizes(torch_type, elements, elements * torch_type.itemsize, shape if sliced == 1 else (elements,))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -145,7 +147,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def device_type(tensor: torch.Tensor) -> str:
-    return "cpu" if tensor.is_cpu else tensor.device.type  # which makes two objects
+    return "cpu" if tensor.is_cpu else tensor.device.type  # which torch writes with a stream
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
@@ -224,13 +226,18 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
     specs = message.specs
     if message.tensors and not specs:
         specs = describe(message.tensors)
-    buffers = [_bytes_of(tensor) for tensor in message.tensors.values() if tensor.nbytes]
+    buffers: list[Buffer] = []
+    for tensor in message.tensors.values():
+        if tensor.nbytes:
+            buffers.append(_bytes_of(tensor))
     in_values = 0
     if message.values is not None:
         value_buffers = dump_values(message.values)
         in_values = len(value_buffers)
         buffers += value_buffers
-    frames = _large_ones(buffers)
+    frames: list[Buffer] = []
+    if buffers and max(map(len, buffers)) >= INLINE_BYTES:
+        frames = [buffer for buffer in buffers if len(buffer) >= INLINE_BYTES]
     header = Header(
         protocol=PROTOCOL,
         kind=message.kind,
@@ -252,12 +259,6 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
     return [head, *frames]
 
 
-def _large_ones(buffers: Sequence[Buffer]) -> list[Buffer]:
-    if not buffers or max(map(len, buffers)) < INLINE_BYTES:  # as a rule, and told in C
-        return []
-    return [buffer for buffer in buffers if len(buffer) >= INLINE_BYTES]
-
-
 def _in_header(buffers: Sequence[Buffer]) -> tuple[Any, ...]:
     return tuple(buffer if len(buffer) < INLINE_BYTES else len(buffer) for buffer in buffers)
 
@@ -273,11 +274,10 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
 
 def read_header(head: Buffer) -> Header:
     """The header in frame 0, after its checksum. Raises MessageError."""
-    view = memoryview(head)
-    if zlib.crc32(view) != _CRC_OF_ALL:
+    if zlib.crc32(head) != _CRC_OF_ALL:
         raise MessageError("The header of a message does not match its checksum.")
     try:
-        header = _HEADER_DECODER.decode(view[: -_CRC.size])
+        header = _HEADER_DECODER.decode(head[:-_CRC_BYTES])
     except msgspec.DecodeError as error:
         raise MessageError(f"The header of a message cannot be read: {error}.") from None
     if header.protocol != PROTOCOL:
@@ -348,20 +348,22 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
 
 def _read_tensors(message: Message, buffers: Sequence[Buffer]) -> int:
     """Fill in host-lane tensors; returns the number of buffers used (an empty tensor: none)."""
-    used = 0
+    used, tensors = 0, message.tensors
     for spec in message.specs:
         if spec.offset >= 0:
             continue
-        dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
-        buffer: Buffer = buffers[used] if nbytes and used < len(buffers) else b""
+        dtype, elements, nbytes, shape = sizes_of(spec.dtype, spec.shape, spec.sliced)
+        if nbytes == 0:
+            tensors[spec.name] = torch.empty(shape, dtype=dtype)
+            continue
+        buffer = buffers[used] if used < len(buffers) else b""
+        used += 1
         if len(buffer) != nbytes:
             raise MessageError(
                 f"Tensor {spec.name!r} of message {message.number} has {len(buffer)} bytes, but a "
                 f"{spec.dtype} of {elements} elements needs {nbytes}."
             )
-        used += bool(nbytes)
-        shape = spec.shape if spec.sliced == 1 else (elements,)
-        message.tensors[spec.name] = tensor_over(buffer, dtype, shape)
+        tensors[spec.name] = tensor_over(buffer, dtype, shape)
     return used
 
 

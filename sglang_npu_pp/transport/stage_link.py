@@ -14,9 +14,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
 from ..errors import SequenceError
@@ -39,8 +39,7 @@ class GatherGroup(Protocol):
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor: ...
 
 
-@dataclass(eq=False, slots=True)
-class Pending:
+class Pending(msgspec.Struct, eq=False):
     """An expected message. Only `wait` blocks."""
 
     link: StageLink
