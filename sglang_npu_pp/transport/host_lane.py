@@ -316,10 +316,12 @@ class HostLane:
     def wait_steps(
         self, channel: ReceiveChannel, number: int, limit_s: float | None = None
     ) -> Iterator[None]:
-        """Process arrivals until the message, not here yet, is; yields every 0.1 s at most, and after others.
+        """Process arrivals until the message is here; yields every 0.1 s at most, where the caller may raise.
 
-        The caller may raise there. Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
+        Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
         """
+        if number in channel.waiting:
+            return
         began = time.monotonic()
         self._inbox.receive_next()
         while number not in channel.waiting:

@@ -72,7 +72,7 @@ class Inbox:
         bounds: Bounds,
         authenticate: Callable[[bytes, zmq.Frame], int | None],
     ) -> None:
-        self.on_announcement: Callable[[Message], None] = lambda message: None
+        self.on_announcement: Callable[[Message], None] | None = None
         self.admitted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
@@ -104,17 +104,18 @@ class Inbox:
                 self._receive(socket, socket.recv(_NOBLOCK))
 
     def receive_next(self) -> None:
-        """Process one arrival of each socket; waits up to POLL_MS for the first."""
+        """Process at least one arrival, and all if they can be announcements; waits up to POLL_MS for it."""
         # One socket waits by itself: a poll in front of it doubles the system calls.
         if self._only is None:
-            for socket, _ in self._poller.poll(POLL_MS):
-                self._receive(socket, socket.recv(_NOBLOCK))
+            self.pump(POLL_MS)
             return
         try:
             identity = self._only.recv()
         except zmq.Again:
             return
         self._receive(self._only, identity)
+        if self.on_announcement is not None:
+            self.pump(0)
 
     def _receive(self, socket: zmq.Socket, identity: bytes) -> None:
         frame = socket.recv(_NOBLOCK, copy=False)  # behind an identity there is at least one
@@ -156,7 +157,7 @@ class Inbox:
         counters.bytes += message.nbytes + message.device_nbytes
         if self._trace.enabled:
             self._trace.record("arrive", message.kind.label, message.slot, message.iteration)
-        if message.device_nbytes:
+        if message.device_nbytes and self.on_announcement is not None:
             self.on_announcement(message)
 
     def _handshake(

@@ -83,7 +83,8 @@ class StageLink:
         self._announced: deque[Message] = deque()  # device messages whose receive is not posted yet
         self._posted: dict[tuple[Kind, int], Receive] = {}
         self._in_use: list[Receive] = []
-        host_lane.on_announcement(self._announce)
+        if device_lane is not None:
+            host_lane.on_announcement(self._announce)
 
     # --- send ----------------------------------------------------------------------------------
 
@@ -239,8 +240,6 @@ class StageLink:
         if pending.number not in channel.waiting:
             for _ in self.host_lane.wait_steps(channel, pending.number):
                 self._check_overtaken(pending)
-            if self.device_lane is not None:
-                self.host_lane.poll()  # a header behind that message posts its receive
         message = channel.take(pending.number)
         if iteration >= 0 and (message.slot, message.iteration) != (slot, iteration):
             raise SequenceError(
