@@ -3,12 +3,14 @@
     make bench-host-lane ARGS='--rounds 40 --json result.json'
     make bench-host-lane ARGS='--beside /path/to/another/tree'
 
-Ways: bare (pyzmq with the lane's socket types, transport, encryption and frame sizes), lane (`HostLane`),
-link (`StageLink`, a tensor dict as the schedulers exchange it). ipc is between ranks of one node, TCP with
-CURVE between two nodes; here over loopback. The ways take turns, a round each, in the same two processes; a
-ratio is the median of the rounds' ratios to bare pyzmq. Each process has one core, unless `--any-core`: on
-two, a scheduler that puts both processes on one core shortens bare round trips threefold, now and then.
-`--beside` measures the package of another tree in the same turns. Nothing is asserted: machines differ.
+Ways: bare (pyzmq with the lane's socket types, transport, encryption and frame sizes), format (the same with
+messages encoded, checked and decoded), lane (`HostLane`), link (`StageLink`, a tensor dict as the schedulers
+exchange it). ipc is between ranks of one node, TCP with CURVE between two nodes; here over loopback.
+
+The ways take turns, a round each, in the same two processes; a ratio is the median of the rounds' ratios to
+bare pyzmq. Each process has one core, unless `--any-core`: a scheduler that puts both on one core shortens
+bare round trips threefold, now and then. `--beside` measures the package of another tree in the same turns.
+Nothing is asserted: machines differ.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # as a script, only its own folder would be on th
 from scripts.output import number_table, plain_console  # noqa: E402
 
 SIZES = (256, 64 << 10, 1 << 20)
-WAYS = ("bare", "lane", "link")
+WAYS = ("bare", "format", "lane", "link")
 TRANSPORTS = {"ipc": "ipc", "tcp": "TCP + CURVE"}
 A_ROUND = {256: 200, 64 << 10: 60, 1 << 20: 10}  # messages
 RANK = ROOT / "scripts" / "bench_host_lane_rank.py"

@@ -22,7 +22,7 @@ from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport.context import RankContext
 from sglang_npu_pp.transport.endpoints import Exchange, process_group_exchange
 from sglang_npu_pp.transport.host_lane import HostLane
-from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message
+from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message, decode, encode, read_header
 from sglang_npu_pp.transport.stage_link import StageLink
 
 LIMIT_S = 60
@@ -82,7 +82,7 @@ class Bare:
         self._router, self._dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
         self._router.linger = self._dealer.linger = 0
         if transport == "ipc":
-            endpoint = f"ipc://{directory}/bare-{rank}"
+            endpoint = f"ipc://{directory}-{rank}"
             self._router.bind(endpoint)
         else:
             public, secret = zmq.curve_keypair()
@@ -106,6 +106,30 @@ class Bare:
 
     def receive(self) -> None:
         self._router.recv_multipart(0, self._copy)
+
+
+class Format(Bare):
+    """The same sockets with the lane's messages: encoded, checked, decoded, and nothing around that."""
+
+    def prepare(self, nbytes: int) -> None:
+        self._payload = torch.zeros(nbytes, dtype=torch.uint8)
+
+    def send(self) -> None:
+        message = Message(Kind.PROXY, 0, 7, tensors={"payload": self._payload})
+        frames = encode(message, source=0, number=0, check_all=False)
+        if len(frames) == 1:
+            self._dealer.send(frames[0])
+        else:
+            self._dealer.send_multipart(frames, copy=False)
+
+    def receive(self) -> None:
+        self._router.recv()
+        frame = self._router.recv(copy=False)
+        buffers = [frame.buffer]
+        while frame.more:
+            frame = self._router.recv(copy=False)
+            buffers.append(frame.buffer)
+        decode(read_header(buffers[0]), buffers, check_all=False)
 
 
 def lead(way: Way, messages: int) -> list[int]:
@@ -149,7 +173,8 @@ def main() -> None:
     work(
         rank,
         {
-            "bare": lambda: Bare(rank, transport, directory, exchange),
+            "bare": lambda: Bare(rank, transport, directory / "bare", exchange),
+            "format": lambda: Format(rank, transport, directory / "format", exchange),
             "lane": lambda: Lane(lane),
             "link": lambda: Link(lane),
         },

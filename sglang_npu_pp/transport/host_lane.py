@@ -308,9 +308,8 @@ class HostLane:
         """
         channel = self._inbox.channel(source, kind)
         number = channel.post()
-        if number not in channel.waiting:
-            for _ in self.wait_steps(channel, number, limit_s):
-                pass
+        for _ in self.wait_steps(channel, number, limit_s):
+            pass
         return channel.take(number)
 
     def wait_steps(
@@ -320,6 +319,7 @@ class HostLane:
 
         Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
         """
+        channel.counters.waits += 1
         if number in channel.waiting:
             return
         began = time.monotonic()

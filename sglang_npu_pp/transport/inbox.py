@@ -45,7 +45,6 @@ class ReceiveChannel:
 
     def take(self, number: int) -> Message:
         """Remove an arrived message and give its sender credit."""
-        self.counters.waits += 1
         message = self.waiting.pop(number)
         meter = self.meter
         if meter.take(message.nbytes) and self.reply_to is not None:

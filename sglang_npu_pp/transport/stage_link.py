@@ -237,9 +237,8 @@ class StageLink:
         channel, slot, iteration = pending.channel, pending.slot, pending.iteration
         if self.trace.enabled:
             self.trace.record("wait", channel.kind.label, slot, iteration)
-        if pending.number not in channel.waiting:
-            for _ in self.host_lane.wait_steps(channel, pending.number):
-                self._check_overtaken(pending)
+        for _ in self.host_lane.wait_steps(channel, pending.number):
+            self._check_overtaken(pending)
         message = channel.take(pending.number)
         if iteration >= 0 and (message.slot, message.iteration) != (slot, iteration):
             raise SequenceError(

@@ -82,11 +82,11 @@ def take(here: Here, kind: Kind, iteration: int, arrived: bool) -> tuple[Calls, 
 @pytest.mark.parametrize(
     ("lanes", "kind", "arrived", "in_wait", "in_all"),
     [
-        ("host", Kind.PROXY, True, 7, 28),
+        ("host", Kind.PROXY, True, 8, 29),
         ("host", Kind.PROXY, False, 17, 38),
-        ("host", Kind.OUTPUT, True, 7, 24),
+        ("host", Kind.OUTPUT, True, 8, 25),
         ("host", Kind.OUTPUT, False, 16, 33),
-        ("both", Kind.PROXY, True, 11, 48),
+        ("both", Kind.PROXY, True, 12, 49),
         ("both", Kind.PROXY, False, 32, 69),
     ],
 )
