@@ -58,7 +58,7 @@ bench: setup  ## upstream against this package over an emulated link (ARGS="--qu
 picture: setup  ## record upstream's pipeline and this one, draw docs/pipelines.svg (ARGS="--delay MS --pad MS")
 	@$(PYTHON_IN_VENV) -m scripts.bench.pipelines $(ARGS)
 
-bench-host-lane: setup  ## one-way time of a host lane message on loopback
+bench-host-lane: setup  ## round trips on the host lane beside bare pyzmq, on loopback
 	@$(PYTHON_IN_VENV) scripts/bench_host_lane.py $(ARGS)
 
 soak: setup  ## half an hour of random load, delays and unauthenticated clients at pp 4 (ARGS="--minutes 5 --json FILE")

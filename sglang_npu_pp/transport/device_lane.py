@@ -74,9 +74,8 @@ def unpack(buffer: torch.Tensor, specs: Iterable[TensorSpec]) -> dict[str, torch
     tensors = {}
     for spec in specs:
         if spec.offset >= 0:
-            dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
-            raw = buffer[spec.offset : spec.offset + nbytes]
-            tensors[spec.name] = raw.view(dtype).view(spec.shape if spec.sliced == 1 else (elements,))
+            dtype, _, nbytes, shape = sizes_of(spec.dtype, spec.shape, spec.sliced)
+            tensors[spec.name] = buffer[spec.offset : spec.offset + nbytes].view(dtype).view(shape)
     return tensors
 
 

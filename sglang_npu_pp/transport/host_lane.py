@@ -37,7 +37,7 @@ from .endpoints import (
 from .inbox import Inbox, ReceiveChannel
 from .liveness import Pulse
 from .message import Kind, Message
-from .outbox import POLL_MS, Outbox, Peer
+from .outbox import Outbox, Peer
 from .parts import refuse_longer_frames
 from .window import Bounds
 
@@ -319,24 +319,22 @@ class HostLane:
 
         Raises PeerLostError if a stage is gone, WaitLimitError after the limit.
         """
-        counters = channel.counters
-        counters.waits += 1
+        channel.counters.waits += 1
         if number in channel.waiting:
             return
         began = time.monotonic()
-        limit_s = self._settings.wait_limit_s if limit_s is None else limit_s
-        while True:
-            self._inbox.pump(POLL_MS)
-            if number in channel.waiting:
-                break
+        self._inbox.receive_next()
+        while number not in channel.waiting:
             self.check()
             yield
+            limit_s = self._settings.wait_limit_s if limit_s is None else limit_s
             if time.monotonic() - began >= limit_s:
                 raise WaitLimitError(
                     f"{self._where}: {channel.kind.label} message {number} of stage {channel.source} did "
                     f"not come within {limit_s:g} s although that stage is alive; look at its log."
                 )
-        counters.wait_s += time.monotonic() - began
+            self._inbox.receive_next()
+        channel.counters.wait_s += time.monotonic() - began
 
     def poll(self, timeout_ms: int = 0) -> None:
         """Process arrivals; waits up to `timeout_ms` for the first."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import zmq
 
@@ -12,11 +11,13 @@ from ..errors import MessageError, SequenceError
 from ..observe.telemetry import ChannelCounters
 from .context import RankContext
 from .message import Buffer, Header, Kind, Message, decode, read_header
-from .outbox import CREDIT, port_of
+from .outbox import CREDIT, POLL_MS, port_of
 from .parts import Blocks, join
 from .window import Bounds, CreditMeter
 
-_BUFFER = attrgetter("buffer")
+_POLLIN = int(zmq.POLLIN)  # arithmetic with the flag makes a flag, in Python
+_NOBLOCK = int(zmq.NOBLOCK)
+_VIEW: Callable[[zmq.Frame], Buffer] = memoryview  # type: ignore[assignment]  # `Frame.buffer` keeps a reference
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class Inbox:
         bounds: Bounds,
         authenticate: Callable[[bytes, zmq.Frame], int | None],
     ) -> None:
-        self.on_announcement: Callable[[Message], None] = lambda message: None
+        self.on_announcement: Callable[[Message], None] | None = None
         self.admitted: set[bytes] = set()  # b"STAGE/PORT" of the connections that have opened
         self.departed: set[int] = set()
         self._sockets, self._in_parts = list(sockets), set(in_parts)
@@ -82,6 +83,8 @@ class Inbox:
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
+            socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
+        self._only = self._sockets[0] if len(self._sockets) == 1 else None
 
     def channel(self, source: int, kind: Kind) -> ReceiveChannel:
         channel = self._channels.get((source, kind))
@@ -93,25 +96,38 @@ class Inbox:
 
     def pump(self, timeout_ms: int) -> None:
         """Process all arrivals; waits up to `timeout_ms` for the first."""
-        for socket, _ in self._poller.poll(timeout_ms):
-            more = True
-            while more:
-                self._receive(socket)
-                more = socket.get(zmq.EVENTS) & zmq.POLLIN  # cheaper than the exception of an empty socket
+        if timeout_ms:
+            self._poller.poll(timeout_ms)
+        for socket in self._sockets:
+            while int(socket.get(zmq.EVENTS)) & _POLLIN:  # cheaper than a poll, or an exception
+                self._receive(socket, socket.recv(_NOBLOCK))
 
-    def _receive(self, socket: zmq.Socket) -> None:
-        identity = socket.recv(zmq.NOBLOCK)
-        frames = [socket.recv(zmq.NOBLOCK, copy=False)]  # behind an identity there is at least one
-        while frames[-1].more:
-            frames.append(socket.recv(zmq.NOBLOCK, copy=False))
-        stage = self._stages.get(identity)
-        if stage is None:
-            self._handshake(socket, identity, frames)
+    def receive_next(self) -> None:
+        """Process at least one arrival, and all if they can be announcements; waits up to POLL_MS for it."""
+        # One socket waits by itself: a poll in front of it doubles the system calls.
+        if self._only is None:
+            self.pump(POLL_MS)
             return
         try:
-            buffers: list[Buffer] = list(map(_BUFFER, frames))
-            if socket in self._in_parts:
-                del frames  # which would keep every part until the last one is copied
+            identity = self._only.recv()
+        except zmq.Again:
+            return
+        self._receive(self._only, identity)
+        if self.on_announcement is not None:
+            self.pump(0)
+
+    def _receive(self, socket: zmq.Socket, identity: bytes) -> None:
+        frame = socket.recv(_NOBLOCK, copy=False)  # behind an identity there is at least one
+        buffers = [_VIEW(frame)]
+        while frame.more:
+            frame = socket.recv(_NOBLOCK, copy=False)
+            buffers.append(_VIEW(frame))
+        stage = self._stages.get(identity)
+        if stage is None:
+            self._handshake(socket, identity, buffers, frame)
+            return
+        try:
+            if self._in_parts and socket in self._in_parts:
                 buffers = join(buffers, self._blocks)
             header = read_header(buffers[0])
             if header.source != stage:
@@ -134,17 +150,21 @@ class Inbox:
         message = decode(header, buffers, check_all=self._check_all)
         channel.arrived += 1
         channel.reply_to = sender
-        channel.waiting[message.number] = message
-        channel.counters.messages += 1
-        channel.counters.bytes += message.nbytes + message.device_nbytes
-        self._trace.record("arrive", message.kind.label, message.slot, message.iteration)
-        if message.device_nbytes:
+        channel.waiting[header.number] = message
+        counters = channel.counters
+        counters.messages += 1
+        counters.bytes += message.nbytes + message.device_nbytes
+        if self._trace.enabled:
+            self._trace.record("arrive", message.kind.label, message.slot, message.iteration)
+        if message.device_nbytes and self.on_announcement is not None:
             self.on_announcement(message)
 
-    def _handshake(self, socket: zmq.Socket, identity: bytes, frames: list[zmq.Frame]) -> None:
-        """A connection's first message: a stage's hello, otherwise dropped."""
-        stage = self._authenticate(identity, frames[-1])
-        if stage is None or not _is_hello(frames, stage):
+    def _handshake(
+        self, socket: zmq.Socket, identity: bytes, buffers: list[Buffer], frame: zmq.Frame
+    ) -> None:
+        """A connection's first message, with its last frame: a stage's hello, otherwise dropped."""
+        stage = self._authenticate(identity, frame)
+        if stage is None or not _is_hello(buffers, stage):
             self._context.telemetry.refused += 1
             return
         self._stages[identity] = stage
@@ -165,11 +185,11 @@ class Inbox:
         )
 
 
-def _is_hello(frames: list[zmq.Frame], stage: int) -> bool:
-    if len(frames) != 1:
+def _is_hello(buffers: list[Buffer], stage: int) -> bool:
+    if len(buffers) != 1:
         return False
     try:
-        header = read_header(frames[0].buffer)
+        header = read_header(buffers[0])
     except MessageError:
         return False
     return header.kind == Kind.HELLO and header.source == stage

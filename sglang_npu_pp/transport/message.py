@@ -3,13 +3,14 @@
 Buffers are the bytes of host tensors, and one pickle of other values with its out-of-band buffers (pickle
 protocol 5). Device tensors are only described; their bytes take the device lane.
 
-Frame 0 holds a CRC-32 of its remainder, the header's length, the header, and small buffers; a large buffer is
-a frame of its own, without a copy. The header has all sizes: truncation is detected before anything is read.
-Pickles are read only after authentication of the sender.
+Frame 0 is the header, with the small buffers in it, and its CRC-32; a large buffer is a frame of its own,
+without a copy. The header has the sizes of those: truncation is detected before anything is read. Pickles are
+read only after authentication of the sender.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import io
 import math
@@ -17,7 +18,6 @@ import pickle
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
 
@@ -26,12 +26,12 @@ import torch
 
 from ..errors import MessageError
 
-PROTOCOL = 5
-INLINE_BYTES = 16 << 10  # smaller buffers lie in frame 0: copying them is cheaper than a frame for each
+PROTOCOL = 6
+INLINE_BYTES = 16 << 10  # smaller buffers lie in the header: copying them is cheaper than a frame for each
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
-_LENGTH = struct.Struct("<I")
-_PREFIX = struct.Struct("<II")  # both
+_CRC_BYTES = _CRC.size
+_CRC_OF_ALL = 0x2144DF1C  # CRC-32 of any bytes with their own CRC-32 behind them
 _ALIGNMENT = 8  # only complex128 is wider
 
 Buffer = bytes | bytearray | memoryview
@@ -65,6 +65,7 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
     elements: int  # that travel: of the slice where there is one
     nbytes: int
+    shape: tuple[int, ...]  # in which they arrive: slices are flat
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +73,7 @@ def sizes_of(dtype: str, shape: tuple[int, ...], sliced: int) -> Sizes:
     """Raises MessageError."""
     # Cached: the messages of a decode have tensors of the same few shapes.
     torch_type, elements = torch_dtype(dtype), math.prod(shape) // sliced
-    return Sizes(torch_type, elements, elements * torch_type.itemsize)
+    return Sizes(torch_type, elements, elements * torch_type.itemsize, shape if sliced == 1 else (elements,))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -102,14 +103,15 @@ class Header(msgspec.Struct, array_like=True):
     batch: str  # which requests the microbatch has, in words that are compared; empty where it is not said
     keys: tuple[str, ...]  # keys of the tensor dict in their order; empty for a bare object
     tensors: tuple[TensorSpec, ...]
-    sizes: tuple[Count, ...]  # bytes of every buffer; those below INLINE_BYTES are in frame 0
+    buffers: tuple[
+        bytearray | Count, ...
+    ]  # small ones; of a large one the size, its bytes are the next frame
     values: Count  # number of trailing buffers that are the pickle and what it refers to
     device_nbytes: Count  # bytes that travel on the device lane for this message
     crc: int  # CRC-32 over those of the frames behind this one that are checked
 
 
-@dataclass
-class Message:
+class Message(msgspec.Struct):
     """A message in the program.
 
     `tensors`: host-lane entries of a tensor dict; `values`: the rest, or any object if `keys` is empty.
@@ -121,7 +123,7 @@ class Message:
     iteration: int = -1
     batch: str = ""
     keys: tuple[str, ...] = ()
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = msgspec.field(default_factory=dict)
     values: Any = None
     specs: tuple[TensorSpec, ...] = ()
     device_nbytes: int = 0  # of the message's buffer on the device lane
@@ -144,6 +146,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # which torch writes with a stream
+
+
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a host tensor, any dtype; a copy only if not contiguous."""
     dense = tensor.detach() if tensor.requires_grad else tensor
@@ -156,32 +162,21 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """A writable tensor over received bytes; a copy only if not aligned."""
+    """A writable tensor over received bytes; a copy only if not aligned, which a bytearray is."""
     if len(buffer) == 0:
         return torch.empty(tuple(shape), dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=dtype)
-    if raw.data_ptr() % max(_ALIGNMENT, dtype.itemsize):
+    if type(buffer) is not bytearray and raw.data_ptr() % max(_ALIGNMENT, dtype.itemsize):
         # Byte by byte: torch loads elements as if they were aligned, and faults where they are not.
         raw = torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype)
-    return raw if len(shape) == 1 else raw.view(tuple(shape))
-
-
-_DTYPES_OF_NUMPY = {
-    torch.float16,
-    torch.float32,
-    torch.float64,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
-}
+    return raw if len(shape) == 1 else raw.view(shape)
 
 
 def _bytes_of(tensor: torch.Tensor) -> Buffer:
     """The bytes of a host tensor."""
     # A few are copied, in one call; a view takes six.
-    if tensor.nbytes < INLINE_BYTES and tensor.dtype in _DTYPES_OF_NUMPY and not tensor.requires_grad:
-        return tensor.numpy().tobytes()
+    if tensor.nbytes < INLINE_BYTES and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
+        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
     return byte_view(tensor)
 
 
@@ -233,14 +228,16 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         specs = describe(message.tensors)
     buffers: list[Buffer] = []
     for tensor in message.tensors.values():
-        if tensor.numel():
+        if tensor.nbytes:
             buffers.append(_bytes_of(tensor))
-    value_buffers = [] if message.values is None else dump_values(message.values)
-    buffers += value_buffers
-    inline: list[Buffer] = []
+    in_values = 0
+    if message.values is not None:
+        value_buffers = dump_values(message.values)
+        in_values = len(value_buffers)
+        buffers += value_buffers
     frames: list[Buffer] = []
-    for buffer in buffers:
-        (inline if len(buffer) < INLINE_BYTES else frames).append(buffer)
+    if buffers and max(map(len, buffers)) >= INLINE_BYTES:
+        frames = [buffer for buffer in buffers if len(buffer) >= INLINE_BYTES]
     header = Header(
         protocol=PROTOCOL,
         kind=message.kind,
@@ -251,43 +248,36 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         batch=message.batch,
         keys=message.keys,
         tensors=specs,
-        sizes=tuple(map(len, buffers)),
-        values=len(value_buffers),
+        buffers=_in_header(buffers) if frames else tuple(buffers),  # type: ignore[arg-type]  # any bytes
+        values=in_values,
         device_nbytes=message.device_nbytes,
         crc=_checksum(frames, check_all) if frames else 0,
     )
-    head = _seal(_HEADER_ENCODER.encode(header), inline)
-    message.nbytes = len(head) + sum(map(len, frames))
+    body = _HEADER_ENCODER.encode(header)
+    head = body + _CRC.pack(zlib.crc32(body))
+    message.nbytes = len(head) + sum(map(len, frames)) if frames else len(head)
     return [head, *frames]
+
+
+def _in_header(buffers: Sequence[Buffer]) -> tuple[Any, ...]:
+    return tuple(buffer if len(buffer) < INLINE_BYTES else len(buffer) for buffer in buffers)
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
     """Specs of whole tensors, not placed on the device lane."""
-    return tuple(
-        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.device.type)
+    specs = [
+        TensorSpec(name, dtype_name(tensor.dtype), tensor.shape, device_type(tensor))
         for name, tensor in tensors.items()
-    )
-
-
-def _seal(body: bytes, inline: Sequence[Buffer]) -> bytes:
-    """Frame 0: encoded header and small buffers."""
-    parts = (_LENGTH.pack(len(body)), body, *inline)
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return b"".join((_CRC.pack(crc), *parts))
+    ]
+    return tuple(specs)
 
 
 def read_header(head: Buffer) -> Header:
     """The header in frame 0, after its checksum. Raises MessageError."""
-    if len(head) <= _PREFIX.size:
-        raise MessageError(f"A message of {len(head)} bytes is too short to hold a header.")
-    crc, length = _PREFIX.unpack_from(head)
-    view = memoryview(head)
-    if zlib.crc32(view[_CRC.size :]) != crc:
+    if zlib.crc32(head) != _CRC_OF_ALL:
         raise MessageError("The header of a message does not match its checksum.")
     try:
-        header = _HEADER_DECODER.decode(view[_PREFIX.size : _PREFIX.size + length])
+        header = _HEADER_DECODER.decode(head[:-_CRC_BYTES])
     except msgspec.DecodeError as error:
         raise MessageError(f"The header of a message cannot be read: {error}.") from None
     if header.protocol != PROTOCOL:
@@ -304,10 +294,14 @@ _HEADER_DECODER = msgspec.msgpack.Decoder(Header)
 
 def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Message:
     """The message of `frames` with this `header`. Raises MessageError."""
-    large = frames[1:]
-    buffers = _find_buffers(header, frames[0], large)
-    if (_checksum(large, check_all) if large else 0) != header.crc:
-        raise MessageError(f"The frames of message {header.number} do not match their checksum.")
+    buffers: Sequence[Any] = header.buffers
+    nbytes = len(frames[0])
+    if len(frames) > 1 or int in map(type, buffers):
+        large = frames[1:]
+        buffers = _find_buffers(header, large)
+        if _checksum(large, check_all) != header.crc:
+            raise MessageError(f"The frames of message {header.number} do not match their checksum.")
+        nbytes += sum(map(len, large))
     message = Message(
         kind=header.kind,
         slot=header.slot,
@@ -318,7 +312,7 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
         device_nbytes=header.device_nbytes,
         source=header.source,
         number=header.number,
-        nbytes=sum(map(len, frames)),
+        nbytes=nbytes,
     )
     used = _read_tensors(message, buffers) if header.tensors else 0
     if used + header.values != len(buffers):
@@ -331,29 +325,16 @@ def decode(header: Header, frames: Sequence[Buffer], *, check_all: bool) -> Mess
     return message
 
 
-def _find_buffers(header: Header, head: Buffer, frames: Sequence[Buffer]) -> list[Buffer]:
-    """The buffers in order: copies from frame 0, other frames themselves."""
-    at = _PREFIX.size + _PREFIX.unpack_from(head)[1]
-    inline, large = 0, []
-    for size in header.sizes:
-        if size < INLINE_BYTES:
-            inline += size
-        else:
-            large.append(size)
-    if at + inline != len(head) or list(map(len, frames)) != large:
+def _find_buffers(header: Header, frames: Sequence[Buffer]) -> Sequence[Buffer]:
+    """The buffers in order: of the header, and the other frames."""
+    sizes = [size for size in header.buffers if isinstance(size, int)]
+    if list(map(len, frames)) != sizes:
         raise MessageError(
-            f"Message {header.number} is truncated: {len(head) - at} bytes and frames of "
-            f"{list(map(len, frames))} bytes arrived where its header announces {inline} and {large}."
+            f"Message {header.number} is truncated: frames of {list(map(len, frames))} bytes arrived where "
+            f"its header announces {sizes}."
         )
-    view, following = memoryview(head), iter(frames)
-    buffers: list[Buffer] = []
-    for size in header.sizes:
-        if size < INLINE_BYTES:
-            buffers.append(bytearray(view[at : at + size]))  # tensors over it can be written
-            at += size
-        else:
-            buffers.append(next(following))
-    return buffers
+    following = iter(frames)
+    return [next(following) if isinstance(buffer, int) else buffer for buffer in header.buffers]
 
 
 def _read_values(frames: Sequence[Buffer], number: int) -> Any:
@@ -367,20 +348,22 @@ def _read_values(frames: Sequence[Buffer], number: int) -> Any:
 
 def _read_tensors(message: Message, buffers: Sequence[Buffer]) -> int:
     """Fill in host-lane tensors; returns the number of buffers used (an empty tensor: none)."""
-    used = 0
+    used, tensors = 0, message.tensors
     for spec in message.specs:
         if spec.offset >= 0:
             continue
-        dtype, elements, nbytes = sizes_of(spec.dtype, spec.shape, spec.sliced)
-        buffer: Buffer = buffers[used] if nbytes and used < len(buffers) else b""
+        dtype, elements, nbytes, shape = sizes_of(spec.dtype, spec.shape, spec.sliced)
+        if nbytes == 0:
+            tensors[spec.name] = torch.empty(shape, dtype=dtype)
+            continue
+        buffer = buffers[used] if used < len(buffers) else b""
+        used += 1
         if len(buffer) != nbytes:
             raise MessageError(
                 f"Tensor {spec.name!r} of message {message.number} has {len(buffer)} bytes, but a "
                 f"{spec.dtype} of {elements} elements needs {nbytes}."
             )
-        used += bool(nbytes)
-        shape = spec.shape if spec.sliced == 1 else (elements,)
-        message.tensors[spec.name] = tensor_over(buffer, dtype, shape)
+        tensors[spec.name] = tensor_over(buffer, dtype, shape)
     return used
 
 

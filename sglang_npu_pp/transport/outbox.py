@@ -20,13 +20,14 @@ from .endpoints import KeyPair
 from .liveness import OtherEnd, Pulse, keep_talking
 from .message import Buffer, Kind, Message, encode
 from .monitor import open_monitor
-from .parts import cut, refuse_longer_frames
+from .parts import PART_BYTES, cut, refuse_longer_frames
 from .window import Bounds, Window
 
 CREDIT = struct.Struct("<BQQ")  # kind, messages taken, bytes taken
 ZERO_COPY_BYTES = 64 << 10  # below, copying is cheaper than handing the memory over
 POLL_MS = 100  # how often a wait looks whether the peer is still there
 LINGER_MS = 1000
+_NOBLOCK = int(zmq.NOBLOCK)
 SETTLE_S = 0.5  # a server that is being stopped kills its ranks one after another: not an error yet
 
 # Why a peer does not let us in and never will, by the event that says so.
@@ -120,6 +121,8 @@ class Outbox:
 
     def _connect(self) -> None:
         socket = self._socket
+        # Without what zmq.Socket adds, in Python, for drafts of ZeroMQ.
+        self._send = super(zmq.Socket, socket).send  # type: ignore[misc]
         # Of each attempt its own: the peer may not know yet that the one before has ended.
         identity = connection_identity(self._context.stage, self._peer.port, self._attempt)
         socket.setsockopt(zmq.ROUTING_ID, identity)
@@ -152,25 +155,29 @@ class Outbox:
 
         Raises PeerLostError, or WaitLimitError if the peer takes nothing in time.
         """
-        self.check()
+        if self._abandoned or time.monotonic() >= self._next_check:
+            self.check()
         channel = self._channels.get(message.kind) or self._open_channel(message.kind)
         window, counters = channel.window, channel.counters
         number = window.sent_messages
         frames = encode(message, source=self._context.stage, number=number, check_all=self._check_all)
-        if not window.has_room(message.nbytes):
+        nbytes = message.nbytes
+        if not window.has_room(nbytes):
             self._read_credit()
-            if not window.has_room(message.nbytes):
+            if not window.has_room(nbytes):
                 began = time.monotonic()
-                self._trace.record("full", message.kind.label, message.slot, message.iteration)
+                if self._trace.enabled:
+                    self._trace.record("full", message.kind.label, message.slot, message.iteration)
                 self._wait_for_room(message, window)
                 counters.backpressure += 1
                 counters.backpressure_s += time.monotonic() - began
         self._push(frames, copy=message.borrowed)
-        window.sent(message.nbytes)
+        window.sent(nbytes)
         counters.messages += 1
-        counters.bytes += message.nbytes + message.device_nbytes
+        counters.bytes += nbytes + message.device_nbytes
         self._last_sent = channel
-        self._trace.record("push", message.kind.label, message.slot, message.iteration)
+        if self._trace.enabled:
+            self._trace.record("push", message.kind.label, message.slot, message.iteration)
 
     def _open_channel(self, kind: Kind) -> _Channel:
         channel = _Channel(kind, Window(self._bounds), self._context.telemetry.sending(kind.label))
@@ -275,13 +282,14 @@ class Outbox:
         """Hand `frames` to ZeroMQ."""
         # Without a high-water mark that blocks only when the connection is gone, and then for ever; `check`
         # raises at the end of the settling time.
-        if self._peer.keys is not None:  # between nodes
-            frames = cut(frames)
-        copy = copy or max(map(len, frames)) < ZERO_COPY_BYTES
+        if len(frames) > 1 or len(frames[0]) >= PART_BYTES:
+            if self._peer.keys is not None:  # between nodes
+                frames = cut(frames)
+            copy = copy or max(map(len, frames)) < ZERO_COPY_BYTES
         while True:
             try:
                 if len(frames) == 1:
-                    self._socket.send(frames[0], zmq.NOBLOCK)
+                    self._send(frames[0], _NOBLOCK)
                 else:
                     self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
                 return

@@ -28,7 +28,7 @@ def refuse_longer_frames(socket: zmq.Socket) -> None:
 
 def cut(frames: list[Buffer]) -> list[Buffer]:
     """The parts of `frames`, as views of their memory."""
-    if all(len(frame) < PART_BYTES for frame in frames):
+    if max(map(len, frames)) < PART_BYTES:
         return frames
     parts: list[Buffer] = []
     for frame in frames:
@@ -93,7 +93,7 @@ def join(parts: list[Buffer], blocks: Blocks) -> list[Buffer]:
 
     Empties `parts` as it copies. In a truncated message the last frame is too short for its header.
     """
-    if all(len(part) < PART_BYTES for part in parts):
+    if max(map(len, parts)) < PART_BYTES:
         return parts
     frames: list[Buffer] = []
     begun: deque[Buffer] = deque()

@@ -14,9 +14,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
 from ..errors import SequenceError
@@ -26,7 +26,7 @@ from .clock import UNMEASURED, LinkClock
 from .device_lane import DeviceLane, Receive, pack_layout, unpack
 from .host_lane import HostLane
 from .inbox import ReceiveChannel
-from .message import Kind, Message, TensorSpec, dtype_name
+from .message import Kind, Message, TensorSpec, device_type, dtype_name
 from .outbox import Outbox
 
 
@@ -39,8 +39,7 @@ class GatherGroup(Protocol):
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor: ...
 
 
-@dataclass(eq=False, slots=True)
-class Pending:
+class Pending(msgspec.Struct, eq=False):
     """An expected message. Only `wait` blocks."""
 
     link: StageLink
@@ -84,7 +83,8 @@ class StageLink:
         self._announced: deque[Message] = deque()  # device messages whose receive is not posted yet
         self._posted: dict[tuple[Kind, int], Receive] = {}
         self._in_use: list[Receive] = []
-        host_lane.on_announcement(self._announce)
+        if device_lane is not None:
+            host_lane.on_announcement(self._announce)
 
     # --- send ----------------------------------------------------------------------------------
 
@@ -127,7 +127,8 @@ class StageLink:
                 self.trace.record("full", kind.label, slot, iteration)
             counters = self.telemetry.sending(kind.label)
             self.device_lane.send(on_device, message, counters)
-            self.trace.record("post_send", kind.label, slot, iteration)
+            if self.trace.enabled:
+                self.trace.record("post_send", kind.label, slot, iteration)
 
     def _compose(
         self,
@@ -151,8 +152,8 @@ class StageLink:
                 values[name] = value
                 continue
             part, count = (value, 1) if gather is None else _slice_for(value, gather)
-            device = value.device.type
-            spec = TensorSpec(name, dtype_name(value.dtype), tuple(value.shape), device, count)
+            device = device_type(value)
+            spec = TensorSpec(name, dtype_name(value.dtype), value.shape, device, count)
             if device == lane_device and part.numel():
                 on_device[name] = part
                 device_specs.append(spec)
@@ -194,13 +195,15 @@ class StageLink:
         overtaking = None if overtaken_by is None else lane.channel(source, overtaken_by)
         if self.device_lane is not None:
             lane.poll()  # a header that is here posts its receive
-        self.trace.record("post", kind.label, slot, iteration)
+        if self.trace.enabled:
+            self.trace.record("post", kind.label, slot, iteration)
         return Pending(self, channel, channel.post(), slot, iteration, overtaking)
 
     def receive(self, pending: Pending) -> Any:
         """See `Pending.wait_values`."""
         message = self._take(pending)
-        self.trace.record("ready", pending.kind.label, message.slot, message.iteration)
+        if self.trace.enabled:
+            self.trace.record("ready", pending.kind.label, message.slot, message.iteration)
         return message.values
 
     def receive_tensors(self, pending: Pending, gather: GatherGroup | None, owned: bool) -> dict[str, Any]:
@@ -225,13 +228,15 @@ class StageLink:
                 found[name] = self._gather_slices(tensors[name], sliced[name], gather)
             else:
                 found[name] = tensors[name] if name in tensors else values[name]
-        self.trace.record("ready", message.kind.label, message.slot, message.iteration)
+        if self.trace.enabled:
+            self.trace.record("ready", message.kind.label, message.slot, message.iteration)
         return found
 
     def _take(self, pending: Pending) -> Message:
         """Wait for the message, and compare it with the expected one."""
         channel, slot, iteration = pending.channel, pending.slot, pending.iteration
-        self.trace.record("wait", channel.kind.label, slot, iteration)
+        if self.trace.enabled:
+            self.trace.record("wait", channel.kind.label, slot, iteration)
         for _ in self.host_lane.wait_steps(channel, pending.number):
             self._check_overtaken(pending)
         message = channel.take(pending.number)
@@ -335,7 +340,8 @@ class StageLink:
             message = self._announced.popleft()
             key = (message.kind, message.number)
             self._posted[key] = lane.post_receive(message.device_nbytes)
-            self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
+            if self.trace.enabled:
+                self.trace.record("post_receive", message.kind.label, message.slot, message.iteration)
 
     def close(self) -> None:
         self.host_lane.close()

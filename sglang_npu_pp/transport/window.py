@@ -101,20 +101,23 @@ class CreditMeter:
     taken_bytes: int = 0
     reported_messages: int = 0
     reported_bytes: int = 0
-    _unreported: int = field(init=False)  # messages that are taken without a report, at most
+    # The next report is due above the one, or from the other on.
+    _due_messages: int = field(init=False)
+    _due_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._unreported = unreported_messages(self.bounds.messages)
+        self._report()
 
     def take(self, nbytes: int) -> bool:
         """Count one message; True when a report is due."""
         self.taken_messages += 1
         self.taken_bytes += nbytes
-        due = (
-            self.taken_messages - self.reported_messages > self._unreported
-            or self.taken_bytes - self.reported_bytes >= self.bounds.nbytes // 4
-        )
-        if due:
-            self.reported_messages = self.taken_messages
-            self.reported_bytes = self.taken_bytes
-        return due
+        if self.taken_messages <= self._due_messages and self.taken_bytes < self._due_bytes:
+            return False
+        self._report()
+        return True
+
+    def _report(self) -> None:
+        self.reported_messages, self.reported_bytes = self.taken_messages, self.taken_bytes
+        self._due_messages = self.taken_messages + unreported_messages(self.bounds.messages)
+        self._due_bytes = self.taken_bytes + self.bounds.nbytes // 4

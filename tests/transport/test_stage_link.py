@@ -264,6 +264,33 @@ def wait_for_requests(here: Here) -> list[tuple[str, str]]:
     return steps
 
 
+def wait_and_count_receives(here: Here, iteration: int) -> int:
+    """How many receives are posted when a wait for requests returns, before anything else is asked for."""
+    pending = here.link.post(Kind.REQUESTS, 0, iteration=iteration)
+    here.note("posted")
+    assert here.lane._inbox._poller.poll(5000)
+    pending.wait_values()
+    posted = [event.name for event in here.trace.events()].count("post_receive")
+    take_dict(here, Kind.PROXY, 0, HIDDEN)
+    return posted
+
+
+def push_requests_and_proxies(here: Here, iteration: int) -> None:
+    here.link.push(Kind.REQUESTS, 1, "requests", iteration=iteration)
+    push_dict(here, Kind.PROXY, 1, HIDDEN)
+
+
+def test_a_wait_posts_the_receive_of_a_header_that_lies_behind_its_message(team: Team) -> None:
+    a, b = team.open_links(2)
+    for iteration in range(50):  # until one header came fast enough, which the first one does as a rule
+        waiting = b.start(wait_and_count_receives, iteration)
+        assert waiting.note() == "posted"
+        a.call(push_requests_and_proxies, iteration)
+        if waiting.result() == iteration + 1:
+            return
+    raise AssertionError("no header posted its receive")
+
+
 def test_a_device_message_is_posted_while_the_program_waits_for_something_else(team: Team) -> None:
     a, b = team.open_links(2)
     waiting = b.start(wait_for_requests)
