@@ -26,7 +26,7 @@ import torch
 
 from ..errors import MessageError
 
-PROTOCOL = 5
+PROTOCOL = 6
 INLINE_BYTES = 16 << 10  # smaller buffers lie in frame 0: copying them is cheaper than a frame for each
 ALWAYS_CHECKED_BYTES = 64 << 10  # frames up to this size are under the CRC whatever the setting
 _CRC = struct.Struct("<I")
@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     CLOCK = 8  # ping-pong at start: round trip times and clock offsets
     STAGE_TIMES = 9  # what a stage measured of its first busy batches, told to stage 0
     OUTCOME = 10  # what became of a control request on one stage
+    CACHE = 11  # what stage 0 decided about its hierarchical cache; several an iteration
 
     label: str  # its name in counters, traces and errors
 
