@@ -21,6 +21,7 @@ from . import (
     features,
     grammars,
     groups,
+    hierarchical_cache,
     lora,
     npu_graphs,
     outputs,
@@ -66,6 +67,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam("bootstrap", features.BOOTSTRAP, _only(is_ours, bootstrap.PATCHES)),
     Seam("disaggregation", features.DISAGGREGATION, _only(has_pipeline, disaggregation.PATCHES)),
     Seam("speculation", features.SPECULATION, _only(has_pipeline, speculation.PATCHES)),
+    Seam(
+        "hierarchical_cache",
+        features.HIERARCHICAL_CACHE,
+        _only(has_pipeline, hierarchical_cache.PATCHES),
+    ),
     Seam("ending", features.END, ending.PATCHES),
 )
 PATCHES: tuple[Patch, ...] = tuple(patch for seam in SEAMS for patch in seam.patches)

@@ -42,9 +42,9 @@ def send_launched_chunks(scheduler: Any, pipeline: AsyncPipeline, batch: Any, la
 
     `launched`: the event after it. Equal on all stages, whatever their transfers do, for equal prefix caches.
     """
+    pipeline.last_launched = launched
     if not is_prefill_server(scheduler):
         return
-    pipeline.last_launched = launched
     for req in batch.reqs:
         setattr(req, _LAUNCHED, launched)
     if not (pipeline.early_send and _can_send_early(scheduler)):

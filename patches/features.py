@@ -51,6 +51,10 @@ def _speculates(arguments: ServerArgs) -> bool:
     return _has_stages(arguments) and arguments.speculative_algorithm is not None
 
 
+def _has_hierarchical_cache(arguments: ServerArgs) -> bool:
+    return _has_stages(arguments) and bool(arguments.enable_hierarchical_cache)
+
+
 def _has_adapters(arguments: ServerArgs) -> bool:
     return _has_stages(arguments) and bool(arguments.enable_lora or arguments.lora_paths)
 
@@ -63,6 +67,7 @@ FEATURES = (
     Feature("bootstrap", _is_disaggregated, "--disaggregation-mode, with one stage or more"),
     Feature("disaggregation", _transfers_kv, "--disaggregation-mode, with stages"),
     Feature("speculative decoding", _speculates, "--speculative-algorithm, with stages"),
+    Feature("hierarchical cache", _has_hierarchical_cache, "--enable-hierarchical-cache, with stages"),
     Feature(
         "end of a server",
         _has_stages,
@@ -70,7 +75,7 @@ FEATURES = (
         separable=True,
     ),
 )
-_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, END = (
+_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, HIERARCHICAL_CACHE, END = (
     feature.name for feature in FEATURES
 )
 

@@ -16,6 +16,7 @@ from sglang_npu_pp.host_copies import HostCopy
 from sglang_npu_pp.observe.reporting import Reporter
 from sglang_npu_pp.observe.stage_times import DepthAdviser, ForwardTimer
 from sglang_npu_pp.outcomes import Outcome
+from sglang_npu_pp.ready_counts import Counts, ReadyCounts
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.token_return import TokenReturn
 from sglang_npu_pp.transfer_gate import TransferGate
@@ -120,11 +121,13 @@ class AsyncPipeline:
         self.unsent: Callable[[], None] | None = None  # sends the proxies of the last launch
         self.launched: dict[int, Launch] = {}
         self.transfers = TransferGate(self.streams, trace)
-        self.last_launched: Any = None  # prefill server: the event behind the last launch
+        self.last_launched: Any = None  # the event behind the last launch
         self.intake = Intake()  # of stage 0
         self.requests: list[Any] = []  # of this iteration
         self.sent_requests: list[Any] | None = None
         self.decisions = SharedDecisions()
+        self.ready_counts = ReadyCounts(self.link.stages)  # of a hierarchical cache, on stage 0
+        self.reported_counts: Counts = ()  # to stage 0, less what it has decided since
         self.first_free_pages: list[Any] = []  # tensors of another stream, kept for ever
 
     @property

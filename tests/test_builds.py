@@ -223,6 +223,7 @@ def test_every_known_release_is_in_force_under_any_name(release: str, label: str
         ("try_ensure_parallel_info", features.BOOTSTRAP),
         ("prepare_mlp_sync_batch_raw", features.DP_ATTENTION),
         ("try_overlap_load_lora", features.LORA),
+        ("UnifiedRadixCache._pp_sync", features.HIERARCHICAL_CACHE),
         ("init_forward_metadata", features.NPU_BACKEND),
         ("_launch_scheduler_processes", features.END),
     ],
@@ -270,6 +271,7 @@ PLAIN = {
     "disaggregation_mode": "null",
     "speculative_algorithm": None,
     "enable_lora": None,
+    "enable_hierarchical_cache": False,
     "lora_paths": None,
 }
 
@@ -286,6 +288,8 @@ PLAIN = {
         ({"pp_size": 1, "disaggregation_mode": "decode"}, {features.BOOTSTRAP}),
         ({"enable_lora": True}, {features.LORA}),
         ({"lora_paths": ["a=b"]}, {features.LORA}),
+        ({"enable_hierarchical_cache": True}, {features.HIERARCHICAL_CACHE}),
+        ({"pp_size": 1, "enable_hierarchical_cache": True}, None),
         ({"speculative_algorithm": "EAGLE"}, {features.SPECULATION}),
         ({"pp_size": 1, "speculative_algorithm": "EAGLE"}, None),
     ],

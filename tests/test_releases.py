@@ -64,19 +64,20 @@ def test_releases_differ_in_the_patches_that_say_so() -> None:
     send, prefetch = "send_recv_tensor_dict", "prefetch_prefill_dp_rank_queries"
     limits = {"_abort_on_waiting_timeout", "_abort_on_running_timeout"}
     graphs = {"execute", "replay_with_input_update"}
+    ready = "_sync_hicache_ready_counts"
     assert {release: names - common for release, names in needed.items()} == {
         "0.5.13.post1": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.14": {*graphs, "init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.15": {*graphs, "init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.15.post1": {*graphs, "init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.16": {*graphs, "init_torch_distributed", *limits},
-        "0.5.17": {*graphs, "init_torch_distributed", *limits},
-        "0.5.18": {*graphs, "init_torch_distributed", *limits},
-        "0.5.19": {*graphs, "init_torch_distributed", *limits, prefetch},
-        "0.5.20": {*graphs, "init_torch_distributed", send, prefetch},
-        "0.5.21": {*graphs, send, prefetch, "_send_kv_chunk"},
-        "0.5.22": {*graphs, send, prefetch, "_send_kv_chunk"},
-        "0.5.23": {*graphs, send, prefetch, "_send_kv_chunk"},
+        "0.5.17": {*graphs, "init_torch_distributed", *limits, ready},
+        "0.5.18": {*graphs, "init_torch_distributed", *limits, ready},
+        "0.5.19": {*graphs, "init_torch_distributed", *limits, prefetch, ready},
+        "0.5.20": {*graphs, "init_torch_distributed", send, prefetch, ready},
+        "0.5.21": {*graphs, send, prefetch, "_send_kv_chunk", ready},
+        "0.5.22": {*graphs, send, prefetch, "_send_kv_chunk", ready},
+        "0.5.23": {*graphs, send, prefetch, "_send_kv_chunk", ready},
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference_moe_kernels
+from . import reference_cache_kernels, reference_moe_kernels
 
 # --- normalisation and activation ----------------------------------------------------------------
 
@@ -278,6 +278,7 @@ ATB_FUNCTIONS: Mapping[str, Callable[..., None]] = {
 PACKAGE_KERNELS: Mapping[str, Any] = {
     "sgl_kernel_npu.norm.split_qkv_rmsnorm_rope.split_qkv_rmsnorm_rope": split_qkv_rmsnorm_rope,
     "sgl_kernel_npu.mem_cache.allocator.alloc_extend_kernel": AllocateExtend(),
+    **reference_cache_kernels.PACKAGE_KERNELS,
     **reference_moe_kernels.PACKAGE_KERNELS,
 }
 

@@ -7,6 +7,7 @@ lies elsewhere is named in full, with the folder that it is imported from among 
 
 sglang_pp_probe    for tests: counts, faults, phases, clocks, states, as further variables say (PP_PROBE_...)
 kv_probe           a disaggregated server on CPU, and its transfers
+storage_probe      holds back the storage of a hierarchical cache
 nextn_probe        what drafts with a NEXTN layer lack on CPU
 layouts_probe      what SGLang has for accelerators only, on CPU; and the prefills of each scheduler
 dp_metadata_probe  how long the metadata of data-parallel attention block a scheduler

@@ -1,4 +1,5 @@
-"""Kernels of `sgl_kernel` for the CPU that speculative decoding calls, in plain torch: slow, and correct.
+"""Kernels of `sgl_kernel` for the CPU that speculative decoding and the hierarchical cache call, in plain
+torch: slow, and correct.
 
 Names, arguments and results are those that SGLang 0.5.21 uses. Each is checked against its formula by
 `tests/environment/test_cpu_reference_kernels.py`. Tensors named "out" are written in place.
@@ -62,6 +63,18 @@ def copy_all_layer_kv_cache_cpu(addresses: Tensor, strides: Tensor, target: Tens
         memory = (ctypes.c_uint8 * (rows * stride)).from_address(address)
         buffer = torch.frombuffer(memory, dtype=torch.uint8).view(rows, stride)
         buffer[target.long()] = buffer[source.long()].clone()
+
+
+def transfer_kv_direct(
+    src_layers: list[Tensor],
+    dst_layers: list[Tensor],
+    src_indices: Tensor,
+    dst_indices: Tensor,
+    page_size: int,
+) -> None:
+    """Copy tokens between a KV pool and its host pool; indices name the tokens of whole pages one by one."""
+    for source, target in zip(src_layers, dst_layers, strict=True):
+        target[dst_indices] = source[src_indices]
 
 
 def _spans(requests: Tensor, start: Tensor, end: Tensor) -> list[tuple[int, int, int]]:

@@ -1,5 +1,5 @@
 """Import hook that lets a CUDA build of torchvision be imported next to a CPU torch and completes SGLang's
-attention for the CPU; and faster starts.
+attention and hierarchical cache for the CPU; and faster starts.
 
 Loaded by a .pth file at the start of every Python process of the environment. So it imports nothing
 but what the interpreter has loaded already, and does its work when torchvision is first imported.
@@ -58,12 +58,38 @@ def complete_attention(module: "ModuleType") -> None:
         backend.get_cpu_graph_seq_len_fill_value = lambda self: 1
 
 
-ATTENTION = "sglang.srt.layers.attention.torch_native_backend"
+def complete_host_memory(module: "ModuleType") -> None:
+    """There is no CUDA that would have to know the memory of a host pool."""
+    vars(module)["_cuda_host_register"] = lambda *args, **kwargs: None
+
+
+def complete_host_pool(module: "ModuleType") -> None:
+    """Add the copy between a pool and its host pool (`--hicache-io-backend direct`), which upstream imports
+    on CUDA only; a host pool has no pinned memory here."""
+    if not hasattr(module, "transfer_kv_direct"):
+        from cpu_reference_kernels import transfer_kv_direct
+
+        vars(module)["transfer_kv_direct"] = transfer_kv_direct
+    pool = module.MHATokenToKVPoolHost
+    make = pool.__init__
+
+    def make_unpinned(self: "object", *args: "object", **kwargs: "object") -> None:
+        make(self, *args, **kwargs)
+        vars(self)["pin_memory"] = False
+
+    pool.__init__ = make_unpinned
+
+
+COMPLETED = {
+    "sglang.srt.layers.attention.torch_native_backend": complete_attention,
+    "sglang.srt.mem_cache.pool_host.common": complete_host_memory,
+    "sglang.srt.mem_cache.pool_host.mha": complete_host_pool,
+}
 
 
 class Finder:
-    """Finds two modules as usual: torchvision, and runs `declare_missing_operators` before its first line;
-    SGLang's attention for the CPU, and runs `complete_attention` behind its last."""
+    """Finds some modules as usual: torchvision, and runs `declare_missing_operators` before its first line;
+    those of `COMPLETED`, and completes each behind its last."""
 
     def find_spec(
         self,
@@ -71,7 +97,7 @@ class Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if name not in ("torchvision", ATTENTION):
+        if name != "torchvision" and name not in COMPLETED:
             return None
         from importlib.machinery import PathFinder
 
@@ -86,8 +112,8 @@ class Finder:
             if name == "torchvision":
                 declare_missing_operators(folders)
             run_module(module)
-            if name == ATTENTION:
-                complete_attention(module)
+            if name in COMPLETED:
+                COMPLETED[name](module)
 
         # Only looking torchvision up (importlib.util.find_spec) must not import torch: the work
         # hangs on the loader of this one spec.

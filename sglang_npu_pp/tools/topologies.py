@@ -262,11 +262,16 @@ ROWS = (
         Here.REFUSED,
     ),
     Row(
-        "hierarchical cache (`--enable-hierarchical-cache`)",
+        "hierarchical cache (`--enable-hierarchical-cache`), storage in files",
         "yes",
         ARGUMENTS,
         Here.IN_FORCE,
-        note="the synchronisation of its stages is upstream's",
+        (
+            Shown(
+                CPU, "tests/server/test_hierarchical_cache.py::test_answers_and_what_was_cached_are_upstreams"
+            ),
+        ),
+        "its copies in plain torch; other storage (Mooncake, memcache) and `buffer_only`: not run",
     ),
     Row(
         "data parallelism of experts, elastic experts, DWDP (`--moe-dp-size`, `--elastic-ep-backend`, "

@@ -297,6 +297,10 @@ class HostLane:
         """See Outbox.send."""
         self._outboxes[peer].send(message)
 
+    def has_room(self, peer: int, kind: Kind) -> bool:
+        """See Outbox.has_room."""
+        return self._outboxes[peer].has_room(kind)
+
     def channel(self, source: int, kind: Kind) -> ReceiveChannel:
         """One stage's messages of one kind; always the same object."""
         return self._inbox.channel(source, kind)

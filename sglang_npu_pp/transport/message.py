@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     CLOCK = 8  # ping-pong at start: round trip times and clock offsets
     STAGE_TIMES = 9  # what a stage measured of its first busy batches, told to stage 0
     OUTCOME = 10  # what became of a control request on one stage
+    CACHE = 11  # what stage 0 decided about its hierarchical cache; several an iteration
 
     label: str  # its name in counters, traces and errors
 

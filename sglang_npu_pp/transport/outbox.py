@@ -179,6 +179,11 @@ class Outbox:
         if self._trace.enabled:
             self._trace.record("push", message.kind.label, message.slot, message.iteration)
 
+    def has_room(self, kind: Kind) -> bool:
+        """Whether a small message of `kind` would not wait."""
+        self._read_credit()
+        return (self._channels.get(kind) or self._open_channel(kind)).window.has_room(0)
+
     def _open_channel(self, kind: Kind) -> _Channel:
         channel = _Channel(kind, Window(self._bounds), self._context.telemetry.sending(kind.label))
         self._channels[kind] = channel

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -91,6 +91,10 @@ class StageLink:
     def push(self, kind: Kind, peer: int, values: Any = None, *, slot: int = -1, iteration: int = -1) -> None:
         """Push a Python object to stage `peer`; its arrays and tensors may then be overwritten."""
         self.host_lane.send(peer, Message(kind, slot, iteration, values=values, borrowed=True))
+
+    def has_room(self, kind: Kind, peer: int) -> bool:
+        """Whether pushing a small object would not wait."""
+        return self.host_lane.has_room(peer, kind)
 
     def push_tensors(
         self,
@@ -258,6 +262,12 @@ class StageLink:
     def has_arrived(self, kind: Kind, source: int) -> bool:
         """Whether a message of `kind` has arrived and was not taken."""
         return bool(self.host_lane.channel(source, kind).waiting)
+
+    def take_arrived(self, kind: Kind, source: int) -> Iterator[Any]:
+        """The Python objects that are here, without waiting."""
+        self.host_lane.poll()
+        while self.has_arrived(kind, source):
+            yield self.post(kind, source).wait_values()
 
     def refuse_leftovers(self, kind: Kind, source: int, iteration: int) -> None:
         """Raise SequenceError for an untaken message of `kind` of an earlier iteration."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from ascend_sim.sglang_on_sim import reference_cache_kernels as cache_kernels
 from ascend_sim.sglang_on_sim import reference_kernels as kernels
 from ascend_sim.sglang_on_sim import reference_moe_kernels as moe_kernels
 from ascend_sim.sglang_on_sim import reference_triton_kernels as triton_kernels
@@ -242,6 +243,30 @@ def test_memcpy_moves_rows_from_or_to_an_offset(offset: int) -> None:
     scattered = torch.zeros(4, 3)
     triton_kernels.memcpy(scattered, whole, place, count, True, 3, 8192)
     torch.testing.assert_close(scattered, torch.cat([whole[offset : offset + 3], torch.zeros(1, 3)]))
+
+
+def test_whole_pages_are_copied_between_device_and_host() -> None:
+    layers, page_size, shape = 2, 4, (2, 3)  # heads, width
+    device = [torch.randn(layers, 5, page_size, *shape) for _ in range(2)]
+    host = [torch.zeros(6, layers, page_size, *shape) for _ in range(2)]
+
+    def copy(pages: dict[int, int], direction: cache_kernels.TransferDirection) -> None:
+        on_device, on_host = (
+            torch.cat([torch.arange(page * page_size, (page + 1) * page_size) for page in each])
+            for each in (pages.keys(), pages.values())
+        )
+        cache_kernels.transfer_kv_dim_exchange(
+            on_device, on_host, device[0], host[0], device[1], host[1], page_size, direction
+        )
+
+    copy({3: 0, 1: 5}, cache_kernels.TransferDirection.D2H)
+    for here, there in zip(device, host, strict=True):
+        assert torch.equal(there[0], here[:, 3])
+        assert torch.equal(there[5], here[:, 1])
+        assert not there[1:5].any()
+    copy({2: 0}, cache_kernels.TransferDirection.H2D)
+    for here, there in zip(device, host, strict=True):
+        assert torch.equal(here[:, 2], there[0])
 
 
 def test_experts_of_a_layer() -> None:

@@ -1,4 +1,4 @@
-"""The plain torch versions of kernels that speculative decoding calls on CPU, each against its formula.
+"""The plain torch versions of kernels that SGLang calls on CPU, each against its formula.
 
 Formulas are written out token by token here, without the operations of torch that the kernels use.
 """
@@ -49,6 +49,16 @@ def test_locations_are_written_and_read_request_by_request(kernels: Any) -> None
     out = torch.zeros(6, dtype=torch.int64)
     kernels.assign_extend_cache_locs_cpu(REQUESTS, req_to_token, start, end, out, POSITIONS)
     assert torch.equal(out, locations)
+
+
+def test_tokens_are_copied_between_a_pool_and_its_host_pool(kernels: Any) -> None:
+    pool = [torch.arange(6.0).view(6, 1) + 10 * layer for layer in range(2)]
+    host = [torch.zeros(8, 1) for _ in pool]
+    kernels.transfer_kv_direct(pool, host, torch.tensor([4, 1]), torch.tensor([0, 7]), page_size=1)
+    assert [each.flatten().tolist() for each in host] == [
+        [4, 0, 0, 0, 0, 0, 0, 1],
+        [14, 0, 0, 0, 0, 0, 0, 11],
+    ]
 
 
 def test_a_branch_of_a_draft_sees_its_request_and_its_own_steps(kernels: Any) -> None:

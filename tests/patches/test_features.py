@@ -19,6 +19,7 @@ PLAIN = {
     "speculative_algorithm": None,
     "disaggregation_mode": "null",
     "enable_lora": None,
+    "enable_hierarchical_cache": False,
     "lora_paths": None,
 }
 
@@ -75,7 +76,8 @@ def test_auto_leaves_all_of_it_to_upstream_and_all_ranks_agree(
     (statement,) = statements
     assert statement["path"].startswith("upstream (this SGLang is not known for disaggregation (")
     assert statement["features"] == (
-        "core, LoRA, data-parallel attention, bootstrap, speculative decoding, end of a server"
+        "core, LoRA, data-parallel attention, bootstrap, speculative decoding, hierarchical cache, "
+        "end of a server"
     )
     assert len(statement["functions"]) == 16
     assert statement["certificate"] == "none"
