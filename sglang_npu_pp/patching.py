@@ -73,7 +73,7 @@ class Patch:
 
 
 def fingerprint(target: str) -> str | None:
-    """Fingerprint of the function at `target` in this process, None if absent.
+    """Fingerprint of the function at `target` in this process, None if absent or inherited, as in its file.
 
     A module not imported yet is read from its file: some imports must wait for SGLang's set-up
     (prometheus_client's directory). Raises ContractError for unreadable or wrapped source.
@@ -85,7 +85,7 @@ def fingerprint(target: str) -> str | None:
         owner, name = _resolve(target)
     except ContractError:
         return None
-    function = inspect.getattr_static(owner, name, None)
+    function = vars(owner).get(name)
     if isinstance(function, staticmethod | classmethod):
         function = function.__func__
     if function is None:
