@@ -103,7 +103,7 @@ class Inbox:
                 self._receive(socket, socket.recv(_NOBLOCK))
 
     def receive_next(self) -> None:
-        """Process at least one arrival, and all if they can be announcements; waits up to POLL_MS for it."""
+        """Process all arrivals; waits up to POLL_MS for the first."""
         # One socket waits by itself: a poll in front of it doubles the system calls.
         if self._only is None:
             self.pump(POLL_MS)
@@ -113,8 +113,7 @@ class Inbox:
         except zmq.Again:
             return
         self._receive(self._only, identity)
-        if self.on_announcement is not None:
-            self.pump(0)
+        self.pump(0)  # traces say when a message arrived, and announcements post receives
 
     def _receive(self, socket: zmq.Socket, identity: bytes) -> None:
         frame = socket.recv(_NOBLOCK, copy=False)  # behind an identity there is at least one
