@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from rig.probes import probe_variables
 from rig.releases import IN_VENV, RELEASES, Release
-from rig.server import Server
+from rig.server import PATH, Server
 from sglang_npu_pp.observe.trace import Event, read_traces
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,11 @@ class Launcher:
 
     def stop_all(self) -> None:
         self.servers.close()
+
+
+def take_cpu_compat(server: Server) -> None:
+    """This tree's `scripts/cpu_compat`, before that of the environment."""
+    server.env[PATH] = os.pathsep.join([str(ROOT / "scripts/cpu_compat"), server.env[PATH]])
 
 
 def traces(server: Server) -> dict[int, list[Event]]:

@@ -1,20 +1,18 @@
 """A tiny twin of the models that are served in stages on Ascend: DeepSeek-V3's layers, with random weights.
 
 Multi-head latent attention, experts with a shared one, a first layer without, and one NEXTN (multi-token
-prediction) layer behind the last. As in `speculation_models`, the next token is mostly that which the last
-one's embedding says, so that a part of the drafts is accepted. 0.8 MB in float32.
+prediction) layer behind the last. 0.8 MB in float32.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from rig.checkpoints import LAYER_SCALE, Weights, draft_input, write_checkpoint
 
 SEED = 0
 WIDTH, HEADS = 64, 4
@@ -23,14 +21,10 @@ POSITIONLESS, ROTARY, VALUE = 16, 8, 16  # of a head: width of its query and key
 INNER, EXPERT_INNER, EXPERTS, CHOSEN = 128, 32, 8, 2
 VOCABULARY, CONTEXT = 512, 4096
 LAYERS, DENSE_LAYERS = 4, 1
-LAYER_SCALE = 0.35  # of what a layer adds: with more, fewer drafts are accepted
-HIDDEN_SCALE = 0.1  # of what the target's hidden states tell the draft
-
-Weights = dict[str, torch.Tensor]
 
 
-def write_twin(folder: Path, tokenizer: Path, end_of_text: int) -> Path:
-    """The checkpoint, in `folder`, with the tokenizer that lies in `tokenizer`."""
+def write_twin(folder: Path, model: Path) -> Path:
+    """The checkpoint, in `folder`, with the tokenizer of `model`."""
     generator = torch.Generator().manual_seed(SEED)
     embedding, head = (torch.randn(VOCABULARY, WIDTH, generator=generator) for _ in range(2))
     weights: Weights = {
@@ -41,19 +35,14 @@ def write_twin(folder: Path, tokenizer: Path, end_of_text: int) -> Path:
     for index in range(LAYERS + 1):
         weights.update(_layer(f"model.layers.{index}.", index >= DENSE_LAYERS, generator))
     weights.update(_draft(f"model.layers.{LAYERS}.", embedding, head, generator))
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(_config(end_of_text), indent=1))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for path in tokenizer.glob("tokenizer*"):
-        shutil.copy(path, folder)
+    write_checkpoint(folder, CONFIG, weights, model)
     return folder
 
 
 def _draft(prefix: str, embedding: torch.Tensor, head: torch.Tensor, generator: torch.Generator) -> Weights:
     """What the NEXTN layer has beside a layer: it reads [embedding of a token, hidden state that said it]."""
-    told = torch.randn(WIDTH, WIDTH, generator=generator) * HIDDEN_SCALE / WIDTH**0.5
     return {
-        f"{prefix}eh_proj.weight": torch.cat([torch.eye(WIDTH), told], dim=1),
+        f"{prefix}eh_proj.weight": draft_input(WIDTH, generator),
         f"{prefix}enorm.weight": torch.ones(WIDTH),
         f"{prefix}hnorm.weight": torch.ones(WIDTH),
         f"{prefix}shared_head.norm.weight": torch.ones(WIDTH),
@@ -101,51 +90,45 @@ def _mlp(name: str, inner: int) -> Iterator[Shape]:
     yield f"{name}.down_proj", WIDTH, inner, LAYER_SCALE
 
 
-def _config(end_of_text: int) -> dict[str, Any]:
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "moe_intermediate_size": EXPERT_INNER,
-        "num_hidden_layers": LAYERS,
-        "first_k_dense_replace": DENSE_LAYERS,
-        "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 1,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "q_lora_rank": QUERY_RANK,
-        "kv_lora_rank": KEY_VALUE_RANK,
-        "qk_nope_head_dim": POSITIONLESS,
-        "qk_rope_head_dim": ROTARY,
-        "v_head_dim": VALUE,
-        "n_routed_experts": EXPERTS,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": CHOSEN,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": CONTEXT,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": {  # as DeepSeek-V3's; SGLang's CPU path asks for one
-            "type": "yarn",
-            "factor": 4,
-            "original_max_position_embeddings": CONTEXT // 4,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-    }
+CONFIG: Mapping[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "moe_intermediate_size": EXPERT_INNER,
+    "num_hidden_layers": LAYERS,
+    "first_k_dense_replace": DENSE_LAYERS,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": QUERY_RANK,
+    "kv_lora_rank": KEY_VALUE_RANK,
+    "qk_nope_head_dim": POSITIONLESS,
+    "qk_rope_head_dim": ROTARY,
+    "v_head_dim": VALUE,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": CHOSEN,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": {  # as DeepSeek-V3's; SGLang's CPU path asks for one
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": CONTEXT // 4,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "attention_bias": False,
+}

@@ -1,32 +1,26 @@
 """A tiny Llama with random weights and an EAGLE draft for it, of which a part is accepted.
 
-The next token is mostly that which the last one's embedding says, changed by small layers: a draft without
-those layers is then right about half of the time. 0.6 MB in float32, without a tokenizer of their own.
+The draft has none of the target's layers. 0.6 MB in float32, without a tokenizer of their own.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from rig.checkpoints import LAYER_SCALE, Weights, draft_input, write_checkpoint
 
 SEED = 0
 WIDTH, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH, INNER = 64, 4, 2, 16, 128
 VOCABULARY, CONTEXT = 512, 4096
 LAYERS = 4
-LAYER_SCALE = 0.35  # of what a layer adds: with more, fewer drafts are accepted
-HIDDEN_SCALE = 0.1  # of what the target's hidden states tell the draft
-
-Weights = dict[str, torch.Tensor]
 
 
-def write_models(folder: Path, tokenizer: Path, end_of_text: int) -> tuple[Path, Path]:
-    """Target and draft, with the tokenizer that lies in `tokenizer`."""
+def write_models(folder: Path, model: Path) -> tuple[Path, Path]:
+    """Target and draft, with the tokenizer of `model`."""
     generator = torch.Generator().manual_seed(SEED)
     target, draft = folder / "target", folder / "draft"
     embedding, head = (torch.randn(VOCABULARY, WIDTH, generator=generator) for _ in range(2))
@@ -37,19 +31,19 @@ def write_models(folder: Path, tokenizer: Path, end_of_text: int) -> tuple[Path,
         "lm_head.weight": head,
         **{name: value for layer in layers for name, value in layer.items()},
     }
-    _write(target, "LlamaForCausalLM", LAYERS, weights, tokenizer, end_of_text)
-    _write(draft, "LlamaForCausalLMEagle", 1, _draft(embedding, generator), tokenizer, end_of_text)
+    write_checkpoint(target, _config("LlamaForCausalLM", LAYERS), weights, model)
+    write_checkpoint(draft, _config("LlamaForCausalLMEagle", 1), _draft(embedding, generator), model)
     return target, draft
 
 
 def _draft(embedding: torch.Tensor, generator: torch.Generator) -> Weights:
     """It reads [embedding of a token, hidden state that said it]; the head is the target's."""
-    told = torch.randn(WIDTH, WIDTH, generator=generator) * HIDDEN_SCALE / WIDTH**0.5
+    projection = draft_input(WIDTH, generator)
     layer = _layer("layers.0.", generator)
     del layer["layers.0.input_layernorm.weight"]  # the draft's layer has none
     return {
         "embed_tokens.weight": embedding.clone(),
-        "fc.weight": torch.cat([torch.eye(WIDTH), told], dim=1),
+        "fc.weight": projection,
         "fc.bias": torch.zeros(WIDTH),
         **layer,
     }
@@ -74,17 +68,7 @@ def _layer(prefix: str, generator: torch.Generator) -> Weights:
     }
 
 
-def _write(
-    folder: Path, architecture: str, layers: int, weights: Weights, tokenizer: Path, end_of_text: int
-) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(_config(architecture, layers, end_of_text), indent=1))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for path in tokenizer.glob("tokenizer*"):
-        shutil.copy(path, folder)
-
-
-def _config(architecture: str, layers: int, end_of_text: int) -> Mapping[str, Any]:
+def _config(architecture: str, layers: int) -> Mapping[str, Any]:
     return {
         "architectures": [architecture],
         "model_type": "llama",
@@ -99,9 +83,4 @@ def _config(architecture: str, layers: int, end_of_text: int) -> Mapping[str, An
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_FOLDER = "test/registered/ascend/performance"
+FOLDER = "test/registered/ascend/performance"  # in both repositories
 
 _ALL = (
     *("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "ascend"),
@@ -48,9 +48,7 @@ class Published:
     chunk: int  # tokens
     running: int  # requests at most
     more: tuple[str, ...]
-    environment: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what concerns stages, their links and experts
+    environment: Mapping[str, str] = field(default_factory=dict)  # of stages, their links and experts
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -139,11 +137,12 @@ NOT_HERE = (
 
 def markdown() -> list[str]:
     """Lines of docs/topologies.md."""
+    variables = [f"`{name}={value}`" for name, value in PUBLISHED[-1].environment.items()]
     return [
         "## The published command lines",
         "",
         "Prefill servers, tp 4, context parallelism within a stage, experts over DeepEP, one line each. "
-        f"Sources are below `{_FOLDER}`. Some have earlier names of flags: `{' '.join(_IN_SEQUENCE)}`, in "
+        f"Sources are below `{FOLDER}`. Some have earlier names of flags: `{' '.join(_IN_SEQUENCE)}`, in "
         f"0.5.21 `{' '.join(_ZIGZAG)}`. That its parser takes each line, and what this package does with "
         "such a server, is shown on the simulated Ascend by `tests/ascend/test_published.py`; none "
         "was served.",
@@ -151,6 +150,8 @@ def markdown() -> list[str]:
         "| source | commit | stages | nodes | tokens a chunk | draft | flags of 0.5.21 | here |",
         "|---|---|---|---|---|---|---|---|",
         *(_row(line) for line in PUBLISHED),
+        "",
+        f"Those with a draft also set {', '.join(variables)}.",
         "",
         "What they ask for that cannot be had here, and what stands in for it in tests:",
         "",

@@ -27,8 +27,8 @@ _EXPLANATION = (
 
 # In SGLang's repository.
 ARGUMENTS = "`docs/platforms/ascend/ascend_npu_support_features.md`"
-GLM_5_1 = "`test/registered/ascend/performance/glm5_1`"
-GLM_5_2 = "`test/registered/ascend/performance/glm5_2`"
+GLM_5_1 = f"`{published.FOLDER}/glm5_1`"
+GLM_5_2 = f"`{published.FOLDER}/glm5_2`"
 ONE_SERVER = "`runtime_options/test_npu_pp_single_node.py`"
 PAIR = "`runtime_options/test_npu_disaggregation_pp.py`"
 

@@ -20,7 +20,7 @@ from sglang_npu_pp.patches.pipeline import set_current
 from sglang_npu_pp.ready_counts import ReadyCounts
 
 STAGES = 3
-ROUNDS = 8  # fewer than a window has messages: nobody takes any
+ROUNDS = 8  # fewer than a window has messages: none is taken
 LONG, BACKUPS = 100, 10
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from rig import battery
 from rig.agreement import assert_stages_agree
-from rig.launcher import ROOT, Launcher, point_to_point_counts
+from rig.launcher import ROOT, Launcher, point_to_point_counts, take_cpu_compat
 from rig.probes import probe_variables
 from rig.server import Server
 
@@ -67,9 +67,8 @@ def start(launcher: Launcher, patched: bool) -> Server:
     server = launcher.configure(1, STAGES, patched=patched, args=ARGUMENTS)
     storage = server.log.parent / "storage"
     storage.mkdir()  # by hand: upstream's stages both make it, and one fails
-    server.env |= probe_variables(
-        "sglang_pp_probe", "storage_probe", paths=[ROOT / "scripts/cpu_compat", ROOT]
-    )
+    server.env |= probe_variables("sglang_pp_probe", "storage_probe", paths=[ROOT])
+    take_cpu_compat(server)
     server.env |= {
         "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(storage),
         "STORAGE_PROBE_GATE": str(server.log.parent),

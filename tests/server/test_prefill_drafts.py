@@ -6,8 +6,6 @@ Mooncake's TCP: the last stage drafts, and what a decode server needs of it retu
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +15,9 @@ from typing import Any
 import pytest
 
 from rig import battery, disaggregated
-from rig.launcher import RANDOM_MODEL, ROOT, Launcher, traces
+from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
 from rig.published_twin import write_twin
-from rig.server import PATH, Server
+from rig.server import Server
 from sglang_npu_pp.tools.certify import order
 from sglang_npu_pp.tools.certify.ports import free_ports
 
@@ -42,13 +40,12 @@ Answers = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    end_of_text = json.loads((RANDOM_MODEL / "config.json").read_text())["text_config"]["eos_token_id"]
-    return write_twin(tmp_path_factory.mktemp("twin") / "model", RANDOM_MODEL, end_of_text)
+    return write_twin(tmp_path_factory.mktemp("twin") / "model", RANDOM_MODEL)
 
 
 def configured(launcher: Launcher, stages: int, twin: Path, **options: Any) -> Server:
     server = launcher.configure(1, stages, model=twin, **options)
-    server.env[PATH] = os.pathsep.join([str(ROOT / "scripts/cpu_compat"), server.env[PATH]])
+    take_cpu_compat(server)
     return server
 
 

@@ -6,8 +6,6 @@ draft that is right about half of the time. Trees of eight nodes, four branches 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ import torch
 
 from rig import battery
 from rig.agreement import assert_stages_agree
-from rig.launcher import RANDOM_MODEL, ROOT, Launcher, traces
-from rig.server import PATH, Server
+from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
+from rig.server import Server
 from rig.speculation_models import write_models
 from sglang_npu_pp.tools.certify import order
 
@@ -45,8 +43,7 @@ class Served:
 def served(
     make_launcher: Callable[[str], Launcher], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    end_of_text = json.loads((RANDOM_MODEL / "config.json").read_text())["text_config"]["eos_token_id"]
-    target, draft = write_models(tmp_path_factory.mktemp("models"), RANDOM_MODEL, end_of_text)
+    target, draft = write_models(tmp_path_factory.mktemp("models"), RANDOM_MODEL)
     launcher = make_launcher("speculation")
     options: dict[str, Any] = {
         "model": target,
@@ -61,7 +58,7 @@ def served(
 
     def start(patched: bool) -> Server:
         server = launcher.configure(1, STAGES, patched=patched, **options)
-        server.env[PATH] = os.pathsep.join([str(ROOT / "scripts/cpu_compat"), server.env[PATH]])
+        take_cpu_compat(server)
         return launcher.servers.enter_context(server)
 
     try:
