@@ -13,6 +13,7 @@ from sglang_npu_pp.patching import Contracts, Patch
 from . import (
     attention,
     bootstrap,
+    consensus_store,
     control,
     decisions,
     disaggregation,
@@ -66,6 +67,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam("dp_metadata", features.DP_ATTENTION, _only(has_pipeline, dp_metadata.PATCHES)),
     Seam("bootstrap", features.BOOTSTRAP, _only(is_ours, bootstrap.PATCHES)),
     Seam("disaggregation", features.DISAGGREGATION, _only(has_pipeline, disaggregation.PATCHES)),
+    Seam(
+        "consensus_store",
+        features.DISAGGREGATION,
+        _only(has_pipeline, consensus_store.PATCHES),
+    ),
     Seam("speculation", features.SPECULATION, _only(has_pipeline, speculation.PATCHES)),
     Seam(
         "hierarchical_cache",

@@ -47,15 +47,16 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any test is deselecte
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what a test needs by where it lies, and let `-k` find field cases by their names."""
+    """Mark what a test needs by where it lies, and let `-k` find cases by their names."""
     for item in items:
         places = {item.path, *item.path.parents}
         if SERVERS & places:
             item.add_marker(pytest.mark.server)
         if SIMULATOR & places:
             item.add_marker(pytest.mark.simulator)
-        for mark in item.iter_markers("field_case"):
-            item.extra_keyword_matches.update(mark.args)
+        for kind in ("field_case", "upstream_case"):
+            for mark in item.iter_markers(kind):
+                item.extra_keyword_matches.update(mark.args)
     config.stash[COLLECTED] = list(items)
 
 

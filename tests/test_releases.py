@@ -65,6 +65,7 @@ def test_releases_differ_in_the_patches_that_say_so() -> None:
     limits = {"_abort_on_waiting_timeout", "_abort_on_running_timeout"}
     graphs = {"execute", "replay_with_input_update"}
     ready = "_sync_hicache_ready_counts"
+    store = {"_init_zmq", "close"}
     assert {release: names - common for release, names in needed.items()} == {
         "0.5.13.post1": {"init_torch_distributed", *limits, "get_ready_grammar_requests"},
         "0.5.14": {*graphs, "init_torch_distributed", *limits, "get_ready_grammar_requests"},
@@ -76,8 +77,8 @@ def test_releases_differ_in_the_patches_that_say_so() -> None:
         "0.5.19": {*graphs, "init_torch_distributed", *limits, prefetch, ready},
         "0.5.20": {*graphs, "init_torch_distributed", send, prefetch, ready},
         "0.5.21": {*graphs, send, prefetch, "_send_kv_chunk", ready},
-        "0.5.22": {*graphs, send, prefetch, "_send_kv_chunk", ready},
-        "0.5.23": {*graphs, send, prefetch, "_send_kv_chunk", ready},
+        "0.5.22": {*graphs, send, prefetch, "_send_kv_chunk", ready, *store},
+        "0.5.23": {*graphs, send, prefetch, "_send_kv_chunk", ready, *store},
     }
 
 

@@ -71,6 +71,7 @@ _DP_ATTENTION = Shown(CPU, "tests/server/test_dp_attention.py::test_answers_are_
 _MIXED = Shown(CPU, "tests/server/regression/test_memory.py::test_prompts_are_prefilled_while_others_decode")
 _REPLICAS = Shown(CPU, "tests/server/test_replicas.py::test_every_replica_has_files_of_its_own")
 _PAIR = Shown(CPU, "tests/server/test_kv_transfer.py::test_answers_are_those_of_a_server_that_does_both")
+_SPLITS = Shown(CPU, "tests/server/test_upstream_cases.py::test_prefill_and_decode_apart_say_the_same")
 _ENGINE = Shown(
     SIMULATED, "tests/ascend/test_ascend_engine.py::test_chunks_leave_one_by_one_behind_their_forwards"
 )
@@ -214,7 +215,8 @@ ROWS = (
         "yes",
         PAIR,
         Here.IN_FORCE,
-        (_PAIR,),
+        (_PAIR, _SPLITS),
+        "both at tp 2 pp 2 in the second; a prefill server of 0.5.23 in `tests/server/test_releases.py`",
     ),
     Row(
         "the same, ascend transfer",

@@ -285,6 +285,19 @@ class HostLane:
 
     # --- use -----------------------------------------------------------------------------------
 
+    @property
+    def keys(self) -> KeyPair:
+        """This rank's CURVE keys, which other sockets between the stages may use as well."""
+        return self._keys
+
+    @property
+    def known_keys(self) -> Collection[bytes]:
+        """Public keys of all stages, this one included."""
+        return self._known.keys
+
+    def key_of(self, stage: int) -> bytes:
+        return self._records[stage].key
+
     def is_local(self, stage: int) -> bool:
         """Whether `stage` is on this node."""
         # There, copying bytes is cheaper than a collective.

@@ -116,7 +116,7 @@ def test_a_certificate_and_what_it_covers_are_named(tmp_path: Path) -> None:
     covered = ", ".join(found.by_certificate)
     text = f"of SGLang 0.5.99, for core, disaggregation: covers {covered}"
     assert named(findings, "certificate").text == text
-    assert named(findings, DISAGGREGATION).text == "by certificate"
+    assert named(findings, DISAGGREGATION).text.endswith("; by certificate: disaggregation")
     core = ", ".join(name for name in found.by_certificate if name != DISAGGREGATION)
     assert named(findings, CORE).text == f"as in {IN_VENV}; by certificate: {core}"
     (patch, *_) = (patch for patch in PATCHES if f"{COMMON}:point_to_point_pyobj" in patch.relies_on)

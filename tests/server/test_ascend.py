@@ -28,6 +28,7 @@ from rig.server import Server
 from sglang_npu_pp.observe.trace import Event
 from sglang_npu_pp.tools.certify import order
 from tests.field_cases import field_case
+from tests.upstream_cases import upstream_case
 
 from .held_receive import Held, hold_a_prefill, hold_a_receive
 from .regression.test_soak import soak
@@ -54,7 +55,7 @@ class Layout(NamedTuple):
 
 # What all are compared with is the CPU server; unpatched servers show that the probes see what they do.
 LAYOUTS = [
-    *(Layout(tp, pp, patched=True) for tp, pp in ((1, 2), (1, 4), (2, 2))),
+    *(Layout(tp, pp, patched=True) for tp, pp in ((1, 2), (1, 4), (2, 2), (2, 4))),
     Layout(1, 2, patched=True, graphs=False),
     Layout(1, 2, patched=True, switches=False),
     Layout(1, 2, patched=False),
@@ -216,6 +217,10 @@ def test_every_scheduler_took_the_npu_path(on_npu: Observed, layout: Layout) -> 
 
 
 @field_case("gpustack-3452")
+@upstream_case("Ascend/sglang-149")  # at tp 2 pp 4
+@upstream_case(
+    "TestPPAccuracy.test_gsm8k", "TestQwenVLPPAccuracy.test_gsm8k", "TestQwenVLPPAccuracy.test_mmmu"
+)
 def test_greedy_tokens_equal_the_cpu_servers(on_cpu: Observed, on_npu: Observed) -> None:
     """Of 24 requests at a time, prompts of 1 to 1500 tokens, pictures, grammars and stop strings among them;
     and log-probabilities within 1e-3."""

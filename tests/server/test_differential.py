@@ -17,6 +17,7 @@ from rig.launcher import Launcher
 from sglang_npu_pp.observe.trace import Event
 from sglang_npu_pp.tools.certify import order
 from tests.field_cases import field_case
+from tests.upstream_cases import upstream_case
 
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}
 LAYOUTS = [
@@ -66,6 +67,9 @@ def pair(
     return found
 
 
+@upstream_case(
+    "TestPPAccuracy.test_gsm8k", "TestQwenVLPPAccuracy.test_gsm8k", "TestQwenVLPPAccuracy.test_mmmu"
+)
 @field_case("sglang-15545")  # depth 1 among the layouts; depth 2 in regression/
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_nothing_is_wrong(pair: Pair, check: Callable[[Pair], list[str]]) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from rig import battery, disaggregated
 from rig.comparison import Layout, compare, complaints
-from rig.launcher import Launcher
+from rig.launcher import ROOT, Launcher
 from rig.releases import EARLY, NEWEST, RELEASES
+from rig.server import PATH
+from sglang_npu_pp.tools.certify.ports import free_ports
 
 pytestmark = pytest.mark.release
 
@@ -17,3 +23,40 @@ pytestmark = pytest.mark.release
 def test_nothing_is_wrong(make_launcher: Callable[[str], Launcher], release: str) -> None:
     pair = compare(make_launcher("release"), Layout("tp1-pp2", 1, 2), RELEASES[release])
     assert not complaints(pair)
+
+
+@pytest.mark.skipif(disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing()))
+def test_a_prefill_server_of_the_newest_release(make_launcher: Callable[[str], Launcher]) -> None:
+    """Where the stages' store of transfers has keys: answers are those of a server that does both, unpatched,
+    and no stage's notes were refused."""
+    launcher = make_launcher("newest-pair")
+    release = RELEASES[NEWEST]
+    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    bodies: list[dict[str, Any]] = [
+        {"input_ids": battery.prompt(length), "sampling_params": sampling} for length in (1, 17, 257, 600)
+    ]
+    with launcher.configure(1, 1, patched=False, release=release) as server:
+        expected = [battery.generate(server, **body)["output_ids"] for body in bodies]
+    (bootstrap_port,) = free_ports(1)
+    servers = []
+    for mode, stages in (("prefill", 2), ("decode", 1)):
+        environment = disaggregated.engine_environment("sglang_pp_probe")
+        server = launcher.configure(
+            1,
+            stages,
+            patched=stages > 1,
+            args=disaggregated.arguments(mode, bootstrap_port),
+            env=environment,
+            release=release,
+        )
+        server.env[PATH] = os.pathsep.join([environment[PATH], str(release.folder), str(ROOT)])
+        servers.append(server)
+    try:
+        with ThreadPoolExecutor(2) as pool:  # they start beside each other
+            prefill, decode = pool.map(launcher.servers.enter_context, servers)
+        answers = disaggregated.Pair(prefill, decode, bootstrap_port).generate_all(bodies, concurrency=4)
+        assert [answer["output_ids"] for answer in answers] == expected
+        assert "PPConsensusStore connected" in prefill.log_text()
+        assert "PPConsensusStore dropped" not in prefill.log_text()
+    finally:
+        launcher.stop_all()

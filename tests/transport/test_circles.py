@@ -101,7 +101,7 @@ class Lane:
 class Plan:
     """What a run is made of. `batches`: sizes (requests, proxy, output) by iteration; None runs no batch.
     `control`: iterations whose requests end with one on which the stages agree. `lane_slots`: of the device
-    lane; 0 without one."""
+    lane; 0 without one. `cache`: a hierarchical one, on which they agree in every iteration."""
 
     stages: int
     depth: int
@@ -112,6 +112,7 @@ class Plan:
     sends: Sends = Sends.BEHIND_THE_LAUNCH
     early_receive: bool = True
     lane_slots: int = 0
+    cache: bool = False
 
     @property
     def slots(self) -> int:
@@ -170,6 +171,8 @@ def run_stage(plan: Plan, stage: int, pipeline: Pipeline) -> Step:
             yield from channels[stage - 1, stage, Kind.REQUESTS].take()
         if stage < last:
             yield from channels[stage, stage + 1, Kind.REQUESTS].push(batch[0] if batch else 100)
+        if plan.cache:
+            yield from synchronise_cache(plan, stage, channels)
         if iteration in plan.control:
             yield from agree(plan, stage, channels)
         if unsent is not None and plan.sends is Sends.IN_THE_NEXT:
@@ -210,6 +213,21 @@ def agree(plan: Plan, stage: int, channels: Channels) -> Step:
         yield from channels[other, stage, Kind.OUTCOME].take()
 
 
+def synchronise_cache(plan: Plan, stage: int, channels: Channels) -> Step:
+    """Later stages report if there is room, and wait for stage 0's decision; stage 0 takes what is there."""
+    if stage == 0:
+        for other in range(1, plan.stages):
+            reports = channels[other, 0, Kind.CACHE]
+            while reports.arrived:
+                yield from reports.take()
+        for other in range(1, plan.stages):
+            yield from channels[0, other, Kind.CACHE].push(100)
+        return
+    if channels[stage, 0, Kind.CACHE].window.has_room(100):
+        yield from channels[stage, 0, Kind.CACHE].push(100)
+    yield from channels[0, stage, Kind.CACHE].take()
+
+
 def stages_that_hang(plan: Plan, bounds: Bounds | None = None) -> list[int]:
     """Run all stages until none can go on; those that have not come to their end."""
     bounds = bounds or Bounds.for_loops(plan.window, plan.window_bytes, plan.slots)
@@ -246,6 +264,7 @@ PLANS = st.builds(
     sends=st.sampled_from([Sends.BEHIND_THE_LAUNCH, Sends.AT_THE_END]),
     early_receive=st.booleans(),
     lane_slots=st.sampled_from([0, 2, 4]),
+    cache=st.booleans(),
 )
 
 
