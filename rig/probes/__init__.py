@@ -12,6 +12,7 @@ nextn_probe        what drafts with a NEXTN layer lack on CPU
 layouts_probe      what SGLang has for accelerators only, on CPU; and the prefills of each scheduler
 dp_metadata_probe  how long the metadata of data-parallel attention block a scheduler
 host_time_probe    what an iteration of the PP loop costs the host
+host_picture_probe where the host's time goes between an arrival and the next forward
 """
 
 from __future__ import annotations

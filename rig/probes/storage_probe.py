@@ -1,7 +1,7 @@
 """A probe that holds back the third level of a hierarchical cache (`--hicache-storage-backend file`).
 
 STORAGE_PROBE_GATE names a folder. While there is a file `read1` in it, reads of stage 1 wait, and so on for
-`write` and other stages; queries for what is there do not.
+`write` and other stages; queries for what is there do not. While there is `broken1`, reads of stage 1 fail.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def register() -> None:
         for name, gate in (("get", "read"), ("set", "write")):
             path = Path(folder) / f"{gate}{config.pp_rank}"
             setattr(storage, name, held_back(getattr(storage, name), path))
+        storage.get = failing(storage.get, Path(folder) / f"broken{config.pp_rank}")
 
     HiCacheFile.__init__ = make
 
@@ -40,3 +41,12 @@ def held_back(function: Callable[..., Any], gate: Path) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return wait
+
+
+def failing(function: Callable[..., Any], gate: Path) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if gate.exists():
+            raise OSError(f"{gate} says that storage is broken")
+        return function(*args, **kwargs)
+
+    return call

@@ -216,7 +216,7 @@ ROWS = (
         PAIR,
         Here.IN_FORCE,
         (_PAIR, _SPLITS),
-        "both at tp 2 pp 2 in the second; a prefill server of 0.5.23 in `tests/server/test_releases.py`",
+        "both at tp 2 pp 2 in the second; a prefill server of 0.5.22 in `tests/server/test_releases.py`",
     ),
     Row(
         "the same, ascend transfer",

@@ -179,6 +179,31 @@ def test_slow_reads_of_storage_stop_the_request_that_needs_them_only(served: Ser
     assert_stages_agree(served.server)
 
 
+@pytest.mark.parametrize("trouble", ["lost", "broken"])
+@pytest.mark.parametrize("stage", range(STAGES))
+def test_dead_storage_of_one_stage_stops_no_request(served: Served, stage: int, trouble: str) -> None:
+    """Its pages are gone, or reading them fails: prompts are computed again, on both stages."""
+    prefix = 80 + 2 * stage + (trouble == "broken")
+    first = ask(served.server, prefix)
+    forget(served.server)
+    pages = list((served.folder / "storage").glob(f"*_{STAGES}_{stage}.bin"))
+    gate = served.folder / f"broken{stage}"
+    if trouble == "lost":
+        for page in pages:
+            page.unlink()
+    else:
+        gate.touch()
+    try:
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            asked = [prefix, *PREFIXES[2:]]
+            answers = list(pool.map(lambda each: ask(served.server, each), asked))
+    finally:
+        gate.unlink(missing_ok=True)
+    assert ids(answers) == [first["ids"], *ids(served.found["new"])[2:]]
+    assert {answer["cached"] for answer in answers} == {0}
+    assert_stages_agree(served.server)
+
+
 def test_it_is_in_force(served: Served) -> None:
     log = served.server.log_text()
     assert log.count("hierarchical cache, end of a server") == STAGES

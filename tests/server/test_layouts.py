@@ -24,7 +24,7 @@ from rig.probes import probe_variables
 from rig.probes.layouts_probe import milliseconds, prefills
 from rig.server import Server
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.release
 
 CHUNK = 256  # tokens, of the launcher's servers
 LENGTHS = (1, 2, 7, 64, 255, 256, 257, 300, 511, 700, 1000, 1500)  # tokens
@@ -89,7 +89,7 @@ class Both:
 
 @pytest.fixture(
     scope="module",
-    params=[ADAPTED, pytest.param(SEQUENCES, marks=pytest.mark.release)],  # the second has eight schedulers
+    params=[ADAPTED, SEQUENCES],  # the second has eight schedulers
     ids=str,
 )
 def both(

@@ -18,6 +18,9 @@ from sglang_npu_pp.tools.certify.ports import free_ports
 
 pytestmark = pytest.mark.release
 
+# The first whose stages share a store of transfers; 0.5.23 asks for pinned memory, which the CPU has none of.
+STORE = RELEASES["0.5.22"]
+
 
 @pytest.mark.parametrize("release", [EARLY, NEWEST])
 def test_nothing_is_wrong(make_launcher: Callable[[str], Launcher], release: str) -> None:
@@ -26,16 +29,15 @@ def test_nothing_is_wrong(make_launcher: Callable[[str], Launcher], release: str
 
 
 @pytest.mark.skipif(disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing()))
-def test_a_prefill_server_of_the_newest_release(make_launcher: Callable[[str], Launcher]) -> None:
-    """Where the stages' store of transfers has keys: answers are those of a server that does both, unpatched,
-    and no stage's notes were refused."""
-    launcher = make_launcher("newest-pair")
-    release = RELEASES[NEWEST]
+@pytest.mark.skipif(not STORE.is_installed, reason=f"SGLang {STORE.name} is not installed (make matrix)")
+def test_a_prefill_server_whose_stages_share_a_store(make_launcher: Callable[[str], Launcher]) -> None:
+    """It has keys here: answers are those of an unpatched server that does both, and all notes were taken."""
+    launcher = make_launcher("store")
     sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     bodies: list[dict[str, Any]] = [
         {"input_ids": battery.prompt(length), "sampling_params": sampling} for length in (1, 17, 257, 600)
     ]
-    with launcher.configure(1, 1, patched=False, release=release) as server:
+    with launcher.configure(1, 1, patched=False, release=STORE) as server:
         expected = [battery.generate(server, **body)["output_ids"] for body in bodies]
     (bootstrap_port,) = free_ports(1)
     servers = []
@@ -47,9 +49,9 @@ def test_a_prefill_server_of_the_newest_release(make_launcher: Callable[[str], L
             patched=stages > 1,
             args=disaggregated.arguments(mode, bootstrap_port),
             env=environment,
-            release=release,
+            release=STORE,
         )
-        server.env[PATH] = os.pathsep.join([environment[PATH], str(release.folder), str(ROOT)])
+        server.env[PATH] = os.pathsep.join([environment[PATH], str(STORE.folder), str(ROOT)])
         servers.append(server)
     try:
         with ThreadPoolExecutor(2) as pool:  # they start beside each other
