@@ -48,18 +48,16 @@ def npu_lightning_indexer(
 
     query [T, N, D], the requests one behind the other; key [P, S, 1, D]; weights [T, N]; lengths [B]: of the
     queries, summed up, and of the keys; block_table [B, pages of the longest request] -> [T, 1, K] int32.
-    The second result belongs to `return_value`.
+    With context parallelism SGLang makes each token a request. The second result belongs to `return_value`.
     """
     _refuse_other_forms("npu_lightning_indexer", layout_query, layout_key, sparse_mode, options)
     owner, position = _places(len(query), actual_seq_lengths_query, actual_seq_lengths_key)
     assert block_table is not None
     slots = torch.arange(block_table.shape[1] * key.shape[1], device=query.device)
-    scores = torch.zeros((len(query), len(slots)), device=query.device)
-    for request in range(len(block_table)):
-        keys = key[block_table[request].long()].flatten(0, 2).float()
-        similar = torch.relu(query.float() @ keys.t())
-        of_request = (similar * weights.float().unsqueeze(-1)).sum(1)
-        scores = torch.where((owner == request).unsqueeze(1), of_request, scores)
+    everywhere = slots.expand(len(query), -1)
+    keys = key.flatten(0, 2)[_rows(block_table, owner, everywhere, key.shape[1])].float()
+    similar = torch.relu(query.float() @ keys.transpose(1, 2))
+    scores = (similar * weights.float().unsqueeze(-1)).sum(1)
     seen = slots <= position.unsqueeze(1)
     best, order = scores.masked_fill(~seen, float("-inf")).sort(dim=-1, descending=True, stable=True)
     chosen = order.masked_fill(best == float("-inf"), -1)[:, :sparse_count]
@@ -100,10 +98,7 @@ def npu_sparse_flash_attention(
     assert block_table is not None
     chosen = sparse_indices.squeeze(1).long()
     allowed = (chosen >= 0) & (chosen <= position.unsqueeze(1))
-    page_size = key.shape[1]
-    column = chosen.clamp(min=0).clamp(max=block_table.shape[1] * page_size - 1)
-    page = block_table.long()[owner.clamp(max=len(block_table) - 1).unsqueeze(1), column // page_size]
-    slot = page * page_size + column % page_size
+    slot = _rows(block_table, owner, chosen.clamp(min=0), key.shape[1])
     latent, rotary = (cache.flatten(0, 2)[slot].float() for cache in (key, key_rope))
     # What is not chosen has weight 0, and 0 times what lies there must be 0.
     latent = latent.masked_fill(~allowed.unsqueeze(-1), 0)
@@ -124,6 +119,13 @@ def _places(tokens: int, query_ends: Tensor | None, lengths: Tensor | None) -> t
     known = owner.clamp(max=len(ends) - 1)
     position = totals[known] - ends[known] + token
     return owner, position.masked_fill(owner == len(ends), -1)
+
+
+def _rows(block_table: Tensor, owner: Tensor, columns: Tensor, page_size: int) -> Tensor:
+    """Where positions of each token's request lie in the cache; columns, positions [T, any]."""
+    columns = columns.clamp(max=block_table.shape[1] * page_size - 1)
+    request = owner.clamp(max=len(block_table) - 1).unsqueeze(1)
+    return block_table.long()[request, columns // page_size] * page_size + columns % page_size
 
 
 def _refuse_other_forms(

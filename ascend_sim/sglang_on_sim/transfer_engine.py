@@ -92,4 +92,12 @@ def _write(process: int, sources: Sequence[int], targets: Sequence[int], lengths
     return written == sum(lengths)
 
 
-PACKAGE_KERNELS: Mapping[str, Any] = {"memfabric_hybrid.TransferEngine": TransferEngine}
+def create_config_store(url: str | None) -> int:
+    """Where sessions find each other; here a session's port says it."""
+    return OK
+
+
+PACKAGE_KERNELS: Mapping[str, Any] = {
+    "memfabric_hybrid.TransferEngine": TransferEngine,
+    "memfabric_hybrid.create_config_store": create_config_store,
+}
