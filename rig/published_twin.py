@@ -1,7 +1,11 @@
-"""A tiny twin of the models that are served in stages on Ascend: DeepSeek-V3's layers, with random weights.
+"""Tiny twins of the models that are served in stages on Ascend, with random weights, in float32.
 
-Multi-head latent attention, experts with a shared one, a first layer without, and one NEXTN (multi-token
-prediction) layer behind the last. 0.8 MB in float32.
+All have multi-head latent attention, experts with a shared one, a first layer without, and one NEXTN
+(multi-token prediction) layer behind the last.
+
+DEEPSEEK_V3   dense attention; 1.9 MB
+GLM_5_1       sparse attention (DSA): every layer has an indexer, which chooses 64 tokens; 2.1 MB
+GLM_5_2       the same, but most layers take the tokens that were chosen in a layer before; 3.3 MB
 """
 
 from __future__ import annotations
@@ -18,13 +22,16 @@ SEED = 0
 WIDTH, HEADS = 64, 4
 QUERY_RANK, KEY_VALUE_RANK = 32, 32
 POSITIONLESS, ROTARY, VALUE = 16, 8, 16  # of a head: width of its query and key without and with positions
+INDEX_HEADS, INDEX_WIDTH, INDEX_TOKENS = 8, 32, 64
 INNER, EXPERT_INNER, EXPERTS, CHOSEN = 128, 32, 8, 2
 VOCABULARY, CONTEXT = 512, 4096
-LAYERS, DENSE_LAYERS = 4, 1
+
+Config = Mapping[str, Any]
 
 
-def write_twin(folder: Path, model: Path) -> Path:
-    """The checkpoint, in `folder`, with the tokenizer of `model`."""
+def write_twin(folder: Path, model: Path, config: Config | None = None) -> Path:
+    """The checkpoint, in `folder`, with the tokenizer of `model`; without `config` DEEPSEEK_V3's."""
+    config = config or DEEPSEEK_V3
     generator = torch.Generator().manual_seed(SEED)
     embedding, head = (torch.randn(VOCABULARY, WIDTH, generator=generator) for _ in range(2))
     weights: Weights = {
@@ -32,11 +39,23 @@ def write_twin(folder: Path, model: Path) -> Path:
         "model.norm.weight": torch.ones(WIDTH),
         "lm_head.weight": head,
     }
-    for index in range(LAYERS + 1):
-        weights.update(_layer(f"model.layers.{index}.", index >= DENSE_LAYERS, generator))
-    weights.update(_draft(f"model.layers.{LAYERS}.", embedding, head, generator))
-    write_checkpoint(folder, CONFIG, weights, model)
+    layers = config["num_hidden_layers"]
+    for index in range(layers + 1):
+        prefix = f"model.layers.{index}."
+        weights.update(_layer(prefix, index >= config["first_k_dense_replace"], generator))
+        if has_indexer(config, index):
+            weights.update(_indexer(f"{prefix}self_attn.indexer.", generator))
+    weights.update(_draft(f"model.layers.{layers}.", embedding, head, generator))
+    write_checkpoint(folder, config, weights, model)
     return folder
+
+
+def has_indexer(config: Config, layer: int) -> bool:
+    """Whether the layer chooses tokens itself; the NEXTN layer, behind the last, always can."""
+    if "index_topk" not in config:
+        return False
+    types = config.get("indexer_types", [])
+    return layer >= len(types) or types[layer] == "full"
 
 
 def _draft(prefix: str, embedding: torch.Tensor, head: torch.Tensor, generator: torch.Generator) -> Weights:
@@ -66,6 +85,24 @@ def _layer(prefix: str, sparse: bool, generator: torch.Generator) -> Weights:
     return found
 
 
+def _indexer(prefix: str, generator: torch.Generator) -> Weights:
+    """The part of the attention that chooses tokens: queries from the rank that the heads share, one key and
+    a weight for each of its heads from the hidden state."""
+    shapes = (
+        ("wq_b", INDEX_HEADS * INDEX_WIDTH, QUERY_RANK),
+        ("wk", INDEX_WIDTH, WIDTH),
+        ("weights_proj", INDEX_HEADS, WIDTH),
+    )
+    found = {
+        f"{prefix}{name}.weight": torch.randn(rows, columns, generator=generator) / columns**0.5
+        for name, rows, columns in shapes
+    }
+    for name, around in (("weight", 1.0), ("bias", 0.0)):
+        noise = torch.randn(INDEX_WIDTH, generator=generator) / 10
+        found[f"{prefix}k_norm.{name}"] = noise + around
+    return found
+
+
 Shape = tuple[str, int, int, float]  # name, rows, columns, scale
 
 
@@ -90,14 +127,12 @@ def _mlp(name: str, inner: int) -> Iterator[Shape]:
     yield f"{name}.down_proj", WIDTH, inner, LAYER_SCALE
 
 
-CONFIG: Mapping[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
+_COMMON: Config = {
     "hidden_size": WIDTH,
     "intermediate_size": INNER,
     "moe_intermediate_size": EXPERT_INNER,
-    "num_hidden_layers": LAYERS,
-    "first_k_dense_replace": DENSE_LAYERS,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
     "moe_layer_freq": 1,
     "num_nextn_predict_layers": 1,
     "num_attention_heads": HEADS,
@@ -120,6 +155,13 @@ CONFIG: Mapping[str, Any] = {
     "max_position_embeddings": CONTEXT,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+}
+
+DEEPSEEK_V3: Config = {
+    **_COMMON,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
     "rope_theta": 10000.0,
     "rope_scaling": {  # as DeepSeek-V3's; SGLang's CPU path asks for one
         "type": "yarn",
@@ -130,5 +172,27 @@ CONFIG: Mapping[str, Any] = {
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
     },
-    "attention_bias": False,
+}
+
+GLM_5_1: Config = {
+    **_COMMON,
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "rope_interleave": True,
+    "indexer_rope_interleave": True,
+    "index_n_heads": INDEX_HEADS,
+    "index_head_dim": INDEX_WIDTH,
+    "index_topk": INDEX_TOKENS,
+}
+
+# As GLM-5.2's 78 layers begin: the indexers of three layers, then one in four.
+_INDEXERS = ["full"] * 3 + ["shared"] * 3 + ["full"] + ["shared"]
+GLM_5_2: Config = {
+    **GLM_5_1,
+    "num_hidden_layers": len(_INDEXERS),
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "indexer_types": _INDEXERS,
+    "index_share_for_mtp_iteration": True,
 }

@@ -40,6 +40,19 @@ c10::Device device_of(const Stack& arguments) {
   return c10::Device(c10::DeviceType::PrivateUse1, current_device());
 }
 
+// CANN's matrix products take matrices of two types and compute in the wider one, PyTorch's refuse them.
+Stack of_one_type(const Stack& arguments) {
+  std::optional<c10::ScalarType> type;
+  auto widen = [&](const at::Tensor& tensor) {
+    type = type ? c10::promoteTypes(*type, tensor.scalar_type()) : tensor.scalar_type();
+  };
+  for (const c10::IValue& argument : arguments) each_tensor(argument, widen);
+  auto converted = [&](const at::Tensor& tensor) { return tensor.defined() ? tensor.to(*type) : tensor; };
+  Stack changed;
+  for (const c10::IValue& argument : arguments) changed.push_back(map_tensors(argument, converted));
+  return changed;
+}
+
 // The CPU's kernels would not mind tensors of another device, but a device does. Numbers that are only read
 // may be on the host.
 void expect_one_device(const Signature& signature, const Stack& arguments, c10::Device device) {
@@ -130,7 +143,8 @@ KernelCounts& kernel_counts() {
 }
 
 void AtenOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-  const Stack arguments = pop_arguments(stack, signature_.arguments);
+  Stack arguments = pop_arguments(stack, signature_.arguments);
+  if (signature_.multiplies_matrices) arguments = of_one_type(arguments);
   const c10::Device device = device_of(arguments);
   const c10::OptionalDeviceGuard guard(device);
   expect_one_device(signature_, arguments, device);

@@ -25,6 +25,11 @@ bool is_indexing(const std::string& name) {
   return std::any_of(starts.begin(), starts.end(), begins_name);
 }
 
+bool is_matrix_product(const std::string& name) {
+  const auto products = {"aten::linear", "aten::matmul", "aten::mm", "aten::bmm"};
+  return std::find(products.begin(), products.end(), name) != products.end();
+}
+
 bool is_tensor_or_list(const c10::Argument& returned) {
   const c10::TypePtr& type = returned.type();
   if (type->kind() == c10::TypeKind::ListType) {
@@ -39,7 +44,8 @@ Signature::Signature(const c10::FunctionSchema& schema)
     : name(c10::toString(schema.operator_name())),
       arguments(schema.arguments().size()),
       returns_tensors(true),
-      takes_host_indices(is_indexing(name)) {
+      takes_host_indices(is_indexing(name)),
+      multiplies_matrices(is_matrix_product(name)) {
   for (size_t i = 0; i < arguments; ++i) {
     const c10::Argument& argument = schema.arguments()[i];
     const bool written = argument.alias_info() && argument.alias_info()->isWrite();

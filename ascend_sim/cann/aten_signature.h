@@ -20,6 +20,7 @@ struct Signature {
   std::optional<size_t> generator_argument;
   bool returns_tensors;     // and nothing else
   bool takes_host_indices;  // as data[indices], where torch_npu copies indices to the device
+  bool multiplies_matrices;  // which may be of two types, on CANN
 };
 
 }  // namespace ascend_sim

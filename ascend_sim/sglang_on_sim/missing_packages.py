@@ -1,4 +1,4 @@
-"""Packages of an Ascend machine that SGLang imports and that are not on PyPI.
+"""Packages of an Ascend machine that SGLang imports and that are not on PyPI, or need its driver.
 
 A name can be imported from them. Calling it raises, unless `reference_kernels` has an implementation in plain
 torch.
@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NoReturn
 
-# Kernels for SGLang in Triton and AscendC; operators of single models; the graph compiler; CANN from Python.
-ROOTS = frozenset({"sgl_kernel_npu", "custom_ops", "torchair", "acl"})
+# Kernels for SGLang in Triton and AscendC; operators of single models; the graph compiler; CANN from Python;
+# the engine that moves caches between servers.
+ROOTS = frozenset({"sgl_kernel_npu", "custom_ops", "torchair", "acl", "memfabric_hybrid"})
 
 
 class MissingPackage(ModuleType):
@@ -23,10 +24,11 @@ class MissingPackage(ModuleType):
         # Python and its tools probe for dunder names (__file__, __wrapped__): those must stay absent.
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        from .reference_kernels import PACKAGE_KERNELS
+        from . import reference_kernels, transfer_engine
 
         full_name = f"{self.__name__}.{name}"
-        return {**PACKAGE_KERNELS, **ANSWERED}.get(full_name) or missing_function(full_name)
+        known = {**reference_kernels.PACKAGE_KERNELS, **transfer_engine.PACKAGE_KERNELS, **ANSWERED}
+        return known.get(full_name) or missing_function(full_name)
 
 
 class CompilerConfig:

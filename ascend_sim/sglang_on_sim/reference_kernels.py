@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference_cache_kernels, reference_moe_kernels
+from . import reference_cache_kernels, reference_dsa_kernels, reference_moe_kernels
 
 # --- normalisation and activation ----------------------------------------------------------------
 
@@ -265,7 +265,14 @@ OPERATORS = (
     npu_rotary_mul,
     npu_top_k_top_p,
     *reference_moe_kernels.OPERATORS,
+    *reference_dsa_kernels.OPERATORS,
 )
+
+# Operators that sgl_kernel_npu registers when it is imported, by their schemas.
+ADDED_OPERATORS: Mapping[str, Callable[..., Any]] = {
+    "apply_token_bitmask(Tensor(a!) logits, Tensor bitmask) -> ()": apply_token_bitmask,
+    **reference_dsa_kernels.ADDED_OPERATORS,
+}
 
 # Functions that torch_npu loads from Ascend's transformer library (ATB); SGLang calls them by name.
 ATB_FUNCTIONS: Mapping[str, Callable[..., None]] = {
@@ -280,6 +287,7 @@ PACKAGE_KERNELS: Mapping[str, Any] = {
     "sgl_kernel_npu.mem_cache.allocator.alloc_extend_kernel": AllocateExtend(),
     **reference_cache_kernels.PACKAGE_KERNELS,
     **reference_moe_kernels.PACKAGE_KERNELS,
+    **reference_dsa_kernels.PACKAGE_KERNELS,
 }
 
 
@@ -290,10 +298,10 @@ def install() -> None:
     operators = torch.library.Library("npu", "IMPL")
     for operator in OPERATORS:
         operators.impl(operator.__name__, operator, "PrivateUse1", allow_override=True)
-    # sgl_kernel_npu registers this one when it is imported.
     additions = torch.library.Library("npu", "FRAGMENT")
-    additions.define("apply_token_bitmask(Tensor(a!) logits, Tensor bitmask) -> ()")
-    additions.impl("apply_token_bitmask", apply_token_bitmask, "PrivateUse1")
+    for schema, operator in ADDED_OPERATORS.items():
+        additions.define(schema)
+        additions.impl(operator.__name__, operator, "PrivateUse1")
     _libraries.extend([operators, additions])
     for name, function in ATB_FUNCTIONS.items():
         setattr(torch_npu, name, function)

@@ -1,4 +1,4 @@
-"""Plain torch implementations of the NPU kernels that SGLang calls for the experts of a Qwen3-MoE.
+"""Plain torch implementations of the NPU kernels that SGLang calls for the experts of a Qwen3-MoE or GLM-5.
 
 As in `reference_kernels`: what a kernel computes, from how SGLang calls it and from the public documentation
 of torch_npu; every operation goes through torch_npu onto the current stream, and none waits for the device.
@@ -30,6 +30,35 @@ def npu_moe_gating_top_k_softmax(
     return weights[:, :k].to(x.dtype), experts[:, :k].to(torch.int32), places
 
 
+def npu_moe_gating_top_k(
+    x: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    group_count: int = 1,
+    norm_type: int = 0,
+    routed_scaling_factor: float = 1.0,
+    eps: float = 1e-20,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K experts of each token with the largest `sigmoid(x) + bias`, the lower one first of equal ones,
+    and their shares: of their sigmoids without the bias, times the factor; x [T, E] -> [T, K] twice.
+
+    `k_group` and `group_select_mode` choose among groups of experts: there is one. For sigmoids `renorm` has
+    no meaning. The last result belongs to `out_flag`.
+    """
+    unknown = given(options, known={"k_group", "group_select_mode", "renorm"}, plain={})
+    if unknown or group_count != 1 or norm_type != 1:
+        form = f"{group_count} groups, norm_type {norm_type}, {unknown}"
+        raise NotImplementedError(f"npu_moe_gating_top_k in another form ({form}) on the simulated Ascend")
+    sigmoids = x.float().sigmoid()
+    ranked = sigmoids if bias is None else sigmoids + bias.float()
+    experts = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    chosen = sigmoids.gather(1, experts)
+    shares = chosen / (chosen.sum(-1, keepdim=True) + eps) * routed_scaling_factor
+    return shares.to(x.dtype), experts.to(torch.int32), x.new_empty(0, dtype=torch.float32)
+
+
 def l1_norm(weights: Tensor) -> Tensor:
     """Each row divided by its sum."""
     return weights / weights.sum(-1, keepdim=True)
@@ -49,7 +78,7 @@ def npu_moe_init_routing_v2(
     Also where the row for choice k of token t lies among them, at t K + k, and how many rows each expert
     has, [E]. The last result belongs to quantisation.
     """
-    unknown = _given(options, known={"active_num", "expert_tokens_num_flag"}, plain={"quant_mode": -1})
+    unknown = given(options, known={"active_num", "expert_tokens_num_flag"}, plain={"quant_mode": -1})
     if unknown or expert_tokens_num_type != 1 or list(active_expert_range) != [0, expert_num]:
         raise NotImplementedError(f"npu_moe_init_routing_v2 with {unknown} on the simulated Ascend")
     experts = expert_idx.reshape(-1)
@@ -73,7 +102,7 @@ def npu_grouped_matmul(
 ) -> list[Tensor]:
     """The rows of each expert times its weight: one x [rows, N], one weight [E, N, M], group_list [E] rows of
     each expert, one behind the other -> [rows, M]."""
-    unknown = _given(options, known=set(), plain={"act_type": 0})
+    unknown = given(options, known=set(), plain={"act_type": 0})
     one_each = len(x) == len(weight) == 1 and group_list is not None
     if unknown or not one_each or (split_item, group_type, group_list_type) != (2, 0, 1):
         raise NotImplementedError(f"npu_grouped_matmul in another form ({unknown}) on the simulated Ascend")
@@ -110,15 +139,18 @@ def npu_moe_finalize_routing(
     return weighted.sum(1).to(expanded_permuted_rows.dtype)
 
 
-def _given(options: Mapping[str, Any], known: set[str], plain: Mapping[str, Any]) -> list[str]:
+def given(options: Mapping[str, Any], known: set[str], plain: Mapping[str, Any]) -> list[str]:
     """Names of options that ask for something: not `known`, and not left out, empty or as in `plain`."""
     return sorted(
-        name for name, value in options.items() if name not in known and value and value != plain.get(name)
+        name
+        for name, value in options.items()
+        if name not in known and (isinstance(value, Tensor) or (value and value != plain.get(name)))
     )
 
 
 OPERATORS: tuple[Callable[..., Any], ...] = (
     npu_moe_gating_top_k_softmax,
+    npu_moe_gating_top_k,
     npu_moe_init_routing_v2,
     npu_grouped_matmul,
     npu_moe_finalize_routing,

@@ -154,6 +154,7 @@ TABLE: dict[str, tuple[Sequence[torch.dtype], Case]] = {
     "one_hot": (((torch.int64,)), lambda x: functional.one_hot(x.tensor(5), 10)),
     # matrices and layers
     "mm, bmm, matmul": (FLOATS, lambda x: matmuls(x)),
+    "products of two types": (FLOATS, lambda x: products_of_two_types(x)),
     "linear": (
         FLOATS,
         lambda x: (
@@ -269,6 +270,15 @@ def index_add(x: Inputs) -> list[torch.Tensor]:
         x.tensor(4, 3).index_add_(0, rows, x.tensor(2, 3)),
         x.tensor(4, 3).index_copy(0, rows, x.tensor(2, 3)),
     ]
+
+
+def products_of_two_types(x: Inputs) -> Any:
+    """PyTorch's CPU kernels refuse them, CANN's compute in the wider type."""
+    rows, columns = x.tensor(3, 4), x.tensor(4, 5).bfloat16()
+    if x.device == "cpu":
+        wider = torch.promote_types(rows.dtype, columns.dtype)
+        rows, columns = rows.to(wider), columns.to(wider)
+    return rows @ columns, functional.linear(rows, columns.t())
 
 
 def matmuls(x: Inputs) -> list[torch.Tensor]:
