@@ -16,6 +16,7 @@ import pytest
 from rig import battery
 from rig.agreement import assert_stages_agree
 from rig.launcher import Launcher, traces
+from rig.mixtures import KINDS, Mixture
 from rig.server import Server
 from rig.speculation import CONCURRENCY, TOKENS, Models, ask_all, essence, requests
 from sglang_npu_pp.tools.certify import order
@@ -23,6 +24,7 @@ from sglang_npu_pp.tools.certify import order
 pytestmark = pytest.mark.thorough
 
 STAGES = 2
+SEED, MANY = 19, 60
 LONG = {"ignore_eos": True, "max_new_tokens": 2000}
 
 
@@ -106,6 +108,15 @@ def test_requests_that_end_in_the_middle_change_no_others(served: Served) -> Non
         found = answers.result(timeout=120)
     assert reasons == {"abort"}
     assert not battery.differences(essence(served.upstream), essence(found))
+    assert_stages_agree(served.patched)
+
+
+def test_random_requests_get_the_answers_that_they_get_alone(served: Served) -> None:
+    """A few of those of test_speculation_load.py, three of each kind."""
+    mixture = Mixture.asked_alone(served.patched, 3 * KINDS, SEED)
+    ended, wrong = mixture.ask_many(served.patched, MANY, SEED)
+    assert not wrong, f"seed {SEED}"
+    assert 0 < ended < MANY / 2
     assert_stages_agree(served.patched)
 
 
