@@ -57,8 +57,8 @@ def make_pool(size: int = POOL_SIZE, seed: int = 0) -> list[Body]:
     return pool
 
 
-def ask(server: Server, body: Body, name: str | None = None) -> Tokens | str:
-    """The tokens of one answer, or how it ended instead. Asked again where the server had no room for it."""
+def answer(server: Server, body: Body, name: str | None = None) -> dict[str, Any] | str:
+    """What the server says, or how it ended instead. Asked again where the server had no room for it."""
     for _ in range(TRIES):
         response = server.post("/generate", {**body, **({"rid": name} if name else {})})
         if response.status_code != requests.codes.server_error or GIVEN_UP not in response.text:
@@ -66,7 +66,14 @@ def ask(server: Server, body: Body, name: str | None = None) -> Tokens | str:
     if response.status_code in REFUSED and any(reason in response.text for reason in ABORT_REASONS):
         return ABORTED
     response.raise_for_status()
-    return outcome(response.json())
+    found: dict[str, Any] = response.json()
+    return found if outcome(found) != ABORTED else ABORTED
+
+
+def ask(server: Server, body: Body, name: str | None = None) -> Tokens | str:
+    """The tokens of one answer, or how it ended instead."""
+    found = answer(server, body, name)
+    return found if isinstance(found, str) else outcome(found)
 
 
 def ask_together(server: Server, bodies: Sequence[Body]) -> list[Tokens | str]:

@@ -6,7 +6,8 @@ struck is written beside it, in "<file>.struck".
 
 Planted around `Scheduler.run_batch`: what a later stage computes with, and what the last stage sampled,
 whatever brought it there or takes it away, patched or not. "crash of <title>" raises in the scheduler of that
-title. Faults in order and lifetime, which only the patches can have, are in sglang_pp_order_faults.py.
+title. Faults that only the patches can have are in sglang_pp_order_faults.py (order and lifetime) and in
+sglang_pp_feature_faults.py (drafts, context parallelism).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def plant(path: Path) -> None:
         "sglang.srt.managers.scheduler.Scheduler.run_batch", planted.run_batch, HookType.AROUND
     )
     if os.environ.get("SGLANG_NPU_PP") != "0":
-        importlib.import_module("sglang_pp_order_faults").plant(planted.fault, planted.note)
+        for faults in ("sglang_pp_order_faults", "sglang_pp_feature_faults"):
+            importlib.import_module(faults).plant(planted.fault, planted.note)
 
 
 class Planted:

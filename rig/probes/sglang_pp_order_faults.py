@@ -38,16 +38,16 @@ def plant(fault: Callable[[], str], note: Callable[[], None]) -> None:
 
     sent, late = _Outputs(fault, note), _Proxies(fault, note)
     fed, early = _Tokens(fault, note), _EarlyWaits(fault, note)
-    _wrap(TokenReturn, "post", sent.post)
-    _wrap(pipeline.AsyncPipeline, "send_proxies", late.send)
-    _wrap(pipeline.AsyncPipeline, "begin_iteration", late.begin_iteration)
-    _wrap(StageLink, "_take", late.take)
-    _wrap(outputs.OutputTicket, "on_device", fed.on_device)
-    _wrap(proxies, "_wait_for_proxies", early.wait_for_proxies)
-    _wrap(pipeline.AsyncPipeline, "post_outputs", early.post_outputs)
+    wrap(TokenReturn, "post", sent.post)
+    wrap(pipeline.AsyncPipeline, "send_proxies", late.send)
+    wrap(pipeline.AsyncPipeline, "begin_iteration", late.begin_iteration)
+    wrap(StageLink, "_take", late.take)
+    wrap(outputs.OutputTicket, "on_device", fed.on_device)
+    wrap(proxies, "_wait_for_proxies", early.wait_for_proxies)
+    wrap(pipeline.AsyncPipeline, "post_outputs", early.post_outputs)
 
 
-def _wrap(owner: Any, name: str, around: Function) -> None:
+def wrap(owner: Any, name: str, around: Function) -> None:
     original = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:

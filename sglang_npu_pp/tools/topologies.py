@@ -78,7 +78,16 @@ _ENGINE = Shown(
 _LAYOUTS = Shown(CPU, "tests/server/test_layouts.py::test_answers_are_upstreams")
 _CHUNKS = Shown(CPU, "tests/server/test_layouts.py::test_all_ranks_run_the_chunks_that_upstream_predicts")
 _SPECULATION = Shown(CPU, "tests/server/test_speculation.py::test_answers_and_accepted_drafts_are_upstreams")
+_SPECULATION_LOAD = Shown(
+    CPU,
+    "tests/server/test_speculation_load.py::"
+    "test_every_answer_under_load_is_the_one_that_the_request_gets_alone",
+)
+_SPECULATION_FAULTS = Shown(
+    CPU, "tests/server/test_speculation_faults.py::test_a_silent_fault_turns_a_comparison_red"
+)
 _PROPOSAL = Shown(CPU, "tests/server/test_prefill_drafts.py::test_greedy_answers_are_those_without_drafts")
+_SLICE_FAULT = Shown(CPU, "tests/server/test_layouts.py::test_a_slice_of_another_microbatch_changes_answers")
 _SLICES = Shown(CPU, "tests/server/test_layouts.py::test_each_context_parallel_rank_sends_its_own_slice")
 
 ROWS = (
@@ -200,7 +209,7 @@ ROWS = (
         "yes; on NPU `layers/utils/cp_utils.py` refuses the first prefill",
         f"attn-cp 4: {GLM_5_1}; equal to tp: {ARGUMENTS}",
         Here.IN_FORCE,
-        (_LAYOUTS, _SLICES),
+        (_LAYOUTS, _SLICES, _SLICE_FAULT),
         "attention over the gathered sequence in the place of a kernel; cp 2 equal to tp",
     ),
     Row(
@@ -254,8 +263,8 @@ ROWS = (
         "yes; without data-parallel attention",
         "",
         Here.IN_FORCE,
-        (_SPECULATION,),
-        "trees of four branches; kernels in plain torch",
+        (_SPECULATION, _SPECULATION_LOAD, _SPECULATION_FAULTS),
+        "pp 2 with trees of four branches; grammars, aborts, retracted requests; kernels in plain torch",
     ),
     Row(
         "other speculation (EAGLE3, NGRAM, STANDALONE, DFLASH)",

@@ -39,3 +39,16 @@ def test_proxies_are_waited_for_last_whatever_other_threads_do() -> None:
     ready, launch = "ready proxy 7", "launch - 7"
     assert not order.proxies_are_waited_for_last(events(ready, "push output 6", launch))
     assert order.proxies_are_waited_for_last(events(ready, "wait output 6", launch))
+
+
+def test_outputs_leave_right_behind_their_launch_to_one_stage_after_another() -> None:
+    sent = ("launched - 7", "arrive requests 8", "push output 7", "push output 7", "launched - 8")
+    assert not order.outputs_leave_right_behind_the_launch(events(*sent))
+
+
+@pytest.mark.parametrize("before", ["iteration - 8", "ready requests 8", "launched - 8"])
+def test_outputs_that_leave_later_are_a_complaint(before: str) -> None:
+    (complaint,) = order.outputs_leave_right_behind_the_launch(
+        events("launched - 7", before, "push output 7")
+    )
+    assert "iteration 7" in complaint

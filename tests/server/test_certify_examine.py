@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
+from rig.faults import AGAIN, Faults
 from rig.launcher import Launcher
 from rig.probes import sglang_pp_faults as boundary
 from rig.probes import sglang_pp_order_faults as order
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.release
 
 NONE = boundary.NONE
 SILENT = (*order.SILENT, boundary.HALF_COPIED, *boundary.FAULTS)
-ROUNDS = (NONE, *SILENT, f"{NONE} again")
+ROUNDS = (NONE, *SILENT, f"{NONE}{AGAIN}")
 ANSWER_LIMIT_S = 120.0
 END_LIMIT_S = 60.0
 WAIT_LIMIT_S = "30"  # of a stage for a message: a lost one ends the server
@@ -68,27 +68,9 @@ class Played:
         return next(check for check in self.checks if check.name == name)
 
 
-class Faults:
-    """The file that says which fault is in force."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._struck = path, path.with_name(f"{path.name}.struck")
-
-    def arm(self, fault: str) -> None:
-        """At once: a half-written name is never read."""
-        self._struck.unlink(missing_ok=True)
-        part = self._path.with_name(f"{self._path.name}.part")
-        part.write_text(f"{fault.removesuffix(' again')} {fault.replace(' ', '-')}")
-        part.rename(self._path)
-
-    @property
-    def struck(self) -> int:
-        return int(self._struck.read_text()) if self._struck.exists() else 0
-
-
-def launched(launcher: Launcher, side: Side, faults: Path | None = None) -> LaunchedServer:
+def launched(launcher: Launcher, side: Side, faults: Faults | None = None) -> LaunchedServer:
     """As a user would start it, in the environment in which SGLang serves here."""
-    env = {"PP_PROBE_FAULT_FILE": str(faults), "SGLANG_NPU_PP_WAIT_LIMIT_S": WAIT_LIMIT_S} if faults else {}
+    env = {**faults.variables, "SGLANG_NPU_PP_WAIT_LIMIT_S": WAIT_LIMIT_S} if faults else {}
     server = launcher.configure(1, 2, patched=side is Side.PATCHED, env=env)
     return LaunchedServer(server.command()[3:], server.log.parent, environment=server.environment)
 
@@ -114,7 +96,7 @@ def played(launcher: Launcher, examined: tuple[Observed, Examination]) -> Mappin
     unpatched, examination = examined
     faults = Faults(launcher.directory / "fault")
     rounds = {}
-    with launched(launcher, Side.PATCHED, launcher.directory / "fault") as server:
+    with launched(launcher, Side.PATCHED, faults) as server:
         for fault in ROUNDS:
             faults.arm(fault)
             if fault == ROUNDS[0]:
@@ -174,9 +156,9 @@ def test_a_silent_fault_turns_certify_red(played: Mapping[str, Played], fault: s
 
 @pytest.fixture
 def fragile(launcher: Launcher) -> Iterator[tuple[LaunchedServer, Faults]]:
-    path = launcher.directory / "ending"
+    faults = Faults(launcher.directory / "ending")
     with ExitStack() as stack:
-        yield stack.enter_context(launched(launcher, Side.PATCHED, path)), Faults(path)
+        yield stack.enter_context(launched(launcher, Side.PATCHED, faults)), faults
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,12 @@ import pytest
 from rig import battery
 from rig.adapters import write_adapter
 from rig.agreement import LIMIT_S, POLL_S, held, states
+from rig.faults import AGAIN, Faults
 from rig.launcher import MOE_MODEL, ROOT, Launcher
 from rig.probes import probe_variables
 from rig.probes.layouts_probe import milliseconds, prefills
+from rig.probes.sglang_pp_faults import NONE
+from rig.probes.sglang_pp_feature_faults import SLICE_BEFORE
 from rig.server import Server
 
 pytestmark = pytest.mark.release
@@ -40,7 +43,10 @@ SLICES: tuple[str, ...] = (
     *("--attn-cp-size", str(CONTEXT_PARALLEL), "--enable-prefill-cp", "--cp-strategy", "zigzag"),
     *("--ep-size", "2"),
 )
-UNEVEN = {"SGLANG_PP_LAYER_PARTITION": "3,1"}
+PROBES = {
+    "SGLANG_PP_LAYER_PARTITION": "3,1",
+    **probe_variables("sglang_pp_probe", "layouts_probe", paths=[ROOT]),
+}
 
 
 @dataclass
@@ -106,12 +112,7 @@ def both(
 def observe(launcher: Launcher, case: Case, args: tuple[str, ...], *, patched: bool) -> Observed:
     folder = launcher.directory / f"prefills-{'patched' if patched else 'upstream'}"
     folder.mkdir()
-    env = {
-        **UNEVEN,
-        **probe_variables("sglang_pp_probe", "layouts_probe", paths=[ROOT]),
-        "LAYOUTS_PROBE_DIR": str(folder),
-        "PP_PROBE_STATES": "1",
-    }
+    env = {**PROBES, "LAYOUTS_PROBE_DIR": str(folder), "PP_PROBE_STATES": "1"}
     with launcher.configure(case.tp, 2, patched=patched, model=MOE_MODEL, args=args, env=env) as server:
         observed = ask_everything(server, case.adapters)
         abort_some(server)
@@ -229,6 +230,28 @@ def test_each_context_parallel_rank_sends_its_own_slice(both: Both) -> None:
     assert whole
     assert [line["rows"] for line in split] == [rows_of_a_slice(line["tokens"]) for line in split]
     assert [line["rows"] for line in whole] == [sum(line["tokens"]) for line in whole]
+
+
+@pytest.mark.release
+def test_a_slice_of_another_microbatch_changes_answers(make_launcher: Callable[[str], Launcher]) -> None:
+    """Planted on one context-parallel rank; before and afterwards answers are equal."""
+    launcher = make_launcher("slices")
+    faults = Faults(launcher.directory / "fault")
+    env = PROBES | faults.variables
+    answers, struck = [], []
+    with launcher.configure(
+        SEQUENCES.tp, 2, patched=True, model=MOE_MODEL, args=SEQUENCES.args, env=env
+    ) as server:
+        for fault in (NONE, SLICE_BEFORE, f"{NONE}{AGAIN}"):
+            assert server.post("/flush_cache").ok
+            faults.arm(fault)
+            answers.append({str(length): ask(server, length) for length in LENGTHS})
+            struck.append(faults.struck)
+    without, planted, again = answers
+    assert struck[1] > 0, "the fault never took effect"
+    assert (struck[0], struck[2]) == (0, 0)
+    assert battery.differences(without, planted)
+    assert not battery.differences(without, again)
 
 
 def without_rows(line: dict[str, Any]) -> dict[str, Any]:

@@ -9,32 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rig import battery
 from rig.agreement import assert_stages_agree
-from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
+from rig.launcher import Launcher, traces
+from rig.mixtures import KINDS, Mixture
 from rig.server import Server
-from rig.speculation_models import write_models
+from rig.speculation import CONCURRENCY, TOKENS, Models, ask_all, essence, requests
 from sglang_npu_pp.tools.certify import order
 
 pytestmark = pytest.mark.thorough
 
-STAGES, CONCURRENCY = 2, 12
-BACKEND = "intel_amx"  # of SGLang's for the CPU, the one that knows trees
-LENGTHS = (1, 2, 5, 17, 60, 250, 256, 257, 300, 511, 600, 777)  # tokens; chunks are 256
-TOKENS = 24
+STAGES = 2
+SEED, MANY = 19, 60
 LONG = {"ignore_eos": True, "max_new_tokens": 2000}
-ACCEPTANCE = ("spec_verify_ct", "spec_correct_drafts_histogram", "spec_accept_length")
 
 
 @dataclass(frozen=True)
 class Served:
-    target: Path
+    models: Models
     upstream: Mapping[str, dict[str, Any]]  # answers of an unpatched server, which has ended
     patched: Server
 
@@ -43,60 +39,18 @@ class Served:
 def served(
     make_launcher: Callable[[str], Launcher], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    target, draft = write_models(tmp_path_factory.mktemp("models"), RANDOM_MODEL)
+    models = Models.written(tmp_path_factory.mktemp("models"))
     launcher = make_launcher("speculation")
-    options: dict[str, Any] = {
-        "model": target,
-        "args": (
-            *("--prefill-attention-backend", BACKEND, "--decode-attention-backend", BACKEND),
-            *("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", str(draft)),
-            *("--speculative-num-steps", "3", "--speculative-eagle-topk", "4"),
-            *("--speculative-num-draft-tokens", "8"),
-        ),
-        "env": {"SGLANG_ENABLE_PP_SPEC": "1", "PP_PROBE_STATES": "1"},
-    }
 
     def start(patched: bool) -> Server:
-        server = launcher.configure(1, STAGES, patched=patched, **options)
-        take_cpu_compat(server)
-        return launcher.servers.enter_context(server)
+        return launcher.servers.enter_context(models.configure(launcher, STAGES, patched=patched))
 
     try:
         answers = ask_all(start(patched=False), CONCURRENCY)
         launcher.stop_all()
-        yield Served(target, answers, start(patched=True))
+        yield Served(models, answers, start(patched=True))
     finally:
         launcher.stop_all()
-
-
-def requests() -> dict[str, dict[str, Any]]:
-    """By name, twice as many as are asked at a time; log-probabilities of the input, too, for some."""
-    found = {}
-    for seed in range(2):
-        for length in LENGTHS:
-            start = {"logprob_start_len": 0} if length % 2 else {}
-            found[f"{length} tokens, {seed}"] = {
-                "input_ids": battery.prompt(length, seed),
-                "sampling_params": {"ignore_eos": True, "max_new_tokens": TOKENS},
-                "return_logprob": True,
-                "top_logprobs_num": 2,
-                **start,
-            }
-    return found
-
-
-def ask_all(server: Server, concurrency: int) -> dict[str, dict[str, Any]]:
-    with ThreadPoolExecutor(concurrency) as pool:
-        answers = pool.map(lambda body: battery.generate(server, **body), requests().values())
-        return dict(zip(requests(), answers, strict=True))
-
-
-def essence(answers: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Tokens, log-probabilities and how many drafts were accepted in how many rounds."""
-    return {
-        name: {**battery.summary(answer), **{key: answer["meta_info"][key] for key in ACCEPTANCE}}
-        for name, answer in answers.items()
-    }
 
 
 @pytest.mark.parametrize("concurrency", [1, CONCURRENCY])
@@ -110,22 +64,12 @@ def test_answers_and_accepted_drafts_are_upstreams(served: Served, concurrency: 
 
 def test_greedy_answers_are_those_without_speculation(served: Served) -> None:
     """Those of the same weights in transformers, one token after another."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(served.target, dtype=torch.float32).eval()
-    chosen = [name for name in requests() if name.startswith(("1 ", "17 ", "257 ", "777 "))]
-    for name in chosen:
-        prompt = torch.tensor([requests()[name]["input_ids"]])
-        with torch.inference_mode():
-            ids = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),  # else none of a token that is also the padding
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-            )
-        found = battery.generate(served.patched, **requests()[name])["output_ids"]
-        assert found == ids[0, prompt.shape[1] :].tolist(), name
+    chosen = {
+        name: body for name, body in requests().items() if name.startswith(("1 ", "17 ", "257 ", "777 "))
+    }
+    found = [battery.generate(served.patched, **body)["output_ids"] for body in chosen.values()]
+    expected = served.models.without_speculation(list(chosen.values()))
+    assert dict(zip(chosen, found, strict=True)) == dict(zip(chosen, expected, strict=True))
 
 
 def test_a_stop_in_the_middle_of_what_was_accepted(served: Served) -> None:
@@ -167,10 +111,20 @@ def test_requests_that_end_in_the_middle_change_no_others(served: Served) -> Non
     assert_stages_agree(served.patched)
 
 
+def test_random_requests_get_the_answers_that_they_get_alone(served: Served) -> None:
+    """A few of those of test_speculation_load.py, three of each kind."""
+    mixture = Mixture.asked_alone(served.patched, 3 * KINDS, SEED)
+    ended, wrong = mixture.ask_many(served.patched, MANY, SEED)
+    assert not wrong, f"seed {SEED}"
+    assert 0 < ended < MANY / 2
+    assert_stages_agree(served.patched)
+
+
 def test_outputs_leave_behind_the_launch_and_are_waited_for_behind_the_next(served: Served) -> None:
     recorded = traces(served.patched)
     assert min(len(order.launches(trace)) for trace in recorded.values()) > 100
     assert not order.outputs_come_from_the_last_stage(recorded)
+    assert not order.outputs_leave_right_behind_the_launch(recorded[1])
     assert not order.proxies_leave_right_behind_the_launch(recorded[0])
     assert not order.proxies_are_waited_for_last(recorded[1])
     for trace in recorded.values():

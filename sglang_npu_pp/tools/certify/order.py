@@ -65,6 +65,19 @@ def tokens_are_waited_for_behind_the_launch(events: Sequence[Event]) -> list[str
     return complaints
 
 
+def outputs_leave_right_behind_the_launch(events: Sequence[Event]) -> list[str]:
+    """On the last stage, where its scheduler sends them itself (on CPU): before it, or anyone, processes
+    outputs."""
+    steps = [event for event in events if event.name not in _INCIDENTAL]
+    complaints = []
+    for before, event in itertools.pairwise(steps):
+        if (event.name, event.kind) == ("push", "output"):
+            pushed = (before.name, before.kind) == ("push", "output")  # to another stage
+            if not (pushed or before.name == "launched") or before.iteration != event.iteration:
+                complaints.append(f"outputs of iteration {event.iteration} left behind {before}")
+    return complaints
+
+
 def receives_are_posted_with_their_header(events: Sequence[Event], slots: int) -> list[str]:
     """On the device lane: when the header of a microbatch arrives and a slot is free, the very next
     event of that thread is the post of its receive, whatever forward is running or being waited for."""
