@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from scripts import topologies
+from scripts.output import plain_console
 from sglang_npu_pp.tools.published import PUBLISHED, Published
 
 LEFT_OUT = {"--nnodes", "--quantization", "--moe-a2a-backend", "--deepep-mode"}
@@ -36,5 +38,23 @@ def test_what_a_scaled_line_keeps(line: Published) -> None:
     assert after == {**expected, **{option: [value] for option, value in CHANGED.items()}, **chunk}
 
 
-def test_few_servers_show_all_lines() -> None:
-    assert len({line.scaled(2) for line in PUBLISHED}) == 6
+def test_lines_that_are_equal_here_share_a_server() -> None:
+    groups = topologies.same_server(list(PUBLISHED), 2)
+    assert [len(group) for group in groups] == [2, 1, 1, 1, 1, 4]
+    assert sorted(line.name for group in groups for line in group) == sorted(line.name for line in PUBLISHED)
+
+
+def test_the_table_has_every_line_and_its_verdict() -> None:
+    console = plain_console(200)
+    served = [
+        topologies.Served(group, 2, ["something"] if number == 0 else [], 60.0)
+        for number, group in enumerate(topologies.same_server(list(PUBLISHED), 2))
+    ]
+    with console.capture() as captured:
+        console.print(topologies.table(served))
+    rows = [line for line in captured.get().splitlines() if "glm" in line]
+    assert [("WRONG" in row, "as a plain forward" in row) for row in rows] == [
+        *[(True, False)] * 2,
+        *[(False, True)] * 8,
+    ]
+    assert all(line.name in captured.get() for line in PUBLISHED)
