@@ -4,7 +4,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-release test-all accuracy certify matrix lint bench picture bench-host-lane lost-peers soak contracts lock clean
+.PHONY: help setup serve serve-npu-sim demo quick test test-rest test-release test-all accuracy certify matrix topologies lint bench picture bench-host-lane lost-peers soak contracts lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -46,6 +46,9 @@ certify: setup  ## python -m sglang_npu_pp certify, on CPU and on the simulated 
 
 matrix: setup  ## twelve SGLang releases x four layouts, two hours (ARGS="--releases 0.5.15 --layouts tp1-pp2")
 	@$(PYTHON_IN_VENV) scripts/matrix.py $(ARGS)
+
+topologies: setup  ## the command lines published for Ascend, scaled down, simulated Ascend, an hour (ARGS="--stages 2 --lines glm5_1")
+	@$(PYTHON_IN_VENV) scripts/topologies.py $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -43,7 +43,7 @@ def engine_environment(*more_probes: str) -> dict[str, str]:
     }
 
 
-def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
+def arguments(mode: str, bootstrap_port: int, backend: str = "mooncake") -> tuple[str, ...]:
     """Of a server that is one half of the pair; `mode` is one of `MODES`.
 
     A decode server usually keeps what it takes out of its batch in a pool on the host, for which it wants
@@ -51,7 +51,7 @@ def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
     """
     backup = ("--disaggregation-decode-retraction-backup", "cpu_tensor") if mode == "decode" else ()
     return (
-        *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "mooncake"),
+        *("--disaggregation-mode", mode, "--disaggregation-transfer-backend", backend),
         *("--disaggregation-bootstrap-port", str(bootstrap_port)),
         *backup,
     )

@@ -7,7 +7,7 @@ the published configurations say, and the indexer's weights and the experts are 
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,12 @@ class Answer:
 
 
 class Reference:
-    """A twin in `folder`, of the configurations with an indexer; `changes` are of its configuration."""
+    """A twin in `folder`, of the configurations with an indexer; `changes` are of its configuration.
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    `ranks` share the experts of a stage (tensor parallelism).
+    """
+
+    def __init__(self, folder: Path, ranks: int = 1, **changes: Any) -> None:
         from transformers import GlmMoeDsaForCausalLM
         from transformers.utils import logging
 
@@ -67,8 +70,7 @@ class Reference:
             if layer.self_attn.indexer is not None:
                 _as_published(layer.self_attn.indexer)
             if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts.forward = types.MethodType(_narrow_experts, layer.mlp.experts)
-                layer.mlp.register_forward_hook(_narrow_output)
+                layer.mlp.forward = functools.partial(_experts_of_ranks, ranks, layer.mlp)
 
     @torch.no_grad()
     def log_probabilities(self, tokens: list[int]) -> Tensor:
@@ -110,17 +112,34 @@ def _as_published(indexer: Any) -> None:
     weights.register_forward_hook(_narrow_output)
 
 
-def _narrow_experts(experts: Any, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-    """Each token's experts, one by one."""
+def _experts_of_ranks(ranks: int, layer: Any, hidden: Tensor) -> Tensor:
+    """A layer of experts whose inner width is divided among ranks: each rounds its part, and they are summed.
+
+    One token after another in the place of SGLang's groups, hidden [1, tokens, width].
+    """
+    chosen, shares = layer.route_tokens_to_experts(layer.gate(hidden))
+    parts = [_of_rank(layer, hidden[0], chosen, shares, rank, ranks) for rank in range(ranks)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = _narrow(total + part)
+    return total.unsqueeze(0)
+
+
+def _of_rank(layer: Any, hidden: Tensor, chosen: Tensor, shares: Tensor, rank: int, ranks: int) -> Tensor:
+    inner = layer.experts.down_proj.shape[-1] // ranks
+    mine = slice(rank * inner, (rank + 1) * inner)
+    gate, up = layer.experts.gate_up_proj.chunk(2, 1)
+    gate, up, down = gate[:, mine], up[:, mine], layer.experts.down_proj[..., mine]
     total = torch.zeros_like(hidden)
-    for choice in range(chosen.shape[1]):
-        expert = chosen[:, choice]
-        gate_up = torch.einsum("tn,tmn->tm", hidden, experts.gate_up_proj[expert]).to(NARROW)
-        gate, up = gate_up.chunk(2, -1)
-        inner = (functional.silu(gate) * up).float()
-        made = _narrow(torch.einsum("tn,tmn->tm", inner, experts.down_proj[expert]))
-        total += made * shares[:, choice, None]
-    return _narrow(total)
+    for choice, expert in enumerate(chosen.t()):
+        halves = (torch.einsum("tn,tmn->tm", hidden, part[expert]).to(NARROW) for part in (gate, up))
+        within = (functional.silu(next(halves)) * next(halves)).float()
+        total += _narrow(torch.einsum("tn,tmn->tm", within, down[expert])) * shares[:, choice, None]
+    shared = layer.shared_experts
+    within = functional.silu(hidden @ shared.gate_proj.weight[mine].t()) * (
+        hidden @ shared.up_proj.weight[mine].t()
+    )
+    return _narrow(_narrow(total) + within @ shared.down_proj.weight[:, mine].t())
 
 
 def _narrow_output(_module: Any, _arguments: Any, made: Tensor) -> Tensor:

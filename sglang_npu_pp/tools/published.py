@@ -75,6 +75,24 @@ class Published:
             return self.arguments
         return (*(each for each in self.arguments if each not in _IN_SEQUENCE), *_ZIGZAG)
 
+    @property
+    def drafts(self) -> bool:
+        return _NEXTN[0] in self.more
+
+    def scaled(self, stages: int) -> tuple[str, ...]:
+        """The names of today, for a tiny twin on two cores: what NOT_HERE lists is left out or smaller."""
+        changes = {
+            **_SMALLER,
+            "--pp-size": str(stages),
+            "--chunked-prefill-size": str(self.chunk // TOKENS_FOR_ONE),
+        }
+        return tuple(
+            argument
+            for option, values in _options(self.for_0_5_21)
+            if option not in _LEFT_OUT
+            for argument in (option, *((changes[option],) if option in changes else values))
+        )
+
 
 def _glm_5_1(name: str, commit: str, layout: tuple[int, int, int, int], *more: str) -> Published:
     source = f"sgl-project/sglang: glm5_1/test_npu_glm5_1_w4a8_{name}.py"
@@ -84,6 +102,27 @@ def _glm_5_1(name: str, commit: str, layout: tuple[int, int, int, int], *more: s
 def _glm_5_2(name: str, commit: str, nodes: int, chunk: int) -> Published:
     source = f"Ascend/sglang: glm5_2/test_npu_{name}.py"
     return Published(source, commit, 4, nodes, chunk, 16, (*_IN_SEQUENCE, *_NEXTN), _ZBAL)
+
+
+TOKENS_FOR_ONE = 32  # published tokens of a chunk for one here
+CONTEXT_RANKS = 2  # of a stage here: all that it has
+_SMALLER = {
+    **dict.fromkeys(("--tp-size", "--attn-cp-size"), str(CONTEXT_RANKS)),
+    "--dtype": "float32",
+    "--mem-fraction-static": "0.3",
+}
+_LEFT_OUT = ("--nnodes", "--quantization", "--moe-a2a-backend", "--deepep-mode")
+
+
+def _options(arguments: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+    """Each option with its values."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            found.append((argument, []))
+        else:
+            found[-1][1].append(argument)
+    return found
 
 
 _F61 = "f61f460b3205509887063e965822021f189c96ab"
@@ -118,19 +157,47 @@ PUBLISHED = (  # layouts: stages, nodes, tokens a chunk, requests at most
 
 # Of the lines above: what neither the CPU nor the simulated Ascend can do, and what tests have in its place.
 NOT_HERE = (
-    ("the models, `--quantization modelslim`", "sizes; kernels for W4A8", "random float32 weights, no DSA"),
     (
-        "sparse attention (DSA) of the models",
-        "no kernels for it",
-        "latent attention as DeepSeek-V3's, on CPU",
+        "the models, `--quantization modelslim`",
+        "sizes; kernels for W4A8",
+        "twins with 4 and 8 layers and random float32 weights (`rig/published_twin.py`)",
     ),
-    ("`--moe-a2a-backend deepep`", "its kernels need the hardware", "the all-reduce of SGLang's default"),
     (
-        "`--disaggregation-transfer-backend ascend`",
+        "kernels of sparse attention (DSA), of latent attention and of experts",
+        "the hardware",
+        "plain torch, checked against their formulas (`reference_dsa_kernels.py`)",
+    ),
+    (
+        "context parallelism in 0.5.21",
+        "its attention on NPUs calls `rebuild_cp_kv_cache`, which it lacks (sglang #40165)",
+        "SGLang 0.5.23, which has it",
+    ),
+    (
+        "`--moe-a2a-backend deepep`, `--deepep-mode normal`",
+        "its kernels need the hardware",
+        "the all-reduce of SGLang's default",
+    ),
+    (
+        "memfabric_hybrid, under `--disaggregation-transfer-backend ascend`",
         "its engine needs the hardware",
-        "`mooncake` over TCP on CPU; SGLang's ascend manager with a copy of memory on the simulated Ascend",
+        "an engine that copies memory between processes, under SGLang's own manager",
     ),
-    ("`--attn-cp-size 4`, `--tp-size 4`, `--pp-size 8`", "two cores", "2 of each"),
+    (
+        "a decode server that verifies drafts",
+        "its Triton kernels are not on the simulated Ascend",
+        "SGLang's own fake bootstrap: the prefill server answers one token",
+    ),
+    (
+        "`--attn-cp-size 4`, `--tp-size 4`, `--pp-size 8`, two nodes",
+        "two cores",
+        "2, 2, and 2 or 4 stages on one node",
+    ),
+    ("chunks of 4k to 16k tokens", "two cores", f"one token for {TOKENS_FOR_ONE}"),
+    (
+        "`SGLANG_PP_LAYER_PARTITION=18,20,24,16`",
+        "8 layers",
+        "2,6 and 1,1,4,2: as there, each stage begins with a layer that has an indexer",
+    ),
     ("`SGLANG_ZBAL_*`, `ZBAL_*`", "its engine needs the hardware", "HCCL"),
 )
 
@@ -144,8 +211,8 @@ def markdown() -> list[str]:
         "Prefill servers, tp 4, context parallelism within a stage, experts over DeepEP, one line each. "
         f"Sources are below `{FOLDER}`. Some have earlier names of flags: `{' '.join(_IN_SEQUENCE)}`, in "
         f"0.5.21 `{' '.join(_ZIGZAG)}`. That its parser takes each line, and what this package does with "
-        "such a server, is shown on the simulated Ascend by `tests/ascend/test_published.py`; none "
-        "was served.",
+        "such a server, is shown on the simulated Ascend by `tests/ascend/test_published.py`. Servers of "
+        "tiny twins are shown by `tests/server/test_published_lines.py`; every line by `make topologies`.",
         "",
         "| source | commit | stages | nodes | tokens a chunk | draft | flags of 0.5.21 | here |",
         "|---|---|---|---|---|---|---|---|",
@@ -168,7 +235,7 @@ def _row(line: Published) -> str:
         str(line.stages),
         str(line.nodes),
         str(line.chunk),
-        "NEXTN" if _NEXTN[0] in line.more else "none",
+        "NEXTN" if line.drafts else "none",
         "earlier names" if line.renamed else "yes",
         "in force",
     )

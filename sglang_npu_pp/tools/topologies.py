@@ -89,6 +89,10 @@ _SPECULATION_FAULTS = Shown(
 _PROPOSAL = Shown(CPU, "tests/server/test_prefill_drafts.py::test_greedy_answers_are_those_without_drafts")
 _SLICE_FAULT = Shown(CPU, "tests/server/test_layouts.py::test_a_slice_of_another_microbatch_changes_answers")
 _SLICES = Shown(CPU, "tests/server/test_layouts.py::test_each_context_parallel_rank_sends_its_own_slice")
+_PUBLISHED = Shown(
+    SIMULATED, "tests/server/test_published_lines.py::test_answers_are_those_of_a_plain_forward"
+)
+_SPARSE = Shown(SIMULATED, "tests/server/test_sparse_attention.py::test_answers_are_those_of_a_plain_forward")
 
 ROWS = (
     Row(
@@ -142,7 +146,7 @@ ROWS = (
         "yes",
         f"18,20,24,16: {GLM_5_2}",
         Here.IN_FORCE,
-        (_LAYOUTS,),
+        (_LAYOUTS, _PUBLISHED),
     ),
     Row(
         "prefill mixed with decoding (`--enable-mixed-chunk`)",
@@ -213,11 +217,20 @@ ROWS = (
         "attention over the gathered sequence in the place of a kernel; cp 2 equal to tp",
     ),
     Row(
-        "context parallelism with sparse attention (DSA)",
+        "sparse attention (DSA), indexers shared across stages",
         "yes",
+        f"{GLM_5_1}, {GLM_5_2}",
+        Here.IN_FORCE,
+        (_SPARSE,),
+        "kernels in plain torch; answers are those of transformers' GLM-5",
+    ),
+    Row(
+        "context parallelism with sparse attention (DSA)",
+        "0.5.23; on NPUs 0.5.21 calls `rebuild_cp_kv_cache`, which it lacks",
         f"attn-cp 4: {GLM_5_1}",
         Here.IN_FORCE,
-        note="neither the CPU nor the simulated Ascend has kernels for it",
+        (_PUBLISHED,),
+        "SGLang 0.5.23, tp 2 and cp 2; kernels in plain torch",
     ),
     Row(
         "disaggregated prefill and decode, Mooncake",
@@ -232,8 +245,8 @@ ROWS = (
         "yes",
         GLM_5_1,
         Here.IN_FORCE,
-        (_ENGINE,),
-        "SGLang's manager and sender; a stand-in copies the memory, no server",
+        (_ENGINE, _PUBLISHED),
+        "SGLang's manager and sender; a stand-in copies the memory",
     ),
     Row(
         "pictures (Qwen3-VL)",
@@ -254,7 +267,7 @@ ROWS = (
         "yes",
         f"NEXTN: {GLM_5_2}",
         Here.IN_FORCE,
-        (_PROPOSAL,),
+        (_PROPOSAL, _PUBLISHED),
         "latent attention, experts, a decode server with one stage; kernels in plain torch; DSPARK stays on "
         "upstream's path",
     ),

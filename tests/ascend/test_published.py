@@ -84,3 +84,15 @@ def test_a_line_with_earlier_names_is_refused_by_sglang(
 ) -> None:
     with pytest.raises(ValueError, match="SGLang's parser refuses"):
         rank.call(taken, [*addresses, *line.arguments])
+
+
+def gathers_caches(here: Here) -> bool:
+    from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+
+    return hasattr(DeepseekV2AttentionMLA, "rebuild_cp_kv_cache")
+
+
+def test_this_release_cannot_share_the_tokens_of_a_prompt_with_sparse_attention(rank: Rank) -> None:
+    """Its attention on NPUs calls this. What is published is served with a later release
+    (tests/server/test_published_lines.py); once this one has it, that can change."""
+    assert not rank.call(gathers_caches)

@@ -1,0 +1,58 @@
+"""Two of the published command lines, served on the simulated Ascend at two stages of two ranks, which share
+the tokens of a prompt (context parallelism); the other lines, and four stages: `make topologies`.
+
+A decode server answers, so the caches of all layers were written and transferred as they should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from rig.launcher import Launcher
+from rig.published_lines import RELEASE, serve
+from rig.sparse_reference import Answer, Reference, differences
+from sglang_npu_pp.tools.published import PUBLISHED, Published
+
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(not RELEASE.is_installed, reason=f"SGLang {RELEASE.name} is not installed"),
+]
+
+STAGES = 2
+LINES = {line.drafts: line for line in reversed(PUBLISHED)}  # the first of each model
+
+
+def marks_of(line: Published) -> list[pytest.MarkDecorator]:
+    """A decode server behind it costs minutes; with a draft there is none."""
+    return [] if line.drafts else [pytest.mark.release]
+
+
+Served = tuple[Mapping[int, Answer], Reference]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(drafts, id=line.name, marks=marks_of(line)) for drafts, line in LINES.items()],
+)
+def line(request: pytest.FixtureRequest) -> Published:
+    return LINES[request.param]
+
+
+@pytest.fixture(scope="module")
+def served(make_launcher: Callable[[str], Launcher], line: Published) -> Served:
+    return serve(make_launcher("published"), line, STAGES)
+
+
+def test_answers_are_those_of_a_plain_forward(served: Served) -> None:
+    answers, reference = served
+    assert not differences(reference, answers)
+
+
+@pytest.mark.release
+def test_answers_are_upstreams(
+    make_launcher: Callable[[str], Launcher], line: Published, served: Served
+) -> None:
+    answers, _ = serve(make_launcher("upstreams-published"), line, STAGES, patched=False)
+    assert answers == served[0]
