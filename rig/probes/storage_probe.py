@@ -1,7 +1,8 @@
 """A probe that holds back the third level of a hierarchical cache (`--hicache-storage-backend file`).
 
 STORAGE_PROBE_GATE names a folder. While there is a file `read1` in it, reads of stage 1 wait, and so on for
-`write` and other stages; queries for what is there do not. While there is `broken1`, reads of stage 1 fail.
+`write` and other stages; queries for what is there do not. While there is `broken1`, reads of stage 1
+find nothing, as SGLang's storage says when it fails.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ def held_back(function: Callable[..., Any], gate: Path) -> Callable[..., Any]:
 
 def failing(function: Callable[..., Any], gate: Path) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if gate.exists():
-            raise OSError(f"{gate} says that storage is broken")
-        return function(*args, **kwargs)
+        return None if gate.exists() else function(*args, **kwargs)
 
     return call
