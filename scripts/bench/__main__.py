@@ -28,13 +28,13 @@ from rig.folders import new_folder
 from rig.server import ServerError
 from scripts.output import plain_console
 
-from . import figure, report
+from . import figure, report, speculation
 from .competitors import ROOT, VARIABLES, VLLM, Competitor
 from .link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from .load import LOADS, LoadError
 from .measure import Measurements, measure
 from .model import for_cpu
-from .plan import FULL, LINKS, NO_DELAY, QUICK, Group, LinkSetting, Work
+from .plan import FULL, LINKS, NO_DELAY, QUICK, SPECULATION, Group, LinkSetting, Work
 
 _QUICK_S, _FULL_S = 570.0, 3 * 3600.0  # until the last repetition ends
 _QUICK_REPETITIONS, _FULL_REPETITIONS = 4, 5
@@ -85,6 +85,7 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the cells that matter most")
+    parser.add_argument("--speculation", action="store_true", help="servers with EAGLE drafts, at pp 2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and conditions there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
     parser.add_argument("--device", choices=("cpu", "npu-sim"), default="cpu", help="npu-sim: first of all")
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
     began = time.monotonic()
     groups, links = chosen(options)
     limit_s = _QUICK_S if options.quick else _FULL_S
-    model = options.model_path or for_cpu()
+    model = options.model_path or (speculation.target() if options.speculation else for_cpu())
     found: list[Measurements] = []
     with link_of(options, folder, console) as link:
         if isinstance(link, Loopback):
@@ -168,7 +169,7 @@ def chosen(options: argparse.Namespace) -> tuple[list[Group], list[LinkSetting]]
     designs = options.competitors.split(",") if options.competitors else list(VARIABLES)
     delays = [float(delay) for delay in options.delays.split(",")] if options.delays else None
     groups = []
-    for group in QUICK if options.quick else FULL:
+    for group in SPECULATION if options.speculation else QUICK if options.quick else FULL:
         if options.pp and group.pp != options.pp:
             continue
         works = [work for work in group.works if loads is None or work.load in loads]

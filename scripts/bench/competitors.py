@@ -6,17 +6,18 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 import psutil
 
+from rig.launcher import take_cpu_compat
 from rig.probes import probe_variables
 from rig.server import Server, ServerError
 
-from . import load
+from . import load, speculation
 from .counters import Counted, StageFile, stage_path
 from .link import Link
 from .vllm import VllmDialect, VllmServer, vllm_variables
@@ -48,10 +49,11 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Competitor:
-    """One server: a design, and `--pp-async-batch-depth`."""
+    """One server: a design, `--pp-async-batch-depth`, and whether it speculates."""
 
     design: str
     depth: int = 0
+    drafts: bool | None = None  # None: not the model and the flags of speculation.py, either
 
     @property
     def is_sglang(self) -> bool:
@@ -60,7 +62,13 @@ class Competitor:
 
     @property
     def name(self) -> str:
-        return self.design if self.depth == 0 else f"{self.design} depth {self.depth}"
+        depth = f" depth {self.depth}" if self.depth else ""
+        drafts = {None: "", True: " with drafts", False: " without drafts"}[self.drafts]
+        return f"{self.design}{depth}{drafts}"
+
+    @property
+    def without_drafts(self) -> Competitor:
+        return replace(self, drafts=False)
 
 
 @dataclass(frozen=True)
@@ -126,9 +134,15 @@ class Contestant:
             **probe_variables("scripts.bench.probe", paths=[ROOT]),
             "BENCH_FOLDER": str(self._folder),
         }
-        arguments = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))
+        arguments: tuple[str, ...] = (*FLAGS, "--pp-async-batch-depth", str(self.competitor.depth))
         variables = {node: link.variables(node) for node in range(_NODES)}
-        return Server(model, 1, self.pp, env=environment, args=arguments, node_env=variables, **common)
+        if (drafts := self.competitor.drafts) is not None:
+            arguments += speculation.arguments(model, drafts)
+            environment |= speculation.variables(drafts)
+        server = Server(model, 1, self.pp, env=environment, args=arguments, node_env=variables, **common)
+        if drafts is not None:
+            take_cpu_compat(server)
+        return server
 
     def start(self) -> Self:
         """Start, warm up and freeze the server. Raises ServerError, LoadError."""

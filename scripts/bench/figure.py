@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .competitors import Competitor
 from .plan import LinkSetting, Work
-from .report import Row
+from .report import Row, name_of
 
 _COLOURS = ("#8c8c8c", "#d9a441", "#1f6f8b", "#3fa7a0", "#7bc8a4", "#b0b0b0")
 _PANEL_INCHES = (4.6, 3.4)
@@ -44,14 +43,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def _draw_panel(axis: object, rows: Sequence[Row], title: str) -> None:
     links = list(dict.fromkeys(LinkSetting(row.delay_ms, row.rate_mbit) for row in rows))
-    names = list(dict.fromkeys(Competitor(row.competitor, row.depth).name for row in rows))
+    names = list(dict.fromkeys(name_of(row) for row in rows))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
-        own = {
-            LinkSetting(row.delay_ms, row.rate_mbit): row
-            for row in rows
-            if Competitor(row.competitor, row.depth).name == name
-        }
+        own = {LinkSetting(row.delay_ms, row.rate_mbit): row for row in rows if name_of(row) == name}
         places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(links))]
         medians = [own[link].ratio_median for link in links]
         spread = [

@@ -49,6 +49,17 @@ _CORE = (Work("decode", 0), Work("decode", 20), Work("prefill", 30))
 
 # On two cores four stages share two cores: only padded forwards, which sleep, say something there.
 QUICK = (Group(2, (*_THREE, Competitor(OURS, 1)), _CORE),)
+SPECULATION = (
+    Group(
+        2,
+        (
+            Competitor(UPSTREAM, drafts=True),
+            Competitor(OURS, drafts=True),
+            Competitor(OURS, drafts=False),
+        ),
+        _CORE,
+    ),
+)
 FULL = (
     Group(
         2,

@@ -60,6 +60,8 @@ class Stage:
     ) -> Any:
         assert self._file is not None, "the loop has not begun"
         host_cpu_s = time.thread_time() - self._cpu_s
+        # Before the forward, which works on the batch: a decode batch is a verify round meanwhile.
+        tokens = batch.extend_num_tokens if batch.forward_mode.is_extend() else len(batch.reqs)
         began = time.perf_counter()
         result = original(scheduler, batch, *arguments, **options)
         compute_s = time.perf_counter() - began
@@ -69,7 +71,7 @@ class Stage:
         self._file.add(
             Counted(
                 launches=1,
-                tokens=batch.extend_num_tokens if batch.forward_mode.is_extend() else len(batch.reqs),
+                tokens=tokens,
                 forward_s=max(compute_s, self._file.pad_s),
                 compute_s=compute_s,
                 host_cpu_s=host_cpu_s,

@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ class Row:
     compute_ms: float | None  # by forward, without padding: of the slowest stage
     host_cpu_ms: float | None  # of the scheduler thread outside the forward, by forward: of the busiest stage
     load_average: float  # of the machine, largest
+    drafts: bool | None = None  # whether it speculates; None: a server of another model
+    by_drafts: tuple[float, float, float] | None = None  # median, smallest, largest: throughput against the
+    # same server without drafts, by pairs
 
 
 def rows(found: Measurements) -> list[Row]:
@@ -62,13 +65,20 @@ def rows(found: Measurements) -> list[Row]:
             equal = found.tokens_equal(competitor) and all(
                 run.answers.tokens == answers.tokens for run, answers in zip(own, expected, strict=True)
             )
-            ratios = [
-                answers.duration_s / run.answers.duration_s
-                for run, answers in zip(own, expected, strict=True)
-            ]
+            ratios = _ratios(runs[reference], own)
             undelayed = found.runs.get((cell[0], NO_DELAY), {}).get(competitor)
-            made.append(_row(cell, competitor, found.group.pp, own, ratios, equal, undelayed))
+            row = _row(cell, competitor, found.group.pp, own, ratios, equal, undelayed)
+            plain = runs.get(competitor.without_drafts) if competitor.drafts else None
+            made.append(replace(row, by_drafts=_ratios(plain, own)) if plain else row)
     return made
+
+
+def _ratios(reference: Sequence[Run], runs: Sequence[Run]) -> tuple[float, float, float]:
+    """Of throughput, by pairs: median, smallest, largest."""
+    found = [
+        other.answers.duration_s / run.answers.duration_s for run, other in zip(runs, reference, strict=True)
+    ]
+    return statistics.median(found), min(found), max(found)
 
 
 def _row(
@@ -76,7 +86,7 @@ def _row(
     competitor: Competitor,
     pp: int,
     runs: Sequence[Run],
-    ratios: Sequence[float],
+    ratios: tuple[float, float, float],
     equal: bool,
     undelayed: Sequence[Run] | None,
 ) -> Row:
@@ -102,10 +112,10 @@ def _row(
         pp=pp,
         depth=competitor.depth,
         competitor=competitor.design,
-        ratio_median=statistics.median(ratios),
-        ratio_min=min(ratios),
-        ratio_max=max(ratios),
-        n=len(ratios),
+        ratio_median=ratios[0],
+        ratio_min=ratios[1],
+        ratio_max=ratios[2],
+        n=len(runs),
         tokens_equal=equal,
         tokens_per_s=statistics.median(tokens / run.answers.duration_s for run in runs),
         first_token_ms=1e3 * statistics.median(run.answers.first_token_s for run in runs),
@@ -118,6 +128,7 @@ def _row(
         compute_ms=_per_launch_ms(runs, "compute_s"),
         host_cpu_ms=_per_launch_ms(runs, "host_cpu_s"),
         load_average=max(run.load_average for run in runs),
+        drafts=competitor.drafts,
     )
 
 
@@ -149,6 +160,7 @@ def servers(found: Measurements) -> list[dict[str, Any]]:
             "pp": found.group.pp,
             "competitor": competitor.design,
             "depth": competitor.depth,
+            "drafts": competitor.drafts,
             "memory_mib": found.memory_mib[competitor],
             "idle_cpu_cores": _median(rest.cpu_cores for rest in rests),
             "idle_first_token_ms": _median(1e3 * time_s for rest in rests for time_s in rest.first_tokens_s),
@@ -209,6 +221,8 @@ def show(console: Console, found: Sequence[Measurements]) -> None:
     for group in found:
         console.print(_ratio_table(rows(group)))
         console.print(_delay_table(rows(group)))
+        if any(row.by_drafts for row in rows(group)):
+            console.print(_drafts_table(rows(group)))
         console.print(_server_table(servers(group)))
 
 
@@ -216,12 +230,26 @@ def _ratio_table(made: Sequence[Row]) -> Table:
     links = list(dict.fromkeys(LinkSetting(row.delay_ms, row.rate_mbit) for row in made))
     title = f"pp {made[0].pp}: throughput, times that of upstream at depth 0 (median of pairs)"
     table = number_table(title, "load", "server", *map(str, links), left=2)
-    by_place = {(_work(row), _name(row), LinkSetting(row.delay_ms, row.rate_mbit)): row for row in made}
+    by_place = {(_work(row), name_of(row), LinkSetting(row.delay_ms, row.rate_mbit)): row for row in made}
     for work in dict.fromkeys(_work(row) for row in made):
-        for name in dict.fromkeys(_name(row) for row in made):
+        for name in dict.fromkeys(name_of(row) for row in made):
             cells = [by_place.get((work, name, link)) for link in links]
             table.add_row(str(work), name, *(_cell_text(row) for row in cells))
         table.add_section()
+    return table
+
+
+def _drafts_table(made: Sequence[Row]) -> Table:
+    title = (
+        f"pp {made[0].pp}: throughput with drafts, times that of the same server without (median of pairs)"
+    )
+    table = number_table(title, "load", "link", "server", "times", left=3)
+    for row in made:
+        if row.by_drafts:
+            median, smallest, largest = row.by_drafts
+            link = LinkSetting(row.delay_ms, row.rate_mbit)
+            text = f"{median:.2f} [{smallest:.2f}..{largest:.2f}]"
+            table.add_row(str(_work(row)), str(link), name_of(row), text)
     return table
 
 
@@ -236,7 +264,7 @@ def _server_table(made: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("server", "memory", "CPU when idle", "first token after idling")
     table = number_table("servers: schedulers only, without requests", *columns)
     for server in made:
-        name = Competitor(server["competitor"], server["depth"]).name
+        name = Competitor(server["competitor"], server["depth"], server["drafts"]).name
         table.add_row(
             name,
             f"{server['memory_mib']:.0f} MiB",
@@ -250,8 +278,8 @@ def _work(row: Row) -> Work:
     return Work(row.load, row.pad_ms)
 
 
-def _name(row: Row) -> str:
-    return Competitor(row.competitor, row.depth).name
+def name_of(row: Row) -> str:
+    return Competitor(row.competitor, row.depth, row.drafts).name
 
 
 def _delay_table(made: Sequence[Row]) -> Table:
@@ -263,7 +291,7 @@ def _delay_table(made: Sequence[Row]) -> Table:
         table.add_row(
             str(_work(row)),
             str(LinkSetting(row.delay_ms, row.rate_mbit)),
-            _name(row),
+            name_of(row),
             f"{row.tokens_per_s:.0f}",
             _number(row.kept, "{:.0%}"),
             _number(row.iteration_ms, "{:.1f} ms"),

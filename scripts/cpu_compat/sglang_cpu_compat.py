@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 # torchvision describes these two with torch.library.register_fake while it is imported, which
 # fails when nobody has declared them.
@@ -58,6 +59,26 @@ def complete_attention(module: "ModuleType") -> None:
         backend.get_cpu_graph_seq_len_fill_value = lambda self: 1
 
 
+def complete_tree_attention(module: "ModuleType") -> None:
+    """Let a stage look at its own first layer: upstream asks each for layer 0, of which later stages find
+    another by a negative index, or none."""
+    backend = module.IntelAMXAttnBackend
+    make = backend.__init__
+
+    def make_for_stage(self: "object", runner: "Any", *args: "object", **kwargs: "object") -> None:
+        pool = runner.token_to_kv_pool
+        if hasattr(pool, "full_attention_layer_id_mapping"):
+            make(self, runner, *args, **kwargs)
+            return
+        pool.full_attention_layer_id_mapping = {pool.start_layer: 0}
+        try:
+            make(self, runner, *args, **kwargs)
+        finally:
+            del pool.full_attention_layer_id_mapping
+
+    backend.__init__ = make_for_stage
+
+
 def complete_host_memory(module: "ModuleType") -> None:
     """There is no CUDA that would have to know the memory of a host pool."""
     vars(module)["_cuda_host_register"] = lambda *args, **kwargs: None
@@ -82,6 +103,7 @@ def complete_host_pool(module: "ModuleType") -> None:
 
 COMPLETED = {
     "sglang.srt.layers.attention.torch_native_backend": complete_attention,
+    "sglang.srt.layers.attention.intel_amx_backend": complete_tree_attention,
     "sglang.srt.mem_cache.pool_host.common": complete_host_memory,
     "sglang.srt.mem_cache.pool_host.mha": complete_host_pool,
 }

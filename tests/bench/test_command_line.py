@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench.competitors import PULL_REQUEST, UPSTREAM
+from scripts.bench.competitors import OURS, PULL_REQUEST, UPSTREAM
 from scripts.bench.link import reason_for_loopback
 from scripts.bench.report import read_rows
 
@@ -69,6 +69,20 @@ def test_the_pull_requests_design_gives_upstreams_tokens_over_a_link(tmp_path: P
     assert written["conditions"]["versions"]["sglang"] == "0.5.21"
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "logs").iterdir())  # nothing is left when all went well
+
+
+@pytest.mark.server
+@pytest.mark.release
+def test_servers_that_speculate_give_equal_tokens_with_drafts_and_without(tmp_path: Path) -> None:
+    json_path = tmp_path / "bench.json"
+    arguments = ["--speculation", "--skip-idle", "--repetitions", "1", "--json", str(json_path)]
+    done = bench(tmp_path, *arguments, "--loads", "decode", "--pads", "0", "--delays", "0")
+    assert done.returncode == 0, done.stdout
+    rows = read_rows(json_path)
+    wanted = [(UPSTREAM, True), (OURS, True), (OURS, False)]
+    assert [(row.competitor, row.drafts) for row in rows] == wanted
+    assert all(row.tokens_equal for row in rows)
+    assert [row.by_drafts is not None for row in rows] == [False, True, False]
 
 
 def test_a_model_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_times_are_of_the_stage_that_has_most(found: Measurements) -> None:
     assert row.compute_ms == pytest.approx(10)
     assert row.host_cpu_ms == pytest.approx(2)
     assert row.tokens_per_s == pytest.approx(DECODE.answer_tokens / 2.0)
+
+
+def test_drafts_are_compared_with_the_same_server_without_by_pairs(found: Measurements) -> None:
+    """Not with the other design, nor with the median of all."""
+    upstream, ours = (replace(each, drafts=True) for each in (FIRST, SECOND))
+    found.group = Group(2, (upstream, ours, ours.without_drafts), (WORK,))
+    found.answers = {each: [((4, 5),)] for each in found.group.competitors}
+    of_ours, without = [run(2.0), run(1.0), run(2.0)], [run(3.0), run(4.0), run(8.0)]
+    found.runs = {(WORK, NO_DELAY): {upstream: [run(6.0)] * 3, ours: of_ours, ours.without_drafts: without}}
+    by_drafts = {(row.competitor, row.drafts): row.by_drafts for row in report.rows(found)}
+    assert by_drafts == {(UPSTREAM, True): None, (OURS, True): (4.0, 1.5, 4.0), (OURS, False): None}
 
 
 def test_one_other_token_in_one_repetition_is_told(found: Measurements) -> None:

@@ -43,11 +43,14 @@ class Case:
 class Served:
     models: Models
     patched: Server
-    mixture: Mixture
     upstream: Mapping[str, Any]  # what an unpatched server said to other requests
 
 
-@pytest.fixture(scope="module", params=[Case(2, 4)], ids=str)
+TREES, CHAINS = Case(2, 4), Case(4, 1)
+with_trees = pytest.mark.parametrize("served", [TREES], ids=str, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def served(
     request: pytest.FixtureRequest,
     make_launcher: Callable[[str], Launcher],
@@ -60,15 +63,21 @@ def served(
     with models.configure(launcher, case.stages, patched=False, **options) as server:
         upstream = essence(ask_all(server, 1))
     with models.configure(launcher, case.stages, patched=True, **options) as server:
-        yield Served(models, server, Mixture.asked_alone(server, BODIES, SEED), upstream)
+        yield Served(models, server, upstream)
+
+
+@pytest.fixture(scope="module")
+def mixture(served: Served) -> Mixture:
+    return Mixture.asked_alone(served.patched, BODIES, SEED)
 
 
 # --- tests ---------------------------------------------------------------------------------------------
 
 
-def test_alone_they_are_what_they_are_without_speculation(served: Served) -> None:
+@with_trees
+def test_alone_they_are_what_they_are_without_speculation(served: Served, mixture: Mixture) -> None:
     """Those of the same weights in transformers; and stops and grammars did what they are for."""
-    bodies, alone = served.mixture.bodies, served.mixture.alone
+    bodies, alone = mixture.bodies, mixture.alone
     plain = [index for index in range(BODIES) if index % KINDS in PLAIN][:12]
     expected = served.models.without_speculation([bodies[index] for index in plain])
     assert [alone[index]["output_ids"] for index in plain] == expected
@@ -81,14 +90,18 @@ def test_alone_they_are_what_they_are_without_speculation(served: Served) -> Non
             assert re.fullmatch(regex, answer["text"]) or reason["type"] == "length"
 
 
+@pytest.mark.parametrize("served", [TREES, CHAINS], ids=str, indirect=True)
 def test_answers_and_accepted_drafts_are_upstreams(served: Served) -> None:
     assert not battery.differences(served.upstream, essence(ask_all(served.patched, 1)))
 
 
+@with_trees
 @pytest.mark.timeout(900)
-def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(served: Served) -> None:
+def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(
+    served: Served, mixture: Mixture
+) -> None:
     before = served.patched.log_text().count("Retract requests")
-    ended, wrong = served.mixture.ask_many(served.patched, REQUESTS, SEED)
+    ended, wrong = mixture.ask_many(served.patched, REQUESTS, SEED)
     print(f"seed {SEED}: {REQUESTS} requests, {ended} ended early")
     assert not wrong, f"seed {SEED}"
     assert REQUESTS * LEAVE_SHARE / 2 < ended < REQUESTS * 2 * (ABORT_SHARE + LEAVE_SHARE)
@@ -98,6 +111,7 @@ def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(served: 
     assert_stages_agree(served.patched)
 
 
+@with_trees
 def test_afterwards_no_memory_is_lost(served: Served) -> None:
     assert_stages_agree(served.patched)
     assert served.patched.post("/flush_cache").ok
