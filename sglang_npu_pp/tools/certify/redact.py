@@ -30,6 +30,7 @@ _GENERIC_HOSTS = {"localhost", "localhost.localdomain", "ip6-localhost", "ip6-lo
 _PUBLIC_HOSTS = (".github.com", ".huggingface.co", ".pypi.org", ".pytorch.org", ".sglang.ai", ".hiascend.com")
 _HOSTS_FILE = Path("/etc/hosts")
 _LONGEST_ADDRESS = 64  # characters, with what may stand around it
+_PASSES = 8  # over a text; two are usual
 _LEAST_SECRET = 6  # characters: a shorter secret is replaced as a whole word only
 
 
@@ -112,6 +113,14 @@ class Redactor:
         self._names = _any_of(set(known) - secrets)
 
     def text(self, text: str) -> str:
+        """Until nothing changes: beside a placeholder, more may look like a path or an address."""
+        for _ in range(_PASSES):
+            text, before = self._once(text), text
+            if text == before:
+                break
+        return text
+
+    def _once(self, text: str) -> str:
         text = self._secrets.sub(self._placeholder, _COLOURS.sub("", text))
         text = _SECRET_IN_TEXT.sub(r"\g<name>\g<between>\g<scheme>" + HIDDEN, text)
         text = _KEYS.sub(HIDDEN, _ARGUMENT_IN_TEXT.sub(_hidden_if_secret, text))
