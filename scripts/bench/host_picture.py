@@ -6,7 +6,7 @@
 
 One patched server decodes 32 requests. A turn begins on stage 0 with the tokens of a microbatch, on later
 stages with the proxies of one, and ends where the model is called. Given are means over the turns of decodes
-of 10 to 22 requests, in microseconds of CPU time of the scheduler thread, which depend little on what else
+of 8 to 32 requests, in microseconds of CPU time of the scheduler thread, which depend little on what else
 the machine does.
 """
 
@@ -26,12 +26,13 @@ from rig.probes import probe_variables
 from rig.probes.host_picture_probe import SIGNAL
 from rig.server import Server
 from scripts.bench.asked import ask_schedulers
-from scripts.bench.host_time import COUNTED, MODEL
+from scripts.bench.host_time import MODEL
 from scripts.bench.load import DECODE
 from scripts.bench.load import run as run_load
 from scripts.output import number_table, plain_console
 
 GRAPHS = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "24", "32")
+COUNTED = range(8, 33)  # requests in a decode that counts
 Means = dict[str, float]  # by part, microseconds a turn
 
 
@@ -55,7 +56,7 @@ def start(folder: Path, device: str, pp: int, eager: bool) -> Server:
 
 
 def means(turns: Mapping[str, Sequence[Mapping[str, int]]]) -> tuple[int, Means]:
-    """How many turns count, and what they spent."""
+    """How many turns count, and what they spent; of none, nothing."""
     counted = [turn for rows, found in turns.items() if int(rows) in COUNTED for turn in found]
     total: Counter[str] = Counter()
     for turn in counted:
