@@ -21,7 +21,7 @@ from rig.devices import DEVICES
 from rig.launcher import RANDOM_MODEL
 from rig.server import PATH, Server
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.release  # tests/certify shows the same without servers
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 540

@@ -16,7 +16,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.thorough
+@pytest.mark.release  # tests/test_newcomer.py runs `make demo`
 def test_demo_answers_and_shows_where_the_time_went() -> None:
     """Of this server; one that failed at the same port has left what cannot be read."""
     (port,) = free_ports(1)
