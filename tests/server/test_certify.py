@@ -21,7 +21,7 @@ from rig.devices import DEVICES
 from rig.launcher import RANDOM_MODEL
 from rig.server import PATH, Server
 
-pytestmark = pytest.mark.release  # tests/certify shows the same without servers
+pytestmark = pytest.mark.release  # tests/test_builds.py shows without servers which builds are known
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 540
@@ -118,7 +118,6 @@ def respelled(text: str) -> str:
     return f"{ast.unparse(ast.parse(text))}\n\n\ndef added_by_a_commit(value):\n    return value + 1\n"
 
 
-@pytest.mark.release
 def test_a_harmless_change_is_shown_certified_and_then_in_force(tmp_path: Path) -> None:
     build = Build(tmp_path, {LOOP: renamed})
     done = build.certify("--faults")
@@ -135,7 +134,6 @@ def test_a_harmless_change_is_shown_certified_and_then_in_force(tmp_path: Path) 
     )
 
 
-@pytest.mark.release
 @pytest.mark.parametrize(
     ("change", "red"),
     [
