@@ -37,11 +37,10 @@ LAYOUTS = [
 
 
 def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
-    """Four stages are run by `make matrix`, too; switches on the simulated Ascend."""
+    """Four stages are run by `make matrix`, too; depth 1 by tests/server/test_depth.py."""
     if layout is LAYOUTS[0]:
         return []
-    further = layout.pp == 4 or layout.patched_env.items() >= SWITCHES_OFF.items()
-    return [pytest.mark.release if further else pytest.mark.thorough]
+    return [pytest.mark.thorough if layout is LAYOUTS[1] else pytest.mark.release]
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,7 @@ def test_slow_reads_of_storage_stop_the_request_that_needs_them_only(served: Ser
     assert_stages_agree(served.server)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("trouble", ["lost", "broken"])
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_dead_storage_of_one_stage_stops_no_request(served: Served, stage: int, trouble: str) -> None:
