@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sglang_npu_pp.tools.certify.ports import HOST
 
 ENGINE = Part("mooncake")
 MODES = ("prefill", "decode")
+FAKE_BOOTSTRAP_HOST = "2.2.2.2"  # SGLang's name for a request whose KV cache goes nowhere
 
 _rooms = itertools.count(1)
 
@@ -96,6 +97,13 @@ class Pair:
         """The decode server's answers, in the order of `bodies`."""
         with ThreadPoolExecutor(concurrency) as pool:
             return [decode for _, decode in pool.map(self.generate, bodies)]
+
+
+def start_pair(enter: Callable[[Server], Server], servers: Sequence[Server], bootstrap_port: int) -> Pair:
+    """A prefill and a decode server, which start beside each other; `enter`: of what is to end them."""
+    with ThreadPoolExecutor(2) as pool:
+        prefill, decode = pool.map(enter, servers)
+    return Pair(prefill, decode, bootstrap_port)
 
 
 def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> Any:

@@ -106,6 +106,47 @@ def ask_in_pieces(server: Server, body: Body, name: str | None = None, leave_aft
     return outcome(last)
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How requests of a load are asked: shares of those that are aborted, left, and streamed to their end."""
+
+    abort: float = 0.1
+    leave: float = 0.05
+    stream: float = 0.3
+    looks: int = 4  # of a client at the server before it aborts, less one at most
+    pieces: int = 3  # before it leaves, less one at most
+
+    def ask(
+        self,
+        server: Server,
+        body: Body,
+        name: str,
+        generator: random.Random,
+        whole: Callable[[Server, Body, str], Any] = ask,
+    ) -> Any:
+        """What `whole` gives, the tokens of a streamed answer, or `ABORTED`."""
+        kind = generator.random()
+        if kind < self.abort:
+            with ThreadPoolExecutor(1) as thread:
+                asked = thread.submit(whole, server, body, name)
+                for _ in range(generator.randrange(self.looks)):
+                    server.get("/v1/models")  # some time passes, by what the server does meanwhile
+                assert server.post("/abort_request", {"rid": name}).ok
+                return asked.result()
+        if kind < self.abort + self.leave:
+            return ask_in_pieces(server, body, name, leave_after=generator.randrange(self.pieces))
+        if kind < self.abort + self.leave + self.stream:
+            return ask_in_pieces(server, body, name)
+        return whole(server, body, name)
+
+
+def load(ask_one: Callable[[int], tuple[bool, list[str]]], count: int) -> tuple[int, list[str]]:
+    """How many of `count` requests were ended early, and what is wrong with the answers to all others."""
+    with ThreadPoolExecutor(CONCURRENCY) as threads:
+        found = list(threads.map(ask_one, range(count)))
+    return sum(ended for ended, _ in found), [line for _, lines in found for line in lines]
+
+
 @contextmanager
 def running(server: Server, body: Body) -> Iterator[Callable[[], Tokens | str]]:
     """A request that has given its first token; calling the value waits for its whole answer."""

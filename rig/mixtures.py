@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
 from rig import battery
-from rig.loads import ABORTED, CONCURRENCY, Body, answer, ask_in_pieces, greedy
+from rig.loads import ABORTED, Body, Ways, answer, greedy, load
 from rig.server import Server
 
 KINDS = 8
 PLAIN = (0, 1, 2)  # kinds that end by their length only; the last two of them with log-probabilities
-ABORT_SHARE, LEAVE_SHARE, STREAM_SHARE = 0.12, 0.05, 0.2
+WAYS = Ways(abort=0.12, leave=0.05, stream=0.2, looks=12, pieces=5)
 LENGTHS = (1, 5, 20, 60, 130, 255, 256, 257, 400, 700)
 DIGITS = (1, 2, 34)
 SCHEMA = {
@@ -78,31 +77,12 @@ class Mixture:
             generator = random.Random(f"{seed}/{number}")
             index = generator.randrange(len(self.bodies))
             name = f"{seed}-{number}"
-            found = ask_in_a_way(server, self.bodies[index], name, generator)
+            found = WAYS.ask(server, self.bodies[index], name, generator, answer)
             if found == ABORTED:
                 return True, []
             return False, [f"{name}: {line}" for line in differences(self.alone[index], found)]
 
-        with ThreadPoolExecutor(CONCURRENCY) as threads:
-            found = list(threads.map(ask_one, range(count)))
-        return sum(ended for ended, _ in found), [line for _, lines in found for line in lines]
-
-
-def ask_in_a_way(server: Server, body: Body, name: str, generator: random.Random) -> Any:
-    """A whole answer, the tokens of one that was streamed, or `ABORTED`."""
-    kind = generator.random()
-    if kind < ABORT_SHARE:
-        with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(answer, server, body, name)
-            for _ in range(generator.randrange(12)):
-                server.get("/v1/models")  # some time passes, by what the server does meanwhile
-            assert server.post("/abort_request", {"rid": name}).ok
-            return asked.result()
-    if kind < ABORT_SHARE + LEAVE_SHARE:
-        return ask_in_pieces(server, body, name, leave_after=generator.randrange(5))
-    if kind < ABORT_SHARE + LEAVE_SHARE + STREAM_SHARE:
-        return ask_in_pieces(server, body, name)
-    return answer(server, body, name)
+        return load(ask_one, count)
 
 
 def differences(alone: dict[str, Any], found: dict[str, Any] | list[int]) -> list[str]:

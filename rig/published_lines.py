@@ -8,7 +8,7 @@ from typing import Any
 
 from rig import battery
 from rig.devices import EAGER
-from rig.disaggregated import Pair, arguments
+from rig.disaggregated import FAKE_BOOTSTRAP_HOST, Pair, arguments
 from rig.launcher import RANDOM_MODEL, Launcher
 from rig.published_twin import GLM_5_1, GLM_5_2, write_twin
 from rig.releases import NEWEST, RELEASES
@@ -24,9 +24,6 @@ RELEASE = RELEASES[NEWEST]
 
 # Of GLM_5_2's eight layers. As in what is published, every stage begins with a layer that has an indexer.
 PARTITIONS = {2: "2,6", 4: "1,1,4,2"}
-
-
-FAKE_BOOTSTRAP_HOST = "2.2.2.2"  # SGLang's own: a prefill server then sends its caches nowhere
 
 
 def serve(

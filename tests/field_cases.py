@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import pytest
 
+from .named_cases import mark_of
+
 CASES = {
     "sglang-23472": "all ranks of a ring send first: rendezvous sends wait for each other "
     "(also #23477, #30844, #35559, #38249)",
@@ -43,6 +45,4 @@ ELSEWHERE = {
 
 def field_case(*names: str) -> pytest.MarkDecorator:
     """Mark a test as one that shows these cases."""
-    unknown = set(names) - CASES.keys()
-    assert not unknown, f"{sorted(unknown)} are not in the list of field cases"
-    return pytest.mark.field_case(*names)
+    return mark_of("field_case", CASES, "field cases", names)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import pytest
 
+from .named_cases import mark_of
+
 CASES = {
     "TestPPAccuracy.test_gsm8k": "tp 2 pp 2, chunks of 256: the score of 200 questions, 128 at a time",
     "TestPPAccuracy.test_logprob": "the same server: a log-probability for each token, of prompt and answer",
@@ -42,6 +44,4 @@ ELSEWHERE = {
 
 def upstream_case(*names: str) -> pytest.MarkDecorator:
     """Mark a test as one that stands for these cases."""
-    unknown = set(names) - CASES.keys()
-    assert not unknown, f"{sorted(unknown)} are not in the list of SGLang's tests"
-    return pytest.mark.upstream_case(*names)
+    return mark_of("upstream_case", CASES, "SGLang's tests", names)

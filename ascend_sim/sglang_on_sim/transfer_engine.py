@@ -33,7 +33,7 @@ class TransferEngine:
         self._port.bind(("127.0.0.1", 0))  # reserves the number
         self._name = socket.socket(socket.AF_UNIX)
         self._name.bind(_socket_name(self.get_rpc_port()))
-        self._name.listen()  # nobody accepts: who connects learns whose it is
+        self._name.listen()  # accept is never called: a connection alone tells the peer's process id
         self._registered: list[tuple[int, int]] = []
         self._processes: dict[str, int] = {}
 

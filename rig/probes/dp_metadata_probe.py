@@ -9,11 +9,9 @@ requests of this rank; "idle": it took part in those of the others; "nothing": n
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -75,14 +73,10 @@ class Meter:
         return call
 
     def write(self, *_: Any) -> None:
-        from sglang.srt.runtime_context import get_parallel
+        from measuring import leave
 
         self._written += 1
-        parallel = get_parallel()
-        path = self._folder / f"stage{parallel.pp_rank}-rank{parallel.tp_rank}.{self._written}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._steps))
-        partial.replace(path)
+        leave(self._folder, self._written, self._steps)
         self._steps.clear()
 
 
@@ -90,24 +84,20 @@ def register() -> None:
     folder = os.environ.get("DP_METADATA_DIR")
     if not folder or multiprocessing.parent_process() is None:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from measuring import around_run_batch
 
     meter = Meter(Path(folder))
-    installed: list[bool] = []
 
     def run_batch(original: Function, scheduler: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
-        """Everything else is wrapped at the first batch: behind the patches, which want to be first."""
-        if not installed and threading.current_thread() is threading.main_thread():
-            installed.append(True)
-            signal.signal(SIGNAL, meter.write)
-            for target in BLOCKING:
-                wrap(target, meter.timed)
-            wrap(_PREPARATION, meter.beginning)
         meter.launch(batch)
         return original(scheduler, batch, *arguments, **options)
 
-    target = "sglang.srt.managers.scheduler.Scheduler.run_batch"
-    HookRegistry.register(target, run_batch, HookType.AROUND)
+    def wrap_all(_scheduler: Any) -> None:
+        for target in BLOCKING:
+            wrap(target, meter.timed)
+        wrap(_PREPARATION, meter.beginning)
+
+    around_run_batch(run_batch, SIGNAL, meter.write, wrap_all)
 
 
 def wrap(target: str, wrapper: Callable[[Function], Function]) -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,14 +138,10 @@ class Picture:
         return call
 
     def write(self, *_: Any) -> None:
-        from sglang.srt.runtime_context import get_parallel
+        from measuring import leave
 
         self._written += 1
-        parallel = get_parallel()
-        path = self._folder / f"stage{parallel.pp_rank}-rank{parallel.tp_rank}.{self._written}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._turns))
-        partial.replace(path)
+        leave(self._folder, self._written, self._turns)
         self._turns = {}
 
 
@@ -155,20 +149,12 @@ def register() -> None:
     folder = os.environ.get("HOST_PICTURE_DIR")
     if not folder or multiprocessing.parent_process() is None:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from measuring import around_run_batch
 
     picture = Picture(Path(folder))
-    installed: list[bool] = []
-
-    def run_batch(original: Function, scheduler: Any, *args: Any, **options: Any) -> Any:
-        """Everything else is wrapped at the first batch: behind the patches, which want to be first."""
-        if not installed and threading.current_thread() is threading.main_thread():
-            installed.append(True)
-            signal.signal(SIGNAL, picture.write)
-            _wrap_all(picture, scheduler)
-        return picture.run_batch(original, scheduler, *args, **options)
-
-    HookRegistry.register(f"{_SCHEDULER.replace(':', '.')}.run_batch", run_batch, HookType.AROUND)
+    around_run_batch(
+        picture.run_batch, SIGNAL, picture.write, lambda scheduler: _wrap_all(picture, scheduler)
+    )
 
 
 def _wrap_all(picture: Picture, scheduler: Any) -> None:

@@ -15,11 +15,9 @@ them costs about 2 us a call, which the sums then contain.
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -109,14 +107,10 @@ class Meter:
         return call
 
     def write(self, *_: Any) -> None:
-        from sglang.srt.runtime_context import get_parallel
+        from measuring import leave
 
         self._written += 1
-        parallel = get_parallel()
-        path = self._folder / f"stage{parallel.pp_rank}-rank{parallel.tp_rank}.{self._written}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._totals))
-        partial.replace(path)
+        leave(self._folder, self._written, self._totals)
         self._totals = {}
         self._begun = None
 
@@ -134,20 +128,10 @@ def register() -> None:
     folder = os.environ.get("HOST_TIME_DIR")
     if not folder or multiprocessing.parent_process() is None:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from measuring import around_run_batch
 
     meter = Meter(Path(folder))
-    installed: list[bool] = []
-
-    def run_batch(original: Function, *args: Any, **options: Any) -> Any:
-        """Everything else is wrapped at the first batch: behind the patches, which want to be first."""
-        if not installed and threading.current_thread() is threading.main_thread():
-            installed.append(True)
-            signal.signal(SIGNAL, meter.write)
-            wrap_loop(meter)
-        return meter.run_batch(original, *args, **options)
-
-    HookRegistry.register(f"{_SCHEDULER.replace(':', '.')}.run_batch", run_batch, HookType.AROUND)
+    around_run_batch(meter.run_batch, SIGNAL, meter.write, lambda _scheduler: wrap_loop(meter))
 
 
 def wrap_loop(meter: Meter) -> None:

@@ -7,7 +7,6 @@ As in sglang_pp_order_faults.py. Of drafts, all but the last stage get something
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,16 +118,6 @@ class _LateOutputs:
             send()
 
 
-@dataclass(frozen=True)
-class _Answered:
-    """A receive whose message is here already."""
-
-    values: Any
-
-    def wait(self) -> Any:
-        return self.values
-
-
 class _EarlyOutputs:
     """Of an earlier stage: where a verify round is next, they are posted before its launch."""
 
@@ -136,13 +125,15 @@ class _EarlyOutputs:
         self._fault, self._note = fault, note
 
     def post_outputs(self, original: Function, pipeline: Any, slot: int) -> Any:
+        from sglang_pp_order_faults import Answered  # by its bare name, as the server loads it
+
         pending = original(pipeline, slot)
         last = pipeline.launched.get(pipeline.slot)
         launched = last is not None and last.iteration == pipeline.iteration
         if self._fault() != OUTPUTS_EARLY or launched:
             return pending
         self._note()
-        return _Answered(pending.wait())
+        return Answered(pending.wait())
 
 
 class _Slices:

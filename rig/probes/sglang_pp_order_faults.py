@@ -179,7 +179,7 @@ class _Tokens:
 
 
 @dataclass
-class _Answered:
+class Answered:
     """A receive whose message is here already."""
 
     values: Any
@@ -208,5 +208,5 @@ class _EarlyWaits:
 
     def post_outputs(self, original: Function, pipeline: Any, slot: int) -> Any:
         if slot in self._here:
-            return _Answered(self._here.pop(slot))
+            return Answered(self._here.pop(slot))
         return original(pipeline, slot)

@@ -61,9 +61,8 @@ def running(name: str, folder: Path, decode_stages: int) -> Iterator[tuple[Pair,
         }
         args = (*ARGUMENTS, *disaggregated.arguments(mode, bootstrap_port))
         servers.append(Server(MODEL, 1, stages, log=folders[mode] / "log", env=environment, args=args))
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        prefill, decode = pool.map(stack.enter_context, servers)
-        yield Pair(prefill, decode, bootstrap_port), folders
+    with ExitStack() as stack:
+        yield disaggregated.start_pair(stack.enter_context, servers, bootstrap_port), folders
 
 
 def body(length: int, seed: int, tokens: int = 4) -> dict[str, Any]:

@@ -212,7 +212,8 @@ def markdown() -> list[str]:
         f"Sources are below `{FOLDER}`. Some have earlier names of flags: `{' '.join(_IN_SEQUENCE)}`, in "
         f"0.5.21 `{' '.join(_ZIGZAG)}`. That its parser takes each line, and what this package does with "
         "such a server, is shown on the simulated Ascend by `tests/ascend/test_published.py`. Servers of "
-        "tiny twins are shown by `tests/server/test_published_lines.py`; every line by `make topologies`.",
+        "tiny twins are shown by `tests/server/test_published_lines.py`; every line "
+        "is served by `make topologies`, which has not run yet.",
         "",
         "| source | commit | stages | nodes | tokens a chunk | draft | flags of 0.5.21 | here |",
         "|---|---|---|---|---|---|---|---|",

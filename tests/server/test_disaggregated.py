@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from rig import battery
+from rig.disaggregated import FAKE_BOOTSTRAP_HOST
 from rig.launcher import Launcher, point_to_point_counts
 from rig.server import Server
 
-FAKE_BOOTSTRAP_HOST = "2.2.2.2"  # SGLang's name for a request whose KV cache goes nowhere
 REQUESTS = 12
 
 

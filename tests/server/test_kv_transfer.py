@@ -50,9 +50,7 @@ def pair(make_launcher: Callable[[str], Launcher]) -> Iterator[disaggregated.Pai
         )
         server.env["KV_PROBE_DIR"] = str(server.log.parent)
         servers.append(server)
-    with ThreadPoolExecutor(2) as pool:  # they start beside each other
-        prefill, decode = pool.map(launcher.servers.enter_context, servers)
-    yield disaggregated.Pair(prefill, decode, bootstrap_port)
+    yield disaggregated.start_pair(launcher.servers.enter_context, servers, bootstrap_port)
     launcher.stop_all()
 
 

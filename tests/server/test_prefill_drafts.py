@@ -7,7 +7,6 @@ Mooncake's TCP: the last stage drafts, and what a decode server needs of it retu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -69,9 +68,7 @@ def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregate
         )
         for mode, stages in (("prefill", STAGES), ("decode", 1))
     ]
-    with ThreadPoolExecutor(2) as pool:  # they start beside each other
-        prefill, decode = pool.map(launcher.servers.enter_context, servers)
-    return disaggregated.Pair(prefill, decode, bootstrap_port)
+    return disaggregated.start_pair(launcher.servers.enter_context, servers, bootstrap_port)
 
 
 def requests() -> dict[str, dict[str, Any]]:

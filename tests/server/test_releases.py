@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -54,11 +53,10 @@ def test_a_prefill_server_whose_stages_share_a_store(make_launcher: Callable[[st
         server.env[PATH] = os.pathsep.join([environment[PATH], str(STORE.folder), str(ROOT)])
         servers.append(server)
     try:
-        with ThreadPoolExecutor(2) as pool:  # they start beside each other
-            prefill, decode = pool.map(launcher.servers.enter_context, servers)
-        answers = disaggregated.Pair(prefill, decode, bootstrap_port).generate_all(bodies, concurrency=4)
+        pair = disaggregated.start_pair(launcher.servers.enter_context, servers, bootstrap_port)
+        answers = pair.generate_all(bodies, concurrency=4)
         assert [answer["output_ids"] for answer in answers] == expected
-        assert "PPConsensusStore connected" in prefill.log_text()
-        assert "PPConsensusStore dropped" not in prefill.log_text()
+        assert "PPConsensusStore connected" in pair.prefill.log_text()
+        assert "PPConsensusStore dropped" not in pair.prefill.log_text()
     finally:
         launcher.stop_all()

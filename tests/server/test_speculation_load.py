@@ -17,7 +17,7 @@ import pytest
 from rig import battery
 from rig.agreement import assert_stages_agree
 from rig.launcher import Launcher
-from rig.mixtures import ABORT_SHARE, DIGITS, KINDS, LEAVE_SHARE, PLAIN, Mixture
+from rig.mixtures import DIGITS, KINDS, PLAIN, WAYS, Mixture
 from rig.server import Server
 from rig.speculation import Models, ask_all, essence
 
@@ -104,7 +104,7 @@ def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(
     ended, wrong = mixture.ask_many(served.patched, REQUESTS, SEED)
     print(f"seed {SEED}: {REQUESTS} requests, {ended} ended early")
     assert not wrong, f"seed {SEED}"
-    assert REQUESTS * LEAVE_SHARE / 2 < ended < REQUESTS * 2 * (ABORT_SHARE + LEAVE_SHARE)
+    assert REQUESTS * WAYS.leave / 2 < ended < REQUESTS * 2 * (WAYS.abort + WAYS.leave)
     retractions = served.patched.log_text().count("Retract requests") - before
     assert retractions >= 2 * served.patched.pp
     assert retractions % served.patched.pp == 0, "a stage retracted by itself"

@@ -185,9 +185,7 @@ def test_prefill_and_decode_apart_say_the_same(
                 env=disaggregated.engine_environment("sglang_pp_probe"),
             )
         )
-    with ThreadPoolExecutor(2) as pool:  # they start beside each other
-        prefill, decode = pool.map(launcher.servers.enter_context, servers)
-    pair = disaggregated.Pair(prefill, decode, bootstrap_port)
+    pair = disaggregated.start_pair(launcher.servers.enter_context, servers, bootstrap_port)
     answers = pair.generate_all(list(bodies().values()), CONCURRENCY)
     failed = [answer for answer in answers if isinstance(answer, Exception)]
     assert not failed
