@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from rig.disaggregated import noted
-from rig.probes import dp_metadata_probe, kv_probe
+from rig.probes import FOLDER, dp_metadata_probe, kv_probe
 from scripts.bench import dp_metadata
 
 
@@ -41,6 +41,7 @@ def batch(idle: bool) -> Any:
 def test_a_step_counts_calls_once_and_for_what_it_launched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(FOLDER)  # as a server has it, in which the probe's own imports are bare names
     monkeypatch.setattr(dp_metadata_probe, "time", Clock())
     monkeypatch.setattr(
         "sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(pp_rank=1, tp_rank=0)
