@@ -11,6 +11,7 @@ from sglang_npu_pp.builds import CORE, Seam
 from sglang_npu_pp.patching import Contracts, Patch
 
 from . import (
+    ahead,
     attention,
     bootstrap,
     consensus_store,
@@ -78,6 +79,7 @@ SEAMS: tuple[Seam, ...] = (
         features.HIERARCHICAL_CACHE,
         _only(has_pipeline, hierarchical_cache.PATCHES),
     ),
+    Seam("ahead", features.AHEAD, _only(has_pipeline, ahead.PATCHES)),
     Seam("ending", features.END, ending.PATCHES),
 )
 PATCHES: tuple[Patch, ...] = tuple(patch for seam in SEAMS for patch in seam.patches)

@@ -59,6 +59,16 @@ def _has_adapters(arguments: ServerArgs) -> bool:
     return _has_stages(arguments) and bool(arguments.enable_lora or arguments.lora_paths)
 
 
+def _prepares_ahead(arguments: ServerArgs) -> bool:
+    """What else a server must not have is known when it runs: `ahead.can_prepare`."""
+    return _has_stages(arguments) and not (
+        arguments.disaggregation_mode != "null"
+        or _has_data_parallel_attention(arguments)
+        or _speculates(arguments)
+        or _has_hierarchical_cache(arguments)
+    )
+
+
 FEATURES = (
     Feature(CORE, _has_stages, "every server with stages"),
     Feature("LoRA", _has_adapters, "--enable-lora, --lora-paths"),
@@ -69,13 +79,19 @@ FEATURES = (
     Feature("speculative decoding", _speculates, "--speculative-algorithm, with stages"),
     Feature("hierarchical cache", _has_hierarchical_cache, "--enable-hierarchical-cache, with stages"),
     Feature(
+        "preparing ahead",
+        _prepares_ahead,
+        "stages, and nothing of the above but LoRA; when off, a decode is prepared once its tokens are there",
+        separable=True,
+    ),
+    Feature(
         "end of a server",
         _has_stages,
         "every server with stages; where it is not in force, SGLang ends a server that has lost a stage",
         separable=True,
     ),
 )
-_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, HIERARCHICAL_CACHE, END = (
+_, LORA, NPU_BACKEND, DP_ATTENTION, BOOTSTRAP, DISAGGREGATION, SPECULATION, HIERARCHICAL_CACHE, AHEAD, END = (
     feature.name for feature in FEATURES
 )
 

@@ -36,14 +36,19 @@ class OutputTicket:
         from sglang.srt.managers.utils import GenerationBatchResult
 
         self._scheduler, self._pipeline = scheduler, pipeline
-        self._batch, self._metadata = batch, metadata
+        self._slot, self._batch, self._metadata = slot, batch, metadata
         self._launch = pipeline.launched[slot]
         self._pending = None if pipeline.is_last else pipeline.post_outputs(slot)
         self.result = GenerationBatchResult()
 
     def synchronize(self) -> None:
         """Wait for the outputs; fill `result`."""
+        ahead = self._pipeline.ahead
+        if ahead is not None:
+            ahead.prepare(self._batch, self._slot)
         values = self._wait()
+        if ahead is not None:
+            ahead.check(values["next_token_ids"].tolist())
         prepared = _prepare_result(self._scheduler, self._batch, self._metadata, values, self)
         if getattr(prepared, "auxiliary_host_output", None) is not None:  # 0.5.20 and later
             # Upstream copies it from the device behind its preparation, and waits for that, too.

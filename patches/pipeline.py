@@ -6,7 +6,7 @@ One a process, `current()`. Without it (one stage, an unsupported feature) upstr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,6 +70,22 @@ class Launch:
     outputs: HostCopy | None = None  # last stage: its own outputs, unless they are skipped
 
 
+class Prepared(Protocol):
+    """What is prepared ahead on stage 0 (see ahead.py)."""
+
+    def prepare(self, batch: Any, slot: int) -> None:
+        """Before the wait for the tokens of `batch`."""
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """What they leave of it."""
+
+    def settle(self) -> None:
+        """To the state that upstream has now."""
+
+    def behind_launch(self) -> None:
+        """What the launch did not need."""
+
+
 class Undecided(Protocol):
     """Provisional decisions about a batch (see dp_metadata.py)."""
 
@@ -128,6 +144,7 @@ class AsyncPipeline:
         self.decisions = SharedDecisions()
         self.ready_counts = ReadyCounts(self.link.stages)  # of a hierarchical cache, on stage 0
         self.reported_counts: Counts = ()  # to stage 0, less what it has decided since
+        self.ahead: Prepared | None = None  # of stage 0, once its loop begins
         self.first_free_pages: list[Any] = []  # tensors of another stream, kept for ever
 
     @property

@@ -62,6 +62,8 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
             pipeline.send_unsent()
     pipeline.launched[mb_id] = Launch(pipeline.iteration, microbatch.skipped, outputs)
     send_launched_chunks(scheduler, pipeline, microbatch.batch, launched)
+    if pipeline.ahead is not None:
+        pipeline.ahead.behind_launch()
     return result, launched
 
 

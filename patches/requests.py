@@ -70,6 +70,8 @@ def process_input_requests(original: Any, scheduler: Any, requests: list[Any]) -
     last of its list (`control.handle`)."""
     pipeline = current()
     pipeline.requests = requests
+    if pipeline.ahead is not None and (requests or pipeline.decisions.this_iteration is not None):
+        pipeline.ahead.settle()
     original(scheduler, requests)
     pipeline.send_requests()
 

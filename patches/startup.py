@@ -37,8 +37,9 @@ from sglang_npu_pp.transport.message import PROTOCOL
 from sglang_npu_pp.transport.stage_link import StageLink
 from sglang_npu_pp.version import __version__
 
+from .ahead import Ahead, can_prepare
 from .dp_metadata import open_metadata
-from .features import certificate, functions, in_force, in_use, unknown_to_a_server, unsupported
+from .features import AHEAD, certificate, functions, in_force, in_use, unknown_to_a_server, unsupported
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .parallel import get_parallel
@@ -135,9 +136,20 @@ def _start(scheduler: Any) -> None:
 def init_pp_loop_state(original: Any, scheduler: Any) -> None:
     """Begins every event loop, on the schedule stream."""
     original(scheduler)
+    pipeline = current()
     allocator = scheduler.token_to_kv_pool_allocator
     names = ("free_pages", "release_pages")
-    current().first_free_pages = [getattr(allocator, name, None) for name in names]
+    pipeline.first_free_pages = [getattr(allocator, name, None) for name in names]
+    pipeline.ahead = _open_ahead(scheduler, pipeline)
+
+
+def _open_ahead(scheduler: Any, pipeline: AsyncPipeline) -> Ahead | None:
+    """None where nothing is prepared ahead."""
+    wanted = pipeline.link.context.settings.ahead
+    if wanted == "0" or pipeline.link.stage > 0 or not in_force().get(AHEAD) or not can_prepare(scheduler):
+        return None
+    # On a CPU a launch is the forward, and tokens would leave behind it.
+    return Ahead(scheduler, pipeline.link, launch_first=wanted == "1" or pipeline.streams.asynchronous)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:

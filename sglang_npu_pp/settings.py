@@ -146,6 +146,15 @@ class Settings:
         "at the end of the iteration and chunks in the next one",
         shared=True,
     )
+    ahead: str = _setting(
+        "_AHEAD",
+        "auto",
+        _choice("auto", "1", "0"),
+        "on stage 0, the next decode of a microbatch; auto: prepared while its tokens are on their way, and "
+        "launched before they are processed where SGLang serves on a device; 1: so on a CPU, too; 0: tokens "
+        "are processed, then the decode is prepared, then launched",
+        shared=True,
+    )
     early_receive: str = _setting(
         "_EARLY_RECEIVE",
         "1",

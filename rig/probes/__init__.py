@@ -6,6 +6,7 @@ PP_PROBES names. A probe is a module with a function `register`: those here are 
 lies elsewhere is named in full, with the folder that it is imported from among `paths`.
 
 sglang_pp_probe    for tests: counts, faults, phases, clocks, states, as further variables say (PP_PROBE_...)
+ahead_probe        takes back every decode that is prepared ahead, and compares what is left
 kv_probe           a disaggregated server on CPU, and its transfers
 storage_probe      holds back the storage of a hierarchical cache
 nextn_probe        what drafts with a NEXTN layer lack on CPU

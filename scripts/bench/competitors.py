@@ -40,10 +40,13 @@ FLAGS = (
 )
 
 UPSTREAM, PULL_REQUEST, OURS, VLLM = "upstream", "pr19582", "sglang-npu-pp", "vllm"
+NOT_AHEAD = "sglang-npu-pp ahead 0"  # nothing is prepared while tokens are on their way
+_OURS = {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S}
 VARIABLES: Mapping[str, Mapping[str, str]] = {
     UPSTREAM: {"SGLANG_NPU_PP": "0"},
     PULL_REQUEST: {"SGLANG_NPU_PP": "0", "BENCH_DESIGN": "pr19582"},
-    OURS: {"SGLANG_NPU_PP": "require", "SGLANG_NPU_PP_PEER_TIMEOUT_S": FROZEN_LIMIT_S},
+    OURS: _OURS,
+    NOT_AHEAD: {**_OURS, "SGLANG_NPU_PP_AHEAD": "0"},
 }
 
 

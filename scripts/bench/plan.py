@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from .competitors import OURS, PULL_REQUEST, UPSTREAM, Competitor
+from .competitors import NOT_AHEAD, OURS, PULL_REQUEST, UPSTREAM, Competitor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ SPECULATION = (
 FULL = (
     Group(
         2,
-        (*_THREE, Competitor(UPSTREAM, 1), Competitor(OURS, 1), Competitor(OURS, 2)),
+        (
+            *(*_THREE, Competitor(NOT_AHEAD)),
+            *(Competitor(UPSTREAM, 1), Competitor(OURS, 1), Competitor(OURS, 2)),
+        ),
         [
             *(Work(name, pad) for name, pad in product(("decode", "prefill"), (0, 10, 20, 30))),
             Work("mixed", 20),

@@ -59,6 +59,11 @@ REFUSED = Metric(
 REFUSED_CONNECTIONS = Metric(
     f"{PREFIX}refused_connections_total", "connections from the network without a key of this server"
 )
+PREPARED = Metric(
+    f"{PREFIX}prepared_decodes_total",
+    "decodes of stage 0 that were prepared while their tokens were on their way, used or taken back",
+    ("end",),
+)
 COUNTERS = (
     MESSAGES,
     BYTES,
@@ -69,6 +74,7 @@ COUNTERS = (
     PHASE_SECONDS,
     REFUSED,
     REFUSED_CONNECTIONS,
+    PREPARED,
 )
 
 SLOTS = Metric(f"{PREFIX}microbatch_slots", "microbatches that may be in flight")
@@ -88,6 +94,8 @@ def read_counters(telemetry: Telemetry) -> Iterator[tuple[Series, float]]:
     """All counters of the rank: metric, label values, total since the start."""
     yield (REFUSED, ()), telemetry.refused
     yield (REFUSED_CONNECTIONS, ()), telemetry.refused_connections
+    yield (PREPARED, ("used",)), telemetry.prepared
+    yield (PREPARED, ("taken back",)), telemetry.taken_back
     for phase, seconds in list(telemetry.phases_s.items()):
         yield (PHASE_SECONDS, (phase,)), seconds
     for kind, counters in list(telemetry.sent.items()):

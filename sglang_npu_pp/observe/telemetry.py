@@ -43,6 +43,8 @@ class Telemetry:
     phases_s: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # frames from unauthenticated clients and messages that could not be read
     refused_connections: int = 0  # from the network, without a key of this server
+    prepared: int = 0  # decodes that were launched as they were prepared ahead
+    taken_back: int = 0  # decodes that were prepared ahead in vain
     started: float = field(default_factory=time.monotonic)
     replica: int | None = None  # where data-parallel replicas each have a stage 0 and a rank 0
 
@@ -69,6 +71,8 @@ class Telemetry:
             uptime_s=time.monotonic() - self.started,
             refused=self.refused,
             refused_connections=self.refused_connections,
+            prepared=self.prepared,
+            taken_back=self.taken_back,
             phases_s=dict(self.phases_s),
             sent={kind: asdict(counters) for kind, counters in list(self.sent.items())},
             received={kind: asdict(counters) for kind, counters in list(self.received.items())},
@@ -89,6 +93,8 @@ class Snapshot:
     phases_s: dict[str, float]
     sent: dict[str, dict[str, Any]]
     received: dict[str, dict[str, Any]]
+    prepared: int = 0
+    taken_back: int = 0
     replica: int | None = None
 
     @property

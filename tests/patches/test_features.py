@@ -77,7 +77,7 @@ def test_auto_leaves_all_of_it_to_upstream_and_all_ranks_agree(
     assert statement["path"].startswith("upstream (this SGLang is not known for disaggregation (")
     assert statement["features"] == (
         "core, LoRA, data-parallel attention, bootstrap, speculative decoding, hierarchical cache, "
-        "end of a server"
+        "preparing ahead, end of a server"
     )
     assert len(statement["functions"]) == 16
     assert statement["certificate"] == "none"

@@ -22,7 +22,13 @@ from tests.upstream_cases import upstream_case
 SKIP_OUTPUTS = {"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM": "1"}
 LAYOUTS = [
     Layout("tp1-pp2", 1, 2),
-    Layout("tp2-pp2-two-nodes", 2, 2, {"nnodes": 2}, {"SGLANG_NPU_PP_HOST_TRANSPORT": "tcp"}),
+    Layout(
+        "tp2-pp2-two-nodes",
+        2,
+        2,
+        {"nnodes": 2},
+        {"SGLANG_NPU_PP_HOST_TRANSPORT": "tcp", "SGLANG_NPU_PP_AHEAD": "1"},
+    ),
     Layout(
         "tp2-pp2-depth1-skip-device-lane",
         2,

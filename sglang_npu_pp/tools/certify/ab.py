@@ -10,7 +10,7 @@ from ...settings import Settings
 from .results import Speed
 
 ALL_ON = "all on"
-SWITCHES = ("pin_memory", "early_send", "early_receive")  # fields of Settings
+SWITCHES = ("pin_memory", "early_send", "early_receive", "ahead")  # fields of Settings
 
 COLUMNS = ("switch", "output tokens/s", "requests/s", "TTFT", "TPOT", "ITL")
 _VALUES: Sequence[Callable[[Speed], float]] = (
@@ -32,9 +32,9 @@ class Variant:
 
 def variants() -> Sequence[Variant]:
     """All switches on, then each one off. All are set, whatever the user's environment has."""
-    variables = {each.name: str(each.metadata["variable"]) for each in fields(Settings)}
-    on = {variables[switch]: "1" for switch in SWITCHES}
-    off = [Variant(f"{variables[switch]}=0", {**on, variables[switch]: "0"}) for switch in SWITCHES]
+    about = {each.name: each.metadata for each in fields(Settings)}
+    on = {about[switch]["variable"]: about[switch]["default"] for switch in SWITCHES}
+    off = [Variant(f"{variable}=0", {**on, variable: "0"}) for variable in on]
     return [Variant(ALL_ON, on), *off]
 
 
