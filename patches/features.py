@@ -81,7 +81,7 @@ FEATURES = (
     Feature(
         "preparing ahead",
         _prepares_ahead,
-        "stages, and nothing of the above but LoRA; when off, a decode is prepared once its tokens are there",
+        "stages of 0.5.21 or later, without the above but LoRA; when off, a decode waits for tokens",
         separable=True,
     ),
     Feature(

@@ -149,7 +149,10 @@ def _open_ahead(scheduler: Any, pipeline: AsyncPipeline) -> Ahead | None:
     if wanted == "0" or pipeline.link.stage > 0 or not in_force().get(AHEAD) or not can_prepare(scheduler):
         return None
     # On a CPU a launch is the forward, and tokens would leave behind it.
-    return Ahead(scheduler, pipeline.link, launch_first=wanted == "1" or pipeline.streams.asynchronous)
+    launch_first = wanted == "1" or pipeline.streams.asynchronous
+    also = " and launches them before it processes their tokens" if launch_first else ""
+    logger.info("sglang-npu-pp: %s prepares decodes ahead%s", pipeline.link.context.where, also)
+    return Ahead(scheduler, pipeline.link, launch_first)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:
