@@ -14,7 +14,7 @@ from rig.launcher import RANDOM_MODEL, Launcher
 from rig.published_twin import GLM_5_1, GLM_5_2, write_twin
 from rig.releases import NEWEST, RELEASES
 from rig.server import LAYER_PARTITION_VARIABLE
-from rig.sparse_reference import LENGTHS, REQUEST, Answer, Reference
+from rig.sparse_reference import REQUEST, Answer, Reference
 from rig.speculation import NEXTN_STEPS, nextn_arguments
 from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 from sglang_npu_pp.tools.published import CONTEXT_RANKS, Published
@@ -23,6 +23,8 @@ DEVICE, BACKEND = "npu-sim", "ascend"
 
 # 0.5.21 calls `rebuild_cp_kv_cache` of an NPU's attention, which is not there any more (sglang #40165).
 RELEASE = RELEASES[NEWEST]
+
+LENGTHS = (1, 64, 65, 257, 600)  # of prompts: each takes seconds where idle ranks poll
 
 # Of GLM_5_2's eight layers. As in what is published, every stage begins with a layer that has an indexer.
 PARTITIONS = {2: "2,6", 4: "1,1,4,2"}
