@@ -78,7 +78,7 @@ def cache_loc_update(
     ends = (end_offset.long() - start_offset.long()).cumsum(0)
     token = torch.arange(len(cache_loc), device=cache_loc.device)
     request = torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)
-    # Of the token behind the last of a request, counted from its end: the same for all of them.
+    # `ends - token` tokens of the request are left, this one included.
     column = end_offset.long()[request] - ends[request] + token
     return cache_loc.copy_(token_pool[req_indices[request], column])
 
