@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rig.probes import probe_variables
-from rig.server import Server
+from rig.server import LIBRARY_PATH, Server
 from scripts.environment.parts import LIBRARIES, Part
 from sglang_npu_pp.tools.certify.ports import HOST
 
@@ -34,9 +33,8 @@ def engine_missing() -> str | None:
 
 def engine_environment(*more_probes: str) -> dict[str, str]:
     """For both servers: where the engine is, that it uses TCP, and a probe for what CPU lacks."""
-    libraries = [str(ENGINE.folder / LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        LIBRARY_PATH: str(ENGINE.folder / LIBRARIES),
         **probe_variables("kv_probe", *more_probes, paths=[ENGINE.folder]),
         "MC_FORCE_TCP": "1",
         "MOONCAKE_PROTOCOL": "tcp",

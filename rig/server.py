@@ -24,7 +24,7 @@ from sglang_npu_pp.tools.certify.reports import TELEMETRY_DIR_VARIABLE, ReportEr
 from sglang_npu_pp.tools.certify.startup_log import READY, likely_cause, reached
 
 LAYER_PARTITION_VARIABLE = "SGLANG_PP_LAYER_PARTITION"
-PATH = "PYTHONPATH"
+PATH, LIBRARY_PATH = "PYTHONPATH", "LD_LIBRARY_PATH"
 REFUSED_VARIABLE = "SGLANG_SERVERS_REFUSED"  # why no server may be started in this process and its children
 
 # For a tiny model on a small machine. bfloat16, because transformers writes float32 into the
@@ -132,12 +132,16 @@ class Server:
         except DeviceUnavailableError as error:
             raise ServerError(str(error)) from None
         partition = None if self.device.real else layer_partition(Path(self.model), self.pp)
-        paths = [each[PATH] for each in (self.env, device, os.environ) if each.get(PATH)]
+        sources = (self.env, device, os.environ)
+        paths = {
+            name: os.pathsep.join(each[name] for each in sources if each.get(name))
+            for name in (PATH, LIBRARY_PATH)
+        }
         return {
             **device,
             **({LAYER_PARTITION_VARIABLE: partition} if partition else {}),
             **self.env,
-            **({PATH: os.pathsep.join(paths)} if paths else {}),
+            **{name: path for name, path in paths.items() if path},
         }
 
     def command(self, node: int = 0) -> list[str]:

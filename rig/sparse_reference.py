@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rig.published_twin import INDEX_HEADS, INDEX_WIDTH, ROTARY
+from rig.speculation import ACCEPTANCE
 
 NARROW = torch.bfloat16
 
@@ -37,32 +38,38 @@ NEAR, FAR, MOST = 0.02, 0.3, 0.97
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, the tokens that followed, and the log-probabilities of all but the prompt's first."""
+    """One prompt, the tokens that followed, the log-probabilities of all but the prompt's first; and, where
+    there are drafts, how many were accepted."""
 
     prompt: list[int]
     tokens: list[int]
     log_probabilities: list[float]
+    acceptance: Mapping[str, Any]
 
     @staticmethod
     def of(prompt: list[int], to_prompt: Mapping[str, Any], to_rest: Mapping[str, Any]) -> Answer:
         """From what /generate answered: a prefill server to the prompt, a decode server to the rest."""
         known = to_prompt["meta_info"]["input_token_logprobs"][1:]
         made = to_rest["meta_info"]["output_token_logprobs"]
-        return Answer(prompt, to_rest["output_ids"], [value for value, *_ in (*known, *made)])
+        acceptance = {name: to_rest["meta_info"].get(name) for name in ACCEPTANCE}
+        return Answer(prompt, to_rest["output_ids"], [value for value, *_ in (*known, *made)], acceptance)
 
 
 class Reference:
     """A twin in `folder`, of the configurations with an indexer; `changes` are of its configuration.
 
-    `ranks` share the experts of a stage (tensor parallelism).
+    `ranks` share the experts of a stage (tensor parallelism), of the server that has the prompt;
+    `ranks_behind` those of a decode server behind it.
     """
 
-    def __init__(self, folder: Path, ranks: int = 1, **changes: Any) -> None:
+    def __init__(self, folder: Path, ranks: int = 1, ranks_behind: int | None = None, **changes: Any) -> None:
         from transformers import GlmMoeDsaForCausalLM
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # the NEXTN layer, which it does not know, is left out
         logging.disable_progress_bar()
+        self._ranks = (ranks, ranks_behind or ranks)
+        self._prompt = 0  # tokens of the prompt in this forward
         self._model = GlmMoeDsaForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", **changes
         ).eval()
@@ -70,20 +77,27 @@ class Reference:
             if layer.self_attn.indexer is not None:
                 _as_published(layer.self_attn.indexer)
             if hasattr(layer.mlp, "experts"):
-                layer.mlp.forward = functools.partial(_experts_of_ranks, ranks, layer.mlp)
+                layer.mlp.forward = functools.partial(self._experts, layer.mlp)
 
     @torch.no_grad()
-    def log_probabilities(self, tokens: list[int]) -> Tensor:
+    def log_probabilities(self, prompt: list[int], rest: list[int]) -> Tensor:
         """Of every next token behind each of these: [tokens, vocabulary]."""
-        logits: Tensor = self._model(torch.tensor([tokens])).logits
+        self._prompt = len(prompt)
+        logits: Tensor = self._model(torch.tensor([[*prompt, *rest]])).logits
         return logits[0].log_softmax(-1)
+
+    def _experts(self, layer: Any, hidden: Tensor) -> Tensor:
+        """hidden [1, tokens, width]; each token by the server that computes it."""
+        parts = hidden.split([self._prompt, hidden.shape[1] - self._prompt], 1)
+        made = [_experts_of_ranks(ranks, layer, part) for ranks, part in zip(self._ranks, parts, strict=True)]
+        return torch.cat(made, 1)
 
 
 def differences(reference: Reference, answers: Mapping[int, Answer]) -> list[str]:
     """What in answers of a server is not as in a forward of the same tokens by the reference."""
     found, distances = [], []
     for length, answer in answers.items():
-        rows = reference.log_probabilities([*answer.prompt, *answer.tokens[:-1]])
+        rows = reference.log_probabilities(answer.prompt, answer.tokens[:-1])
         following = [*answer.prompt[1:], *answer.tokens]
         expected = [row[token].item() for row, token in zip(rows, following, strict=True)]
         distances += [abs(a - b) for a, b in zip(expected, answer.log_probabilities, strict=True)]

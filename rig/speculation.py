@@ -27,7 +27,18 @@ TOKENS = 24
 CONCURRENCY = 12
 ACCEPTANCE = ("spec_verify_ct", "spec_correct_drafts_histogram", "spec_accept_length")
 
+# Of a NEXTN layer, by servers of a pair: as published.
+NEXTN_STEPS = {"prefill": 1, "decode": 3}
+
 Answers = Mapping[str, dict[str, Any]]
+
+
+def nextn_arguments(steps: int) -> tuple[str, ...]:
+    """Of a server that drafts `steps` tokens, one behind the other, with the model's NEXTN layer."""
+    return (
+        *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(steps)),
+        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(steps + 1)),
+    )
 
 
 @dataclass(frozen=True)

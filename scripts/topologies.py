@@ -3,9 +3,9 @@
     scripts/topologies.py                       all ten, each at two stages of two ranks and at four
     scripts/topologies.py --stages 2 --lines glm5_1
 
-Lines that are equal once they are scaled share a server. Each gets a decode server, unless it drafts; it is
-asked prompts of 1 to 600 tokens, and has to answer as a plain forward of the model does. The exit status is 0
-when all do.
+Lines that are equal once they are scaled share a server. Each gets a decode server, which drafts where it
+does; they are asked prompts of 1 to 600 tokens, and have to answer as a plain forward of the model does. The
+exit status is 0 when all do.
 """
 
 from __future__ import annotations

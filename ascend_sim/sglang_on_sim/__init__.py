@@ -9,6 +9,7 @@ reference_kernels.py         fused NPU kernels that the served models call, in p
 reference_moe_kernels.py     those of the experts of a Qwen3-MoE or GLM-5
 reference_dsa_kernels.py     those of the sparse attention of DeepSeek-V3.2 and GLM-5
 reference_triton_kernels.py  the same for SGLang's own Triton kernels
+reference_draft_kernels.py   those that draft and verify drafts
 transfer_engine.py           the engine that moves caches between a prefill and a decode server
 start_check.py               a scheduler that did not really take the NPU path ends with one sentence
 

@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference_cache_kernels, reference_dsa_kernels, reference_moe_kernels
+from . import (
+    reference_cache_kernels,
+    reference_draft_kernels,
+    reference_dsa_kernels,
+    reference_moe_kernels,
+)
 
 # --- normalisation and activation ----------------------------------------------------------------
 
@@ -272,6 +277,7 @@ OPERATORS = (
 ADDED_OPERATORS: Mapping[str, Callable[..., Any]] = {
     "apply_token_bitmask(Tensor(a!) logits, Tensor bitmask) -> ()": apply_token_bitmask,
     **reference_dsa_kernels.ADDED_OPERATORS,
+    **reference_draft_kernels.ADDED_OPERATORS,
 }
 
 # Functions that torch_npu loads from Ascend's transformer library (ATB); SGLang calls them by name.
@@ -288,6 +294,7 @@ PACKAGE_KERNELS: Mapping[str, Any] = {
     **reference_cache_kernels.PACKAGE_KERNELS,
     **reference_moe_kernels.PACKAGE_KERNELS,
     **reference_dsa_kernels.PACKAGE_KERNELS,
+    **reference_draft_kernels.PACKAGE_KERNELS,
 }
 
 

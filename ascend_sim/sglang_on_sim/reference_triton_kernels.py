@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference_draft_kernels
+
 
 def write_req_to_token_pool(
     req_to_token_ptr: Tensor,
@@ -146,6 +148,7 @@ TRITON_KERNELS: Mapping[str, Callable[..., None]] = {
     "memcpy_triton_kernel": memcpy,
     "_row_logsumexp_kernel": row_logsumexp,
     "_row_logsumexp_topk_kernel": row_logsumexp_topk,
+    **reference_draft_kernels.TRITON_KERNELS,
 }
 
 

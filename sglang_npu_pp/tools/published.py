@@ -183,9 +183,9 @@ NOT_HERE = (
         "an engine that copies memory between processes, under SGLang's own manager",
     ),
     (
-        "a decode server that verifies drafts",
-        "its Triton kernels are not on the simulated Ascend",
-        "SGLang's own fake bootstrap: the prefill server answers one token",
+        "kernels that draft and verify drafts",
+        "the hardware, and Triton for it",
+        "plain torch for chains (`reference_draft_kernels.py`): prefill and decode servers draft",
     ),
     (
         "`--attn-cp-size 4`, `--tp-size 4`, `--pp-size 8`, two nodes",

@@ -89,6 +89,9 @@ _SPECULATION_FAULTS = Shown(
 _PROPOSAL = Shown(CPU, "tests/server/test_prefill_drafts.py::test_greedy_answers_are_those_without_drafts")
 _SLICE_FAULT = Shown(CPU, "tests/server/test_layouts.py::test_a_slice_of_another_microbatch_changes_answers")
 _SLICES = Shown(CPU, "tests/server/test_layouts.py::test_each_context_parallel_rank_sends_its_own_slice")
+_STAGING = Shown(
+    SIMULATED, "tests/server/test_staging_buffer.py::test_answers_and_what_was_cached_are_upstreams"
+)
 _PUBLISHED = Shown(
     SIMULATED, "tests/server/test_published_lines.py::test_answers_are_those_of_a_plain_forward"
 )
@@ -268,8 +271,8 @@ ROWS = (
         f"NEXTN: {GLM_5_2}",
         Here.IN_FORCE,
         (_PROPOSAL, _PUBLISHED),
-        "latent attention, experts, a decode server with one stage; kernels in plain torch; DSPARK stays on "
-        "upstream's path",
+        "latent attention, experts; on the simulated Ascend sparse attention, SGLang 0.5.23; a decode server "
+        "with one stage, which verifies; kernels in plain torch; DSPARK stays on upstream's path",
     ),
     Row(
         "speculative decoding on one server (`SGLANG_ENABLE_PP_SPEC=1`, EAGLE, NEXTN)",
@@ -295,7 +298,16 @@ ROWS = (
                 CPU, "tests/server/test_hierarchical_cache.py::test_answers_and_what_was_cached_are_upstreams"
             ),
         ),
-        "its copies in plain torch; other storage (Mooncake, memcache) and `buffer_only`: not run",
+        "its copies in plain torch; the same on the simulated Ascend (`make test-release`); other storage "
+        "(Mooncake, memcache): not run",
+    ),
+    Row(
+        "the same, host memory as a staging buffer (`--hicache-host-memory-mode buffer_only`)",
+        "yes; up to 0.5.22 stages agree on what was read with Mooncake's storage only",
+        "",
+        Here.IN_FORCE,
+        (_STAGING,),
+        "Mooncake's store over TCP; storage in files: not run",
     ),
     Row(
         "data parallelism of experts, elastic experts, DWDP (`--moe-dp-size`, `--elastic-ep-backend`, "

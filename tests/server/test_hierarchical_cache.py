@@ -1,8 +1,8 @@
 """Servers of two stages whose cache has three levels, unpatched against patched: KV pool, host memory, files.
 
-On CPU, with plain torch in the place of SGLang's kernel that copies between the first two
-(`scripts/cpu_compat`). The KV pool has room for three prompts, host memory for all. A request waits for what
-storage has of its prompt (`wait_complete`), so what is cached does not depend on time.
+On CPU, and on the simulated Ascend; with plain torch in the place of the kernel that copies between the first
+two. The KV pool has room for three prompts, or two, host memory for all. A request waits for what storage has
+of its prompt (`wait_complete`), so what is cached does not depend on time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 
 from rig import battery
 from rig.agreement import assert_stages_agree
+from rig.devices import EAGER
 from rig.launcher import ROOT, Launcher, point_to_point_counts, take_cpu_compat
 from rig.probes import probe_variables
 from rig.server import Server
@@ -29,15 +30,37 @@ PREFIX, TOKENS = 300, 8
 PREFIXES = range(1, 7)
 LIMIT_S, POLL_S = 60.0, 0.05
 ARGUMENTS = (
-    "--enable-hierarchical-cache",
-    *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first", "--hicache-ratio", "8"),
+    *("--enable-hierarchical-cache", "--hicache-ratio", "8"),
     *("--hicache-storage-backend", "file", "--hicache-storage-prefetch-policy", "wait_complete"),
     *("--max-total-tokens", "1024", "--chunked-prefill-size", "128"),
 )
 
 
 @dataclass(frozen=True)
+class Device:
+    name: str
+    page: int  # tokens
+    messages: int  # of torch.distributed, a forward: proxies take the device lane, or the host's
+    arguments: tuple[str, ...]
+
+    @property
+    def pages(self) -> int:
+        """Whole ones of a prefix."""
+        return PREFIX // self.page
+
+    @property
+    def kept(self) -> int:
+        """Tokens of a prefix that are in whole pages."""
+        return self.pages * self.page
+
+
+CPU = Device("cpu", 1, 0, ("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"))
+ASCEND = Device("npu-sim", 128, 1, EAGER)  # whose backend and layout SGLang chooses itself
+
+
+@dataclass(frozen=True)
 class Served:
+    device: Device
     upstream: Mapping[str, Any]  # what an unpatched server answered, which has ended
     found: Mapping[str, Any]  # what the patched one did
     server: Server
@@ -51,24 +74,32 @@ class Served:
         return sum(1 for _ in (self.folder / "storage").glob(f"*_{STAGES}_{stage}.bin"))
 
 
-@pytest.fixture(scope="module")
-def served(make_launcher: Callable[[str], Launcher]) -> Iterator[Served]:
-    launcher = make_launcher("hierarchical")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(CPU, id=CPU.name),
+        pytest.param(ASCEND, id=ASCEND.name, marks=pytest.mark.release),
+    ],
+)
+def served(request: pytest.FixtureRequest, make_launcher: Callable[[str], Launcher]) -> Iterator[Served]:
+    device, launcher = request.param, make_launcher("hierarchical")
     try:
-        upstream = exercise(start(launcher, patched=False))
+        upstream = exercise(start(launcher, device, patched=False))
         launcher.stop_all()
-        server = start(launcher, patched=True)
-        yield Served(upstream, exercise(server), server)
+        server = start(launcher, device, patched=True)
+        yield Served(device, upstream, exercise(server), server)
     finally:
         launcher.stop_all()
 
 
-def start(launcher: Launcher, patched: bool) -> Server:
-    server = launcher.configure(1, STAGES, patched=patched, args=ARGUMENTS)
+def start(launcher: Launcher, device: Device, *, patched: bool) -> Server:
+    arguments = (*ARGUMENTS, *device.arguments)
+    server = launcher.configure(1, STAGES, patched=patched, device=device.name, args=arguments)
     storage = server.log.parent / "storage"
     storage.mkdir()  # by hand: upstream's stages both make it, and one fails
     server.env |= probe_variables("sglang_pp_probe", "storage_probe", paths=[ROOT])
-    take_cpu_compat(server)
+    if device is CPU:
+        take_cpu_compat(server)
     server.env |= {
         "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(storage),
         "STORAGE_PROBE_GATE": str(server.log.parent),
@@ -122,21 +153,25 @@ def test_answers_and_what_was_cached_are_upstreams(served: Served) -> None:
     assert ids(again) == ids(new)
     assert ids(stored) == ids(new)[:2]
     assert {answer["cached"] for answer in new} == {0}
-    assert all(answer["from"].get("host", 0) >= PREFIX for answer in again), "nothing came from host memory"
-    assert all(answer["from"].get("storage", 0) >= PREFIX for answer in stored), "nothing came from storage"
+    kept = served.device.kept
+    assert all(answer["from"].get("host", 0) >= kept for answer in again), "nothing came from host memory"
+    assert all(answer["from"].get("storage", 0) >= kept for answer in stored), "nothing came from storage"
 
 
 def test_a_burst_over_shared_prefixes(served: Served) -> None:
-    """As each request alone; and the stages end alike, without a message of torch.distributed."""
+    """As each request alone; and the stages end alike, without a message of upstream's."""
     requests = [(prefix, suffix) for suffix in range(BURST // len(PREFIXES)) for prefix in PREFIXES]
     alone = [ask(served.server, *request)["ids"] for request in requests]
+    begin = assert_stages_agree(served.server)
     before = point_to_point_counts(served.server)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         found = list(pool.map(lambda request: ask(served.server, *request), requests))
     assert ids(found) == alone
     assert sum(answer["from"].get("host", 0) for answer in found) > 0
-    assert_stages_agree(served.server)
-    assert point_to_point_counts(served.server) == before
+    end = assert_stages_agree(served.server)
+    forwards = sum(end["forwards"].values()) - sum(begin["forwards"].values())
+    expected = {pid: count + forwards * served.device.messages for pid, count in before.items()}
+    assert point_to_point_counts(served.server) == expected
 
 
 @pytest.mark.parametrize("stage", range(STAGES))
@@ -147,7 +182,10 @@ def test_slow_writes_to_storage_stop_no_request(served: Served, stage: int) -> N
     gate.touch()
     try:
         ask(served.server, prefix)
-        until(lambda: served.files(other) >= before + PREFIX, "the other stage has not written its pages")
+        until(
+            lambda: served.files(other) >= before + served.device.pages,
+            "the other stage has not written its pages",
+        )
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(lambda each: ask(served.server, each), PREFIXES))
         assert served.files(stage) < served.files(other), "the writes were not held back"

@@ -17,6 +17,7 @@ from rig import battery, disaggregated
 from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
 from rig.published_twin import write_twin
 from rig.server import Server
+from rig.speculation import NEXTN_STEPS, nextn_arguments
 from sglang_npu_pp.tools.certify import order
 from sglang_npu_pp.tools.certify.ports import free_ports
 
@@ -31,7 +32,6 @@ STAGES, CONCURRENCY, TOKENS = 2, 6, 16
 LENGTHS = (1, 5, 17, 60, 250, 256, 257, 600)  # tokens; chunks are 256
 BACKEND = "intel_amx"  # of SGLang's for the CPU, the one that knows latent attention and drafts
 ARGUMENTS = ("--prefill-attention-backend", BACKEND, "--decode-attention-backend", BACKEND)
-STEPS = {"prefill": 1, "decode": 3}  # of drafts, as published
 ACCEPTANCE = ("spec_verify_ct", "spec_accept_length")
 
 Answers = dict[str, dict[str, Any]]
@@ -48,13 +48,6 @@ def configured(launcher: Launcher, stages: int, twin: Path, **options: Any) -> S
     return server
 
 
-def drafting(steps: int) -> tuple[str, ...]:
-    return (
-        *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(steps)),
-        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(steps + 1)),
-    )
-
-
 def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregated.Pair:
     (bootstrap_port,) = free_ports(1)
     servers = [
@@ -63,7 +56,11 @@ def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregate
             stages,
             twin,
             patched=patched and stages > 1,
-            args=(*disaggregated.arguments(mode, bootstrap_port), *ARGUMENTS, *drafting(STEPS[mode])),
+            args=(
+                *disaggregated.arguments(mode, bootstrap_port),
+                *ARGUMENTS,
+                *nextn_arguments(NEXTN_STEPS[mode]),
+            ),
             env=disaggregated.engine_environment("sglang_pp_probe", "nextn_probe"),
         )
         for mode, stages in (("prefill", STAGES), ("decode", 1))

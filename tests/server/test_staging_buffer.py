@@ -1,0 +1,100 @@
+"""A hierarchical cache whose host memory is a staging buffer only (`buffer_only`), on two stages, unpatched
+against patched: what the KV pool has no room for is in Mooncake's store.
+
+On the simulated Ascend, with the layout that SGLang takes there. Up to 0.5.22, with other storage, the stages
+of such a server decide each for itself what they have read (`HybridCacheController.attach_storage_backend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from rig import disaggregated
+from rig.agreement import assert_stages_agree
+from rig.devices import EAGER
+from rig.launcher import ROOT, Launcher
+from rig.mooncake_store import mooncake_store
+from rig.probes import probe_variables
+from rig.server import Server
+
+from .test_hierarchical_cache import ASCEND, BURST, CONCURRENCY, PREFIXES, ask, forget, ids
+
+pytestmark = [
+    pytest.mark.release,
+    pytest.mark.skipif(
+        disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing())
+    ),
+]
+
+STAGES = 2
+ARGUMENTS = (
+    *EAGER,
+    *("--enable-hierarchical-cache", "--hicache-host-memory-mode", "buffer_only", "--hicache-ratio", "2"),
+    *("--hicache-storage-backend", "mooncake", "--hicache-storage-prefetch-policy", "wait_complete"),
+    *("--max-total-tokens", "1024", "--chunked-prefill-size", "128"),
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    upstream: Mapping[str, Any]  # what an unpatched server answered, which has ended
+    found: Mapping[str, Any]  # what the patched one did
+    server: Server
+
+
+@pytest.fixture(scope="module")
+def served(make_launcher: Callable[[str], Launcher]) -> Iterator[Served]:
+    launcher = make_launcher("staging")
+    try:
+        with mooncake_store(launcher.directory / "upstreams-master.log") as store:
+            upstream = exercise(start(launcher, store, patched=False))
+            launcher.stop_all()
+        with mooncake_store(launcher.directory / "master.log") as store:
+            server = start(launcher, store, patched=True)
+            yield Served(upstream, exercise(server), server)
+            launcher.stop_all()
+    finally:
+        launcher.stop_all()
+
+
+def start(launcher: Launcher, store: Mapping[str, str], *, patched: bool) -> Server:
+    server = launcher.configure(1, STAGES, patched=patched, device=ASCEND.name, args=ARGUMENTS)
+    server.env |= probe_variables("sglang_pp_probe", paths=[ROOT, disaggregated.ENGINE.folder])
+    server.env |= {**store, "PP_PROBE_STATES": "1"}
+    return launcher.servers.enter_context(server)
+
+
+def exercise(server: Server) -> dict[str, Any]:
+    """All prompts for the first time, from the store, and once more: the KV pool has room for two."""
+    new = [ask(server, prefix) for prefix in PREFIXES]
+    forget(server)
+    return {
+        "new": new,
+        "stored": [ask(server, prefix) for prefix in PREFIXES],
+        "again": [ask(server, prefix) for prefix in PREFIXES],
+    }
+
+
+def test_answers_and_what_was_cached_are_upstreams(served: Served) -> None:
+    assert served.found == served.upstream
+    new, stored, again = (served.found[name] for name in ("new", "stored", "again"))
+    assert ids(stored) == ids(again) == ids(new)
+    assert {answer["cached"] for answer in new} == {0}
+    for answer in (*stored, *again):
+        assert answer["from"].get("storage", 0) >= ASCEND.kept, "nothing came from the store"
+
+
+def test_a_burst(served: Served) -> None:
+    """As each request alone; and the stages end alike."""
+    requests = [(prefix, suffix) for suffix in range(BURST // len(PREFIXES)) for prefix in PREFIXES]
+    alone = [ask(served.server, *request) for request in requests]
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        found = list(pool.map(lambda request: ask(served.server, *request), requests))
+    assert ids(found) == ids(alone)
+    assert sum(answer["from"].get("storage", 0) for answer in found) > 0
+    assert_stages_agree(served.server)
