@@ -31,11 +31,12 @@ def engine_missing() -> str | None:
     )
 
 
-def engine_environment(*more_probes: str) -> dict[str, str]:
-    """For both servers: where the engine is, that it uses TCP, and a probe for what CPU lacks."""
+def engine_environment(*more_probes: str, paths: Sequence[Path] = ()) -> dict[str, str]:
+    """For both servers: where the engine is, that it uses TCP, and a probe for what CPU lacks; `paths`: where
+    else probes are imported from."""
     return {
         LIBRARY_PATH: str(ENGINE.folder / LIBRARIES),
-        **probe_variables("kv_probe", *more_probes, paths=[ENGINE.folder]),
+        **probe_variables("kv_probe", *more_probes, paths=[ENGINE.folder, *paths]),
         "MC_FORCE_TCP": "1",
         "MOONCAKE_PROTOCOL": "tcp",
         "SGLANG_HOST_IP": HOST,

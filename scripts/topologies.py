@@ -46,9 +46,9 @@ class Served(NamedTuple):
 
 def main() -> int:
     options = parse_command_line()
-    chosen = [line for line in PUBLISHED if options.lines in line.name]
+    chosen = [line for line in PUBLISHED if any(text in line.name for text in options.lines)]
     if not chosen:
-        console.print(f"topologies: no line has {options.lines!r} in its name", markup=False)
+        console.print(f"topologies: no line has {' or '.join(options.lines)} in its name", markup=False)
         return 1
     try:
         provide(*([RELEASE.part.name] if RELEASE.part else []))
@@ -70,7 +70,9 @@ def parse_command_line() -> argparse.Namespace:
     )
     stages = list(PARTITIONS)
     parser.add_argument("--stages", nargs="+", type=int, choices=stages, default=stages, metavar="N")
-    parser.add_argument("--lines", default="", metavar="TEXT", help="only lines with this in their name")
+    parser.add_argument(
+        "--lines", nargs="+", default=[""], metavar="TEXT", help="only lines with one of these in their name"
+    )
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .missing_packages import ROOTS, MissingPackage
+from .missing_packages import MissingPackage, is_missing
 
 Action = Callable[[], None]
 
@@ -35,7 +35,7 @@ class MissingPackageFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name.partition(".")[0] not in ROOTS:
+        if not is_missing(name):
             return None
         return ModuleSpec(name, self, is_package=True)
 

@@ -11,8 +11,16 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 # Kernels for SGLang in Triton and AscendC; operators of single models; the graph compiler; CANN from Python;
-# the engine that moves caches between servers.
-ROOTS = frozenset({"sgl_kernel_npu", "custom_ops", "torchair", "acl", "memfabric_hybrid"})
+# the engine that moves caches between servers; what Triton for Ascend has beside Triton.
+MISSING = (
+    *("sgl_kernel_npu", "custom_ops", "torchair", "acl", "memfabric_hybrid"),
+    "triton.language.extra.cann",
+)
+
+
+def is_missing(name: str) -> bool:
+    """Whether a module is one of these packages, or below one."""
+    return any(name == package or name.startswith(f"{package}.") for package in MISSING)
 
 
 class MissingPackage(ModuleType):

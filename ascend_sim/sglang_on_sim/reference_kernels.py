@@ -69,6 +69,35 @@ def npu_rotary_mul(
     return (input.float() * r1.float() + rotated * r2.float()).to(input.dtype)
 
 
+def npu_mrope(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    cos_sin_cache: Tensor,
+    head_size: int,
+    *,
+    mrope_section: list[int] | None = None,
+    rotary_mode: str | None = "half",
+    cache_mode: str | None = "default",
+) -> tuple[Tensor, Tensor]:
+    """`npu_rotary_mul` of queries and keys, by position; of one axis only.
+
+    positions [T]; query [T, heads x head_size], key likewise; cos_sin_cache [positions, head_size]: cosines,
+    then sines, of half a head each.
+    """
+    form = (any(mrope_section or []), rotary_mode, cache_mode, cos_sin_cache.shape[-1])
+    if form != (False, "half", "default", head_size):
+        raise NotImplementedError(f"npu_mrope of form {form} on the simulated Ascend")
+    cosines, sines = (
+        torch.cat([half, half], -1).unsqueeze(1) for half in cos_sin_cache[positions].chunk(2, -1)
+    )
+
+    def rotated(states: Tensor) -> Tensor:
+        return npu_rotary_mul(states.unflatten(1, (-1, head_size)), cosines, sines).flatten(1)
+
+    return rotated(query), rotated(key)
+
+
 def split_qkv_rmsnorm_rope(
     qkv: Tensor,
     sin: Tensor,
@@ -268,6 +297,7 @@ OPERATORS = (
     npu_add_rms_norm,
     npu_swiglu,
     npu_rotary_mul,
+    npu_mrope,
     npu_top_k_top_p,
     *reference_moe_kernels.OPERATORS,
     *reference_dsa_kernels.OPERATORS,

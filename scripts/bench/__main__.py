@@ -18,23 +18,26 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
+from rig.disaggregated import ENGINE
 from rig.folders import new_folder
 from rig.server import ServerError
+from scripts.environment.parts import PartError, provide
 from scripts.output import plain_console
 
-from . import figure, report, speculation
+from . import figure, pairs, report, speculation
 from .competitors import ROOT, VARIABLES, VLLM, Competitor
 from .link import EmulatedLink, Link, LinkError, Loopback, reason_for_loopback
 from .load import LOADS, LoadError
 from .measure import Measurements, measure
 from .model import for_cpu
-from .plan import FULL, LINKS, NO_DELAY, QUICK, SPECULATION, Group, LinkSetting, Work
+from .plan import FULL, LINKS, NO_DELAY, PAIRS, QUICK, SPECULATION, Group, LinkSetting, Work
 
 _QUICK_S, _FULL_S = 570.0, 3 * 3600.0  # until the last repetition ends
 _QUICK_REPETITIONS, _FULL_REPETITIONS = 4, 5
@@ -52,7 +55,7 @@ def main() -> int:
     folder = new_folder(options.logs, "bench")
     try:
         right = run(options, folder, console)
-    except (ServerError, LinkError, LoadError, figure.FigureError, OSError) as error:
+    except (ServerError, LinkError, LoadError, PartError, figure.FigureError, OSError) as error:
         sentence = error.reason if isinstance(error, ServerError) else str(error)
         Console(stderr=True, highlight=False).print(f"bench: {sentence}", markup=False, soft_wrap=True)
         console.print(f"Logs: {folder}", soft_wrap=True)
@@ -85,7 +88,9 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the cells that matter most")
-    parser.add_argument("--speculation", action="store_true", help="servers with EAGLE drafts, at pp 2")
+    drafting = parser.add_mutually_exclusive_group()
+    drafting.add_argument("--speculation", action="store_true", help="servers with EAGLE drafts, at pp 2")
+    drafting.add_argument("--pairs", action="store_true", help="prefill and decode servers with NEXTN")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and conditions there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios there (.png, .svg)")
     parser.add_argument("--device", choices=("cpu", "npu-sim"), default="cpu", help="npu-sim: first of all")
@@ -118,7 +123,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
     began = time.monotonic()
     groups, links = chosen(options)
     limit_s = _QUICK_S if options.quick else _FULL_S
-    model = options.model_path or (speculation.target() if options.speculation else for_cpu())
+    model = options.model_path or model_for(options)
     found: list[Measurements] = []
     with link_of(options, folder, console) as link:
         if isinstance(link, Loopback):
@@ -152,6 +157,21 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> bool:
     return all(row.tokens_equal or row.competitor == VLLM for row in all_rows)
 
 
+def model_for(options: argparse.Namespace) -> Path:
+    if options.pairs:
+        provide(ENGINE.name)
+        return pairs.twin()
+    return speculation.target() if options.speculation else for_cpu()
+
+
+def plan_for(options: argparse.Namespace) -> Sequence[Group]:
+    if options.pairs:
+        return PAIRS
+    if options.speculation:
+        return SPECULATION
+    return QUICK if options.quick else FULL
+
+
 def link_of(options: argparse.Namespace, folder: Path, console: Console) -> AbstractContextManager[Link]:
     """The emulated link, or loopback with the reason said."""
     reason = "--link none" if options.link == "none" else reason_for_loopback()
@@ -169,7 +189,7 @@ def chosen(options: argparse.Namespace) -> tuple[list[Group], list[LinkSetting]]
     designs = options.competitors.split(",") if options.competitors else list(VARIABLES)
     delays = [float(delay) for delay in options.delays.split(",")] if options.delays else None
     groups = []
-    for group in SPECULATION if options.speculation else QUICK if options.quick else FULL:
+    for group in plan_for(options):
         if options.pp and group.pp != options.pp:
             continue
         works = [work for work in group.works if loads is None or work.load in loads]

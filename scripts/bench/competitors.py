@@ -13,17 +13,20 @@ from typing import Any, Self
 
 import psutil
 
+from rig import prefill_drafts
 from rig.launcher import take_cpu_compat
 from rig.probes import probe_variables
 from rig.server import Server, ServerError
+from sglang_npu_pp.tools.certify.ports import HOST, free_ports
 
-from . import load, speculation
+from . import load, pairs, speculation
 from .counters import Counted, StageFile, stage_path
 from .link import Link
 from .vllm import VllmDialect, VllmServer, vllm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 _NODES = 2
+ANY = "0.0.0.0"  # in the namespace of node 0, which only node 1 reaches
 FROZEN_LIMIT_S = "86400"  # a server that is frozen is not lost
 _START_LIMIT_S = 600.0
 
@@ -52,11 +55,15 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Competitor:
-    """One server: a design, `--pp-async-batch-depth`, and whether it speculates."""
+    """One server: a design, `--pp-async-batch-depth`, and whether it speculates.
+
+    `pair`: a prefill server that drafts, with a decode server of its own (pairs.py).
+    """
 
     design: str
     depth: int = 0
     drafts: bool | None = None  # None: not the model and the flags of speculation.py, either
+    pair: bool = False
 
     @property
     def is_sglang(self) -> bool:
@@ -67,7 +74,7 @@ class Competitor:
     def name(self) -> str:
         depth = f" depth {self.depth}" if self.depth else ""
         drafts = {None: "", True: " with drafts", False: " without drafts"}[self.drafts]
-        return f"{self.design}{depth}{drafts}"
+        return f"{self.design}{depth}{drafts}{' in a pair' if self.pair else ''}"
 
     @property
     def without_drafts(self) -> Competitor:
@@ -121,13 +128,17 @@ class Contestant:
             "node_prefix": {node: link.prefix(node) for node in range(_NODES)},
             "master": link.master,
         }
-        if competitor.is_sglang:
+        self._decode: Server | None = None  # behind it
+        self._dialect: load.Dialect = load.SGLANG
+        if competitor.pair:
+            self._pair(model, link, common)
+        elif competitor.is_sglang:
             self.server = self._sglang(model, link, common)
         else:
             assert vllm is not None, "vLLM takes part where --vllm names its interpreter"
             of_nodes = {node: vllm_variables(link, node) for node in range(_NODES)}
             self.server = VllmServer(model, 1, pp, python=vllm, node_env=of_nodes, **common)
-        self._dialect: load.Dialect = load.SGLANG if competitor.is_sglang else VllmDialect(model)
+            self._dialect = VllmDialect(model)
         self._stages: list[StageFile] = []
 
     def _sglang(self, model: Path, link: Link, common: dict[str, Any]) -> Server:
@@ -147,25 +158,74 @@ class Contestant:
             take_cpu_compat(server)
         return server
 
+    def _pair(self, model: Path, link: Link, common: dict[str, Any]) -> None:
+        (bootstrap_port,) = free_ports(1)
+        self.server = Server(
+            model,
+            1,
+            self.pp,
+            env={
+                **VARIABLES[self.competitor.design],
+                **pairs.variables(pairs.PREFILL),
+                "BENCH_FOLDER": str(self._folder),
+            },
+            args=(
+                *FLAGS,
+                *prefill_drafts.arguments(pairs.PREFILL, bootstrap_port),
+                *("--host", HOST if link.master == HOST else ANY),  # also of the bootstrap server
+            ),
+            node_env={node: link.variables(node) for node in range(_NODES)},
+            **common,
+        )
+        self._decode = Server(
+            model,
+            1,
+            1,
+            log=self._folder / "decode/log",
+            env={**VARIABLES[UPSTREAM], **pairs.variables(pairs.DECODE)},
+            args=(*FLAGS, *prefill_drafts.arguments(pairs.DECODE, bootstrap_port)),
+            node_env={0: link.variables(0)},
+            node_prefix={0: link.prefix(0)},
+        )
+        for server in self._servers:
+            take_cpu_compat(server)
+        self._dialect = pairs.PairDialect(self.server.url, link.master, bootstrap_port)
+
+    @property
+    def _servers(self) -> list[Server]:
+        """The last one answers."""
+        return [self.server, *([self._decode] if self._decode else [])]
+
+    def _freeze(self) -> None:
+        for server in self._servers:
+            server.freeze()
+
+    def _thaw(self) -> None:
+        for server in self._servers:
+            server.thaw()
+
     def start(self) -> Self:
         """Start, warm up and freeze the server. Raises ServerError, LoadError."""
-        self.server.start()
-        self.server.wait_ready(_START_LIMIT_S)
+        for server in self._servers:
+            server.start()
+        for server in self._servers:
+            server.wait_ready(_START_LIMIT_S)
         if self.competitor.is_sglang:
             self._wait_for_last_node()
             self._stages = [StageFile(stage_path(self._folder, stage)) for stage in range(self.pp)]
-        for warm_up in load.LOADS.values():
+        for warm_up in [load.PREFILL] if self.competitor.pair else load.LOADS.values():
             self._load(warm_up, seed=0)
-        self.server.freeze()
+        self._freeze()
         return self
 
     def stop(self) -> None:
-        self.server.thaw()
-        self.server.stop()
+        self._thaw()
+        for server in self._servers:
+            server.stop()
 
     def run(self, work: load.Load, pad_s: float, seed: int) -> Run:
         """Wake the server, give it `work`, and freeze it again."""
-        self.server.thaw()
+        self._thaw()
         try:
             self._pad(pad_s)
             self._load(load.SETTLE, seed)
@@ -173,13 +233,13 @@ class Contestant:
             answers = self._load(work, seed)
             after = [stage.read() for stage in self._stages]
         finally:
-            self.server.freeze()
+            self._freeze()
         counted = tuple(late - early for late, early in zip(after, before, strict=True))
         return Run(answers, counted, os.getloadavg()[0])
 
     def rest(self, *, settle_s: float = 2.0, measure_s: float = 2.0, requests: int = 3) -> Idle:
         """What the server does without requests, from `settle_s` after the last one on."""
-        self.server.thaw()
+        self._thaw()
         try:
             self._pad(0.0)
             self._load(load.SETTLE, seed=0)
@@ -193,7 +253,7 @@ class Contestant:
                 one = load.Load("one", [load.Request(32, 1)])
                 delays.append(self._load(one, seed).first_token_s)
         finally:
-            self.server.freeze()
+            self._freeze()
         return Idle(cores, tuple(delays))
 
     def memory_mib(self) -> float:
@@ -206,7 +266,7 @@ class Contestant:
         return kilobytes / 1024
 
     def _load(self, work: load.Load, seed: int) -> load.Answers:
-        return load.run(self.server.url, work, seed, self._dialect)
+        return load.run(self._servers[-1].url, work, seed, self._dialect)
 
     def _pad(self, seconds: float) -> None:
         for stage in self._stages:

@@ -58,9 +58,13 @@ LOADS = {load.name: load for load in (DECODE, PREFILL, MIXED)}
 
 
 class Dialect(Protocol):
-    """How a server is asked for greedy tokens, and where they stand in what it streams."""
+    """How a server is asked for greedy tokens, and where they stand in what it streams.
+
+    `told`: address of another server that gets each request, too.
+    """
 
     path: str
+    told: str | None
 
     def body(self, prompt: list[int], length: int) -> dict[str, Any]: ...
 
@@ -70,6 +74,7 @@ class Dialect(Protocol):
 
 class SGLang:
     path = "/generate"
+    told: str | None = None
 
     def body(self, prompt: list[int], length: int) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
@@ -141,13 +146,23 @@ async def _ask(session: aiohttp.ClientSession, dialect: Dialect, prompt: list[in
     times: list[float] = []
     tokens: list[int] = []
     event: dict[str, Any] = {}
-    async with session.post(dialect.path, json=dialect.body(prompt, length)) as response:
+    body = dialect.body(prompt, length)
+    told = asyncio.create_task(_tell(session, dialect.told, body)) if dialect.told else None
+    async with session.post(dialect.path, json=body) as response:
         response.raise_for_status()
         async for line in response.content:
             if line.startswith(b"data: {"):
                 times.append(time.perf_counter() - began)
                 event = json.loads(line[len(b"data: ") :])
                 tokens = dialect.tokens(event, tokens)
+    if told:
+        await told
     if len(tokens) != length:
         raise LoadError(f"an answer should have {length} tokens, not {len(tokens)}: {str(event)[:200]}")
     return _Answer(times[0], times[-1], tuple(tokens))
+
+
+async def _tell(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+    async with session.post(url, json=body) as response:
+        response.raise_for_status()
+        await response.read()

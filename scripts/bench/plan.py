@@ -60,6 +60,13 @@ SPECULATION = (
         _CORE,
     ),
 )
+PAIRS = (
+    Group(
+        2,
+        (Competitor(UPSTREAM, drafts=True, pair=True), Competitor(OURS, drafts=True, pair=True)),
+        (Work("prefill", 0), Work("prefill", 30)),
+    ),
+)
 FULL = (
     Group(
         2,

@@ -31,6 +31,7 @@ _ARGUMENTS = (
 
 class VllmDialect:
     path = "/v1/completions"
+    told: str | None = None
 
     def __init__(self, model: Path | str) -> None:
         self._model = str(model)

@@ -155,6 +155,19 @@ PUBLISHED = (  # layouts: stages, nodes, tokens a chunk, requests at most
 )
 
 
+# By `make topologies`: seconds from the start of a line's servers to their end, at so many stages; lines that
+# are equal once they are scaled shared servers. All answered as a plain forward of the model does.
+SERVED_ON = "2026-11-30"
+SERVED: Mapping[str, Mapping[int, int]] = {
+    "glm_5_2_w4a8_3p1d_32p_in16k_out1k_50ms": {2: 169},
+    "glm_5_2_w4a8_2p1d_32p_in64k_out1k_prefix90_20ms": {2: 236},
+    "glm_5_2_w4a8_2p1d_32p_in128k_out1k_prefix90_20ms": {2: 236},
+    "glm5_2_w4a8_4p1d_48p_in64k_out1k_prefix90_50ms": {2: 236},
+    "glm_5_2_w4a8_4p1d_48p_in128k_out1k_prefix90_50ms": {2: 236},
+}
+STAGES_HERE = (2, 4)
+
+
 # Of the lines above: what neither the CPU nor the simulated Ascend can do, and what tests have in its place.
 NOT_HERE = (
     (
@@ -213,10 +226,13 @@ def markdown() -> list[str]:
         f"0.5.21 `{' '.join(_ZIGZAG)}`. That its parser takes each line, and what this package does with "
         "such a server, is shown on the simulated Ascend by `tests/ascend/test_published.py`. Servers of "
         "tiny twins are shown by `tests/server/test_published_lines.py`; every line "
-        "is served by `make topologies`, which has not run yet.",
+        "is served by `make topologies`, at two stages of two ranks and at four. Columns *served* have its "
+        f"runs on {SERVED_ON}, on two cores: seconds from start to end of its servers, which answered as "
+        "a plain forward of the model does. Lines that are equal once they are scaled share servers.",
         "",
-        "| source | commit | stages | nodes | tokens a chunk | draft | flags of 0.5.21 | here |",
-        "|---|---|---|---|---|---|---|---|",
+        "| source | commit | stages | nodes | tokens a chunk | draft | flags of 0.5.21 | here | "
+        f"{' | '.join(f'served, {stages} stages' for stages in STAGES_HERE)} |",
+        f"|{'---|' * (8 + len(STAGES_HERE))}",
         *(_row(line) for line in PUBLISHED),
         "",
         f"Those with a draft also set {', '.join(variables)}.",
@@ -239,5 +255,11 @@ def _row(line: Published) -> str:
         "NEXTN" if line.drafts else "none",
         "earlier names" if line.renamed else "yes",
         "in force",
+        *(_seconds(line, stages) for stages in STAGES_HERE),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _seconds(line: Published, stages: int) -> str:
+    seconds = SERVED.get(line.name, {}).get(stages)
+    return "not run" if seconds is None else f"{seconds} s"

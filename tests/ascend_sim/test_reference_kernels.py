@@ -20,7 +20,7 @@ from ascend_sim.sglang_on_sim import reference_cache_kernels as cache_kernels
 from ascend_sim.sglang_on_sim import reference_kernels as kernels
 from ascend_sim.sglang_on_sim import reference_moe_kernels as moe_kernels
 from ascend_sim.sglang_on_sim import reference_triton_kernels as triton_kernels
-from ascend_sim.sglang_on_sim.missing_packages import MissingPackage
+from ascend_sim.sglang_on_sim.missing_packages import MissingPackage, is_missing
 
 pytestmark = pytest.mark.thorough
 
@@ -65,6 +65,20 @@ def test_rotary_mul() -> None:
     heads, angles = torch.randn(1, 5, HEADS, WIDTH), torch.randn(5, WIDTH // 2)
     cos, sin = (torch.cat([part, part], -1).view(1, 5, 1, WIDTH) for part in (angles.cos(), angles.sin()))
     torch.testing.assert_close(kernels.npu_rotary_mul(heads, cos, sin), rotated(heads, angles.unsqueeze(1)))
+
+
+def test_mrope_of_one_axis() -> None:
+    tokens, places = 5, 9
+    angles, positions = torch.randn(places, WIDTH // 2), torch.tensor([3, 8, 0, 3, 1])
+    cache = torch.cat([angles.cos(), angles.sin()], -1)
+    states = torch.randn(tokens, HEADS * WIDTH), torch.randn(tokens, SHARED_HEADS * WIDTH)
+    found = kernels.npu_mrope(positions, *states, cache, WIDTH, mrope_section=[0, 0, 0])
+    for after, before in zip(found, states, strict=True):
+        expected = rotated(before.view(tokens, -1, WIDTH), angles[positions].unsqueeze(1))
+        torch.testing.assert_close(after, expected.view(before.shape))
+    for form in ({"mrope_section": [1, 1, 2]}, {"rotary_mode": "interleave"}):
+        with pytest.raises(NotImplementedError, match="npu_mrope"):
+            kernels.npu_mrope(positions, *states, cache, WIDTH, **form)
 
 
 def test_split_qkv_rmsnorm_rope() -> None:
@@ -311,6 +325,14 @@ def test_what_is_missing_can_be_imported_and_says_its_name_when_it_is_called() -
     missing = MissingPackage("sgl_kernel_npu.norm.fused_norm").fused_norm
     with pytest.raises(RuntimeError, match=r"sgl_kernel_npu\.norm\.fused_norm\.fused_norm is not on the sim"):
         missing(torch.ones(1))
+
+
+def test_of_triton_only_what_ascend_adds_is_missing() -> None:
+    assert is_missing("acl")
+    assert is_missing("triton.language.extra.cann")
+    assert is_missing("triton.language.extra.cann.libdevice")
+    assert not is_missing("triton.language.extra")
+    assert not is_missing("acl_of_another")
 
 
 def test_what_has_a_reference_is_found_in_its_package() -> None:

@@ -85,6 +85,21 @@ def test_servers_that_speculate_give_equal_tokens_with_drafts_and_without(tmp_pa
     assert [row.by_drafts is not None for row in rows] == [False, True, False]
 
 
+@pytest.mark.server
+@pytest.mark.release
+def test_pairs_that_draft_give_equal_tokens(tmp_path: Path) -> None:
+    json_path = tmp_path / "bench.json"
+    arguments = ["--pairs", "--skip-idle", "--repetitions", "1", "--json", str(json_path)]
+    done = bench(tmp_path, *arguments, "--pads", "0", "--delays", "0")
+    assert done.returncode == 0, done.stdout
+    rows = read_rows(json_path)
+    assert [(row.competitor, row.drafts, row.load) for row in rows] == [
+        (UPSTREAM, True, "prefill"),
+        (OURS, True, "prefill"),
+    ]
+    assert all(row.tokens_equal for row in rows)
+
+
 def test_a_model_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
     done = bench(tmp_path, "--quick", "--link", "none", "--model-path", str(tmp_path / "nothing"))
     assert done.returncode == 2

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from rig import battery, disaggregated
+from rig import battery, disaggregated, prefill_drafts
 from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
 from rig.published_twin import write_twin
 from rig.server import Server
-from rig.speculation import NEXTN_STEPS, nextn_arguments
 from sglang_npu_pp.tools.certify import order
 from sglang_npu_pp.tools.certify.ports import free_ports
 
@@ -30,8 +29,6 @@ pytestmark = [
 
 STAGES, CONCURRENCY, TOKENS = 2, 6, 16
 LENGTHS = (1, 5, 17, 60, 250, 256, 257, 600)  # tokens; chunks are 256
-BACKEND = "intel_amx"  # of SGLang's for the CPU, the one that knows latent attention and drafts
-ARGUMENTS = ("--prefill-attention-backend", BACKEND, "--decode-attention-backend", BACKEND)
 ACCEPTANCE = ("spec_verify_ct", "spec_accept_length")
 
 Answers = dict[str, dict[str, Any]]
@@ -56,12 +53,8 @@ def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregate
             stages,
             twin,
             patched=patched and stages > 1,
-            args=(
-                *disaggregated.arguments(mode, bootstrap_port),
-                *ARGUMENTS,
-                *nextn_arguments(NEXTN_STEPS[mode]),
-            ),
-            env=disaggregated.engine_environment("sglang_pp_probe", "nextn_probe"),
+            args=prefill_drafts.arguments(mode, bootstrap_port),
+            env=prefill_drafts.environment("sglang_pp_probe"),
         )
         for mode, stages in (("prefill", STAGES), ("decode", 1))
     ]
@@ -101,7 +94,9 @@ def essence(answers: Answers) -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def without_drafts(make_launcher: Callable[[str], Launcher], twin: Path) -> dict[str, list[int]]:
     """Of one unpatched server with one stage."""
-    with configured(make_launcher("no-drafts"), 1, twin, patched=False, args=ARGUMENTS) as server:
+    with configured(
+        make_launcher("no-drafts"), 1, twin, patched=False, args=prefill_drafts.ATTENTION
+    ) as server:
         return tokens({name: battery.generate(server, **body) for name, body in requests().items()})
 
 

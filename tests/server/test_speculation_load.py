@@ -24,7 +24,7 @@ from rig.speculation import Models, ask_all, essence
 pytestmark = pytest.mark.release
 
 SEED = 18
-REQUESTS, BODIES = 500, 80
+REQUESTS = 500
 PLACES = 3072  # tokens of the KV pool: some 12 of the requests, of which up to 32 come at a time
 # Without white space a random model comes to the end of a JSON object.
 ARGUMENTS = ("--max-total-tokens", str(PLACES), "--constrained-json-disable-any-whitespace")
@@ -34,6 +34,7 @@ ARGUMENTS = ("--max-total-tokens", str(PLACES), "--constrained-json-disable-any-
 class Case:
     stages: int
     branches: int  # of the tree; one: a chain
+    bodies: int  # of which the requests are; each is asked alone, too
 
     def __str__(self) -> str:
         return f"pp {self.stages}, topk {self.branches}"
@@ -41,13 +42,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Served:
+    case: Case
     models: Models
     patched: Server
     upstream: Mapping[str, Any]  # what an unpatched server said to other requests
 
 
-TREES, CHAINS = Case(2, 4), Case(4, 1)
+TREES, CHAINS = Case(2, 4, bodies=80), Case(4, 1, bodies=40)
 with_trees = pytest.mark.parametrize("served", [TREES], ids=str, indirect=True)
+with_both = pytest.mark.parametrize("served", [TREES, CHAINS], ids=str, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +66,12 @@ def served(
     with models.configure(launcher, case.stages, patched=False, **options) as server:
         upstream = essence(ask_all(server, 1))
     with models.configure(launcher, case.stages, patched=True, **options) as server:
-        yield Served(models, server, upstream)
+        yield Served(case, models, server, upstream)
 
 
 @pytest.fixture(scope="module")
 def mixture(served: Served) -> Mixture:
-    return Mixture.asked_alone(served.patched, BODIES, SEED)
+    return Mixture.asked_alone(served.patched, served.case.bodies, SEED)
 
 
 # --- tests ---------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def mixture(served: Served) -> Mixture:
 def test_alone_they_are_what_they_are_without_speculation(served: Served, mixture: Mixture) -> None:
     """Those of the same weights in transformers; and stops and grammars did what they are for."""
     bodies, alone = mixture.bodies, mixture.alone
-    plain = [index for index in range(BODIES) if index % KINDS in PLAIN][:12]
+    plain = [index for index in range(served.case.bodies) if index % KINDS in PLAIN][:12]
     expected = served.models.without_speculation([bodies[index] for index in plain])
     assert [alone[index]["output_ids"] for index in plain] == expected
     reasons = [answer["meta_info"]["finish_reason"] for answer in alone]
@@ -90,13 +93,13 @@ def test_alone_they_are_what_they_are_without_speculation(served: Served, mixtur
             assert re.fullmatch(regex, answer["text"]) or reason["type"] == "length"
 
 
-@pytest.mark.parametrize("served", [TREES, CHAINS], ids=str, indirect=True)
+@with_both
 def test_answers_and_accepted_drafts_are_upstreams(served: Served) -> None:
     assert not battery.differences(served.upstream, essence(ask_all(served.patched, 1)))
 
 
-@with_trees
-@pytest.mark.timeout(900)
+@with_both
+@pytest.mark.timeout(1200)
 def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(
     served: Served, mixture: Mixture
 ) -> None:
@@ -111,7 +114,7 @@ def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(
     assert_stages_agree(served.patched)
 
 
-@with_trees
+@with_both
 def test_afterwards_no_memory_is_lost(served: Served) -> None:
     assert_stages_agree(served.patched)
     assert served.patched.post("/flush_cache").ok
