@@ -95,7 +95,7 @@ def read_counters(telemetry: Telemetry) -> Iterator[tuple[Series, float]]:
     yield (REFUSED, ()), telemetry.refused
     yield (REFUSED_CONNECTIONS, ()), telemetry.refused_connections
     yield (PREPARED, ("used",)), telemetry.prepared
-    yield (PREPARED, ("taken back",)), telemetry.taken_back
+    yield (PREPARED, ("taken_back",)), telemetry.taken_back
     for phase, seconds in list(telemetry.phases_s.items()):
         yield (PHASE_SECONDS, (phase,)), seconds
     for kind, counters in list(telemetry.sent.items()):
