@@ -15,7 +15,12 @@ ROOT = Path(__file__).parents[1]
 WRITTEN = (ROOT / "docs/topologies.md").read_text()
 TABLE = [line for line in WRITTEN.splitlines() if line.startswith("| ")][1:]
 SHOWN = sorted({shown for row in ROWS for shown in row.shown}, key=lambda shown: shown.test)
-ON_SIMULATED_ASCEND = {"test_ascend.py", "test_sparse_attention.py", "test_published_lines.py"}
+ON_SIMULATED_ASCEND = {
+    "test_ascend.py",
+    "test_prefill_dspark.py",
+    "test_published_lines.py",
+    "test_sparse_attention.py",
+}
 
 
 def test_the_document_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

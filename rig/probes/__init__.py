@@ -9,6 +9,7 @@ sglang_pp_probe    for tests: counts, faults, phases, clocks, states, as further
 kv_probe           a disaggregated server on CPU, and its transfers
 storage_probe      holds back the storage of a hierarchical cache
 nextn_probe        what drafts with a NEXTN layer lack on CPU
+dspark_probe       what a DSPARK draft keeps of each prompt
 layouts_probe      what SGLang has for accelerators only, on CPU; and the prefills of each scheduler
 dp_metadata_probe  how long the metadata of data-parallel attention block a scheduler
 host_time_probe    what an iteration of the PP loop costs the host
