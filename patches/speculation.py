@@ -2,7 +2,8 @@
 
 On one server the last stage drafts; every stage verifies the same tree, rebuilt from outputs: accept lengths,
 new lengths, bonus tokens, tree. On a prefill server every stage gets the draft's first proposal (scores,
-tokens, hidden states, indices of sparse attention), which it writes into its message for the decode server.
+tokens, hidden states, indices of sparse attention), which it writes into its message for the decode server;
+with DSPARK there is none, and what the draft reads of earlier stages travels with their proxies.
 
 All of it takes the host lane: at most some 100 KB a microbatch, wanted by the host or by a launch of a later
 iteration, and device tensors flow in one direction only.
@@ -18,7 +19,7 @@ _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 _RELAY = "sglang.srt.speculative.pp_spec_relay:PPSpecRelayInput"
 _WORKER = "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2"
 
-_KNOWN = ("EAGLE", "NEXTN")  # NEXTN is SGLang's other name of EAGLE
+_KNOWN = ("EAGLE", "NEXTN", "DSPARK")  # NEXTN is SGLang's other name of EAGLE
 _ACCEPTED = "spec_accept_lens"  # an output of verify rounds only
 _LENGTHS = "spec_new_seq_lens"
 _PROPOSAL = ("topk_p", "topk_index", "hidden_states", "dsa_topk_indices")  # "draft_..." among the outputs
@@ -95,6 +96,7 @@ PATCHES = (
             f"{_RELAY}.filter_batch",
             f"{_RELAY}.merge_batch",
             f"{_WORKER}.forward_batch_generation",
+            "sglang.srt.speculative.dspark_components.dspark_draft:make_next_draft_input",
             "sglang.srt.arg_groups.validation_hook:check_pipeline_parallel_compat",
         ),
     ),

@@ -76,8 +76,8 @@ def test_a_wrong_name_ends_the_process_with_a_sentence(variables: dict[str, str]
     assert done.returncode == 1
     assert done.stderr.startswith(sentence)
     known = (
-        "ahead_probe, dp_metadata_probe, host_picture_probe, host_time_probe, kv_probe, layouts_probe, "
-        "nextn_probe, sglang_pp_probe, storage_probe"
+        "ahead_probe, dp_metadata_probe, dspark_probe, host_picture_probe, host_time_probe, kv_probe, "
+        "layouts_probe, nextn_probe, sglang_pp_probe, storage_probe"
     )
     assert done.stderr.endswith(f"{FOLDER} there are {known}.\n")
 

@@ -10,6 +10,7 @@ ahead_probe        takes back every decode that is prepared ahead, and compares 
 kv_probe           a disaggregated server on CPU, and its transfers
 storage_probe      holds back the storage of a hierarchical cache
 nextn_probe        what drafts with a NEXTN layer lack on CPU
+dspark_probe       what a DSPARK draft keeps of each prompt
 layouts_probe      what SGLang has for accelerators only, on CPU; and the prefills of each scheduler
 dp_metadata_probe  how long the metadata of data-parallel attention block a scheduler
 host_time_probe    what an iteration of the PP loop costs the host

@@ -61,7 +61,7 @@ REFUSED_CONNECTIONS = Metric(
 )
 PREPARED = Metric(
     f"{PREFIX}prepared_decodes_total",
-    "decodes of stage 0 that were prepared while their tokens were on their way, used or taken back",
+    "decodes of stage 0 that were prepared while their tokens were on their way: used, or taken_back",
     ("end",),
 )
 COUNTERS = (

@@ -87,6 +87,10 @@ _SPECULATION_FAULTS = Shown(
     CPU, "tests/server/test_speculation_faults.py::test_a_silent_fault_turns_a_comparison_red"
 )
 _PROPOSAL = Shown(CPU, "tests/server/test_prefill_drafts.py::test_greedy_answers_are_those_without_drafts")
+_DSPARK = Shown(
+    SIMULATED,
+    "tests/server/test_prefill_dspark.py::test_tokens_and_what_the_draft_keeps_are_upstreams",
+)
 _SLICE_FAULT = Shown(CPU, "tests/server/test_layouts.py::test_a_slice_of_another_microbatch_changes_answers")
 _SLICES = Shown(CPU, "tests/server/test_layouts.py::test_each_context_parallel_rank_sends_its_own_slice")
 _STAGING = Shown(
@@ -272,7 +276,15 @@ ROWS = (
         Here.IN_FORCE,
         (_PROPOSAL, _PUBLISHED),
         "latent attention, experts; on the simulated Ascend sparse attention, SGLang 0.5.23; a decode server "
-        "with one stage, which verifies; kernels in plain torch; DSPARK stays on upstream's path",
+        "with one stage, which verifies; kernels in plain torch",
+    ),
+    Row(
+        "speculative decoding on prefill servers (DSPARK)",
+        "from 0.5.22 on, not on CPU",
+        "",
+        Here.IN_FORCE,
+        (_DSPARK,),
+        "SGLang 0.5.23, a Qwen3, no decode server behind it: tokens, and what the draft keeps of each prompt",
     ),
     Row(
         "speculative decoding on one server (`SGLANG_ENABLE_PP_SPEC=1`, EAGLE, NEXTN)",

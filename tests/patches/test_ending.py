@@ -65,7 +65,7 @@ def test_schedulers_may_end_their_launcher(monkeypatch: pytest.MonkeyPatch) -> N
     "changed",
     [
         {"pp_size": 1},
-        {"speculative_algorithm": "DSPARK"},
+        {"speculative_algorithm": "DFLASH"},
         {"crash_dump_folder": "/tmp/dumps"},
         {"custom_sigquit_handler": print},
     ],

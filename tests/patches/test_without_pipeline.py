@@ -77,7 +77,7 @@ def test_the_start_of_a_server_with_unsupported_speculation_leaves_everything_to
     monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
     agreed = []
     monkeypatch.setattr(startup, "_agree_with_all_ranks", lambda settings, reason: agreed.append(reason))
-    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="DSPARK")
+    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="DFLASH")
     speculating = SimpleNamespace(
         server_args=arguments,
         idle_sleeper=None,
@@ -85,7 +85,7 @@ def test_the_start_of_a_server_with_unsupported_speculation_leaves_everything_to
     original = Original()
     startup.init_idle_sleeper(original, speculating)
     assert original.calls == [((speculating,), {})]
-    assert agreed == ["speculative decoding by DSPARK with pipeline parallelism is not supported yet"]
+    assert agreed == ["speculative decoding by DFLASH with pipeline parallelism is not supported yet"]
     assert pipeline.current_or_none() is None
     assert speculating.idle_sleeper is None
     assert not pipeline.is_ours()
@@ -94,7 +94,7 @@ def test_the_start_of_a_server_with_unsupported_speculation_leaves_everything_to
 def test_a_launcher_of_a_server_with_speculation_calls_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(ending, "Watch", lambda *args, **kwargs: started.append(args))
-    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="DSPARK")
+    arguments = SimpleNamespace(pp_size=2, speculative_algorithm="DFLASH")
     ports = SimpleNamespace(instance_id="test")
     original = Original((SimpleNamespace(), ["process"]))
     result = ending.launch_scheduler_processes(original, "Engine", arguments, ports, 1, a=2)
