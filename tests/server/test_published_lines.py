@@ -18,7 +18,7 @@ from rig.sparse_reference import Answer, Reference, differences
 from sglang_npu_pp.tools.published import PUBLISHED, Published
 
 pytestmark = [
-    pytest.mark.thorough,
+    pytest.mark.release,
     pytest.mark.skipif(not RELEASE.is_installed, reason=f"SGLang {RELEASE.name} is not installed"),
 ]
 
@@ -27,17 +27,12 @@ LOW = 1.2  # tokens a round; without drafts it is 1
 LINES = {line.drafts: line for line in reversed(PUBLISHED)}  # the first of each model
 
 
-def marks_of(line: Published) -> list[pytest.MarkDecorator]:
-    """One that drafts has all that others have."""
-    return [] if line.drafts else [pytest.mark.release]
-
-
 Served = tuple[Mapping[int, Answer], Reference]
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(drafts, id=line.name, marks=marks_of(line)) for drafts, line in LINES.items()],
+    params=[pytest.param(drafts, id=line.name) for drafts, line in LINES.items()],
 )
 def line(request: pytest.FixtureRequest) -> Published:
     return LINES[request.param]
@@ -61,7 +56,6 @@ def test_drafts_are_accepted(line: Published, served: Served) -> None:
     assert mean(accepted) > LOW, "drafts are never right: nothing is shown here"
 
 
-@pytest.mark.release
 def test_answers_are_upstreams(
     make_launcher: Callable[[str], Launcher], line: Published, served: Served
 ) -> None:
