@@ -23,7 +23,7 @@ pytestmark = pytest.mark.thorough
 
 SEED = 19
 REQUESTS, BODIES = 160, 40
-PLACES = 3072  # tokens of the KV pool: some 12 of the requests, of which up to 32 come at a time
+PLACES = 2048  # tokens of the KV pool: some 8 of the requests, of which up to 32 come at a time
 ARGUMENTS = ("--max-total-tokens", str(PLACES), "--constrained-json-disable-any-whitespace")
 
 
@@ -76,7 +76,7 @@ def test_every_answer_under_load_is_the_one_that_the_request_gets_alone(served: 
     ended, wrong = served.alone.ask_many(served.server, REQUESTS, SEED)
     assert not wrong, f"seed {SEED}"
     assert 0 < ended < REQUESTS / 2
-    assert served.server.log_text().count("Retract requests") >= 2 * served.server.pp
+    assert served.server.log_text().count("Retract requests") >= served.server.pp, "nothing was retracted"
     assert_stages_agree(served.server)
 
 
