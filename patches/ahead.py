@@ -48,11 +48,8 @@ class Saved:
             counts.append((request, "decode_batch_idx"))
             counts += [(request.kv, "kv_committed_len"), (request.kv, "kv_allocated_len")]
         self._counts = [(owner, name, getattr(owner, name)) for owner, name in counts]
-        self._state = [(part, dict(vars(part))) for part in (batch, scheduler.token_to_kv_pool_allocator)]
-
-    def set_ids(self, ids: Any) -> None:
-        """What upstream has made of the batch's ids when it prepared its result."""
-        self.batch.input_ids = self._state[0][1]["input_ids"] = ids
+        allocator = scheduler.token_to_kv_pool_allocator
+        self._state = [(batch, vars(self.batch)), (allocator, dict(vars(allocator)))]
 
     def restore(self) -> None:
         for owner, name, value in self._counts:
@@ -102,7 +99,7 @@ class Ahead:
         if self._saved is None:
             process(batch, result)
             return
-        self._saved.set_ids(batch.input_ids)
+        self._saved.batch.input_ids = batch.input_ids  # set by upstream when it prepared the result
         if self._launch_first:
             self._results = _Results(process, result)
         else:

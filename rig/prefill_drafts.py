@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rig import disaggregated
-from rig.speculation import nextn_arguments
+from rig.speculation import NEXTN_STEPS, nextn_arguments
 
 BACKEND = "intel_amx"  # of SGLang's for the CPU, the one that knows latent attention and drafts
 ATTENTION = ("--prefill-attention-backend", BACKEND, "--decode-attention-backend", BACKEND)
-STEPS = {"prefill": 1, "decode": 3}  # of drafts, as published
 
 
 def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
@@ -21,7 +20,7 @@ def arguments(mode: str, bootstrap_port: int) -> tuple[str, ...]:
     return (
         *disaggregated.arguments(mode, bootstrap_port),
         *ATTENTION,
-        *nextn_arguments(STEPS[mode]),
+        *nextn_arguments(NEXTN_STEPS[mode]),
     )
 
 
