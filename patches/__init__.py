@@ -21,6 +21,7 @@ from . import (
     dp_metadata,
     ending,
     features,
+    forwards,
     grammars,
     groups,
     hierarchical_cache,
@@ -80,6 +81,7 @@ SEAMS: tuple[Seam, ...] = (
         _only(has_pipeline, hierarchical_cache.PATCHES),
     ),
     Seam("ahead", features.AHEAD, _only(has_pipeline, ahead.PATCHES)),
+    Seam("forwards", features.AHEAD, _only(has_pipeline, forwards.PATCHES)),
     Seam("ending", features.END, ending.PATCHES),
 )
 PATCHES: tuple[Patch, ...] = tuple(patch for seam in SEAMS for patch in seam.patches)

@@ -23,6 +23,7 @@ from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.transport.stage_link import StageLink
 
+from .forwards import planned_without_ids
 from .pipeline import current
 
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
@@ -76,6 +77,7 @@ class Ahead:
         self._batch: Any = None  # the live one
         self._slot = -1
         self._saved: Saved | None = None  # as it was before its preparation
+        self._forward: Any = None  # SGLang's ForwardBatch, once
         self._kept = False  # its launch is certain: taken by upstream's scheduling
         self._results: _Results | None = None  # put off
 
@@ -87,6 +89,7 @@ class Ahead:
         if self._scheduler.update_running_batch(batch) is not batch:
             raise self._fault("another batch than the running one")
         self._batch, self._slot, self._kept, self._saved = batch, slot, False, saved
+        self._forward = planned_without_ids(self._scheduler, batch)
         self._record("prepared")
 
     def check(self, tokens: Sequence[int]) -> None:
@@ -125,6 +128,10 @@ class Ahead:
             return False
         self._kept = True
         return True
+
+    def take_forward(self, batch: Any) -> Any:
+        forward, self._forward = self._forward, None
+        return forward if batch is self._batch else None
 
     def expect_taken(self) -> None:
         """Behind the scheduling that should have taken it."""
@@ -173,7 +180,7 @@ class Ahead:
         self._link.telemetry.taken_back += 1
 
     def _forget(self) -> None:
-        self._batch = self._saved = self._results = None
+        self._batch = self._saved = self._results = self._forward = None
 
     def _record(self, what: str) -> None:
         self._link.trace.record(what, "", self._slot)

@@ -79,6 +79,9 @@ class Prepared(Protocol):
     def check(self, tokens: Sequence[int]) -> None:
         """What they leave of it."""
 
+    def take_forward(self, batch: Any) -> Any:
+        """SGLang's ForwardBatch of it, but for its ids; None if it is not prepared."""
+
     def settle(self) -> None:
         """To the state that upstream has now."""
 
@@ -145,6 +148,7 @@ class AsyncPipeline:
         self.ready_counts = ReadyCounts(self.link.stages)  # of a hierarchical cache, on stage 0
         self.reported_counts: Counts = ()  # to stage 0, less what it has decided since
         self.ahead: Prepared | None = None  # of stage 0, once its loop begins
+        self.waits_last = False  # for proxies, when all else of a forward is ready
         self.first_free_pages: list[Any] = []  # tensors of another stream, kept for ever
 
     @property

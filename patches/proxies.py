@@ -15,18 +15,20 @@ import functools
 import logging
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.host_copies import HostCopy, copy_to_host
 from sglang_npu_pp.observe.stage_times import DepthAdviser
 from sglang_npu_pp.patching import Patch
 from sglang_npu_pp.transport.stage_link import Pending
 
 from .disaggregation import send_launched_chunks
+from .forwards import Incoming
 from .hidden_states import add_hidden_states
 from .pipeline import AsyncPipeline, Launch, current
 
@@ -46,9 +48,8 @@ def launch_batch(original: Any, scheduler: Any, mb_id: int, *arguments: Any) -> 
     pipeline = current()
     *given, proxies, mb_metadata, last_rank_comm_queue = arguments
     microbatch = _Microbatch.of(scheduler.mbs[mb_id])
-    proxies = _wait_for_proxies(scheduler, proxies, microbatch.words)
-    _decide_what_was_put_off(pipeline)
-    with _timed(scheduler, pipeline, mb_id, counted=not microbatch.skipped):
+    with _Launching(scheduler, pipeline, mb_id, microbatch) as launching:
+        proxies = launching.proxies(proxies)
         result, launched = original(scheduler, mb_id, *given, proxies, mb_metadata, last_rank_comm_queue)
     outputs = None
     if pipeline.is_last:
@@ -105,6 +106,40 @@ def describe(batch: Any) -> str:
     tokens = batch.extend_num_tokens if mode.is_extend() else len(names)
     digest = zlib.crc32("\n".join(names).encode())
     return f"{mode.name.lower()} of {len(names)} requests, {tokens} tokens ({digest:08x})"
+
+
+class _Launching(ExitStack):
+    """Around upstream's launch, which begins when its proxies are there."""
+
+    def __init__(self, scheduler: Any, pipeline: AsyncPipeline, slot: int, microbatch: _Microbatch) -> None:
+        super().__init__()
+        self._scheduler, self._pipeline = scheduler, pipeline
+        self._slot, self._microbatch = slot, microbatch
+        self._incoming: Incoming | None = None
+
+    def proxies(self, pending: Any) -> Any:
+        """For the launch: those that are there, or are waited for when all else is ready."""
+        wait = functools.partial(self._begin, pending)
+        if isinstance(pending, Pending) and self._pipeline.waits_last and not self._microbatch.prebuilt:
+            self._incoming = Incoming(wait)
+            return self._incoming
+        return wait()
+
+    def _begin(self, pending: Any) -> Any:
+        scheduler, pipeline = self._scheduler, self._pipeline
+        proxies = _wait_for_proxies(scheduler, pending, self._microbatch.words)
+        _decide_what_was_put_off(pipeline)
+        self.enter_context(_timed(scheduler, pipeline, self._slot, counted=not self._microbatch.skipped))
+        return proxies
+
+    def __exit__(self, kind: Any, *details: Any) -> Any:
+        if kind is None and self._incoming is not None and not self._incoming.taken:
+            where = self._pipeline.link.context.where
+            raise PipelineError(
+                f"{where}: SGLang ran a {self._microbatch.words} without its proxies, so its tokens would be "
+                "wrong; start the server with SGLANG_NPU_PP_AHEAD=0 and report this."
+            )
+        return super().__exit__(kind, *details)
 
 
 def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:

@@ -40,6 +40,7 @@ from sglang_npu_pp.version import __version__
 from .ahead import Ahead, can_prepare
 from .dp_metadata import open_metadata
 from .features import AHEAD, certificate, functions, in_force, in_use, unknown_to_a_server, unsupported
+from .forwards import waits_last
 from .groups import attach_link
 from .idle import sleep_when_idle
 from .parallel import get_parallel
@@ -140,14 +141,15 @@ def init_pp_loop_state(original: Any, scheduler: Any) -> None:
     allocator = scheduler.token_to_kv_pool_allocator
     names = ("free_pages", "release_pages")
     pipeline.first_free_pages = [getattr(allocator, name, None) for name in names]
-    pipeline.ahead = _open_ahead(scheduler, pipeline)
+    if pipeline.link.context.settings.ahead == "0" or not in_force().get(AHEAD):
+        return
+    pipeline.waits_last = waits_last(scheduler)
+    if pipeline.link.stage == 0 and can_prepare(scheduler):
+        pipeline.ahead = _open_ahead(scheduler, pipeline)
 
 
-def _open_ahead(scheduler: Any, pipeline: AsyncPipeline) -> Ahead | None:
-    """None where nothing is prepared ahead."""
+def _open_ahead(scheduler: Any, pipeline: AsyncPipeline) -> Ahead:
     wanted = pipeline.link.context.settings.ahead
-    if wanted == "0" or pipeline.link.stage > 0 or not in_force().get(AHEAD) or not can_prepare(scheduler):
-        return None
     # On a CPU a launch is the forward, and tokens would leave behind it.
     launch_first = wanted == "1" or pipeline.streams.asynchronous
     also = " and launches them before it processes their tokens" if launch_first else ""

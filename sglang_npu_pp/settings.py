@@ -150,9 +150,9 @@ class Settings:
         "_AHEAD",
         "auto",
         _choice("auto", "1", "0"),
-        "on stage 0, the next decode of a microbatch; auto: prepared while its tokens are on their way, and "
-        "launched before they are processed where SGLang serves on a device; 1: so on a CPU, too; 0: tokens "
-        "are processed, then the decode is prepared, then launched",
+        "auto: a forward is prepared while its proxies are on their way, and on stage 0 the next decode of a "
+        "microbatch while its tokens are; that is launched before they are processed where SGLang serves on "
+        "a device; 1: so on a CPU, too; 0: each in upstream's order",
         shared=True,
     )
     early_receive: str = _setting(

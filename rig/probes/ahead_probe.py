@@ -3,6 +3,9 @@
 AHEAD_PROBE_DIR names a folder; `<pid>.ahead` in it is what a scheduler of stage 0 has found so far: how many
 preparations it has looked at, of how many something changed when they were made (of all, or the comparison
 sees nothing), and the names of what was not as before when they were taken back. Each is made again then.
+
+Of those that are launched it counts the forwards that were planned before their tokens, and names what of
+them, or of the metadata of attention and the inputs of graphs, is not as upstream makes it at the launch.
 """
 
 from __future__ import annotations
@@ -51,22 +54,39 @@ def register() -> None:
         ahead._forget()
         prepare(ahead, batch, slot)
 
+    take_forward = Ahead.take_forward
+
+    def take_and_compare(ahead: Any, batch: Any) -> Any:
+        planned = take_forward(ahead, batch)
+        if planned is not None:
+            found.compare_forwards(*both_forwards(ahead._scheduler, batch, planned))
+        return planned
+
     Ahead.prepare = prepare_twice  # type: ignore[method-assign,assignment]
+    Ahead.take_forward = take_and_compare  # type: ignore[method-assign,assignment]
 
 
 class Found:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._looked_at = self._changed = 0
+        self._looked_at = self._changed = self._forwards = 0
         self._differences: set[str] = set()
 
     def compare(self, before: Picture, prepared: Picture, after: Picture) -> None:
         self._looked_at += 1
         self._changed += before != prepared
-        self._differences |= {name for name in before | after if before.get(name) != after.get(name)}
+        self._write(before, after)
+
+    def compare_forwards(self, planned: Picture, at_launch: Picture) -> None:
+        self._forwards += 1
+        self._write(planned, at_launch)
+
+    def _write(self, one: Picture, other: Picture) -> None:
+        self._differences |= {name for name in one | other if one.get(name) != other.get(name)}
         found = {
             "looked at": self._looked_at,
             "changed": self._changed,
+            "forwards": self._forwards,
             "differences": sorted(self._differences),
         }
         partial = self._path.with_suffix(".part")
@@ -96,6 +116,31 @@ def picture(scheduler: Any, batch: Any) -> Picture:
         "cached": (cache.evictable_size(), cache.protected_size()),
         "waiting": [request.rid for request in scheduler.waiting_queue],
     }
+
+
+def both_forwards(scheduler: Any, batch: Any, planned: Any) -> tuple[Picture, Picture]:
+    """What was planned, and the same made now, when its ids are there; both without the ids."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_npu_pp.patches.forwards import plan
+
+    runner = scheduler.model_worker.model_runner
+    before = picture_of_forward(runner, planned)
+    now = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+    plan(runner, now)
+    return before, picture_of_forward(runner, now)
+
+
+def picture_of_forward(runner: Any, forward: Any) -> Picture:
+    found = {f"forward: {name}": plain(value) for name, value in _state(forward) if name != "input_ids"}
+    metadata = getattr(runner.attn_backend, "forward_metadata", None)
+    if metadata is not None:
+        found["attention"] = plain(metadata)
+    buffers = getattr(runner.decode_cuda_graph_runner, "buffers", None)
+    for name, value in [] if buffers is None else _state(buffers):
+        if name != "input_ids" and isinstance(value, torch.Tensor):
+            found[f"graph: {name}"] = plain(value)
+    return found
 
 
 def _state(owner: Any) -> list[tuple[str, Any]]:

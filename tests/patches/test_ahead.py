@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from rig.launcher import RANDOM_MODEL
 from sglang_npu_pp.errors import PipelineError
+from sglang_npu_pp.patches import ahead as ahead_module
 from sglang_npu_pp.patches.ahead import Ahead, _ends_or_is_special, may_end
 
 VOCABULARY = 512
@@ -167,7 +168,8 @@ def scheduler(done: list[str]) -> Scheduler:
 
 
 @pytest.fixture
-def make_ahead(scheduler: Scheduler) -> Callable[[bool], Ahead]:
+def make_ahead(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Ahead]:
+    monkeypatch.setattr(ahead_module, "planned_without_ids", lambda scheduler, batch: f"of {batch.length}")
     link: Any = SimpleNamespace(
         trace=SimpleNamespace(record=lambda *event: None),
         telemetry=SimpleNamespace(prepared=0, taken_back=0),
@@ -203,6 +205,8 @@ def test_tokens_are_processed_as_if_nothing_were_prepared(
     assert scheduler.state == PREPARED
     assert ahead.take(scheduler.batch)
     ahead.expect_taken()
+    assert ahead.take_forward(scheduler.batch) == "of 5"
+    assert ahead.take_forward(scheduler.batch) is None, "it was launched twice"
     scheduler.done.append("launched")
     ahead.behind_launch()
     first, second = ("launched", PROCESSED) if launch_first else (PROCESSED, "launched")
@@ -216,6 +220,7 @@ def test_a_request_that_ends_takes_it_back(scheduler: Scheduler, make_ahead: Cal
     assert scheduler.state == BEFORE
     assert scheduler.done == ["prepared", PROCESSED]
     assert not ahead.take(scheduler.batch)
+    assert ahead.take_forward(scheduler.batch) is None
 
 
 def test_what_arrives_finds_everything_processed_and_nothing_prepared(

@@ -15,10 +15,11 @@ import pytest
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.observe.telemetry import Telemetry
 from sglang_npu_pp.observe.trace import Trace
 from sglang_npu_pp.patches import proxies
-from sglang_npu_pp.patches.pipeline import AsyncPipeline, LoopPosition, Parts, set_current
+from sglang_npu_pp.patches.pipeline import AsyncPipeline, LoopPosition, Parts, current, set_current
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.streams import DeviceStreams
 from sglang_npu_pp.transport.message import Kind
@@ -106,3 +107,64 @@ def test_proxies_leave_once_and_then_the_received_ones_are_let_go_of(stage: int,
 def test_a_prebuilt_batch_has_no_proxies(early_send: bool) -> None:
     found = run_iterations(0, early_send, [ForwardMode.PREBUILT])
     assert found == ["launch 0", "outputs"]
+
+
+class Waiting:
+    """One launch of a middle stage, whose proxies are on their way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, waits_last: bool) -> None:
+        self.steps: list[str] = []
+        link: Any = Link(1, True, self.steps)
+        link.trace = SimpleNamespace(record=self.record, enabled=False)
+        link.context.where = "stage 1 rank 0"
+        self.scheduler: Any = SimpleNamespace(
+            mbs=[make_batch(ForwardMode.DECODE)],
+            forward_stream_ctx=nullcontext(),
+            attn_tp_group="group",
+            disaggregation_mode=DisaggregationMode.NULL,
+        )
+        reporter: Any = None
+        loop = LoopPosition(link, 1)
+        pipeline = AsyncPipeline(Parts(self.scheduler, link, DeviceStreams("cpu"), loop, reporter))
+        pipeline.waits_last = waits_last
+        set_current(pipeline)
+        pipeline.begin_iteration()
+
+        def wait(scheduler: Any, pending: Any, words: str) -> str:
+            self.steps.append("proxies arrive")
+            return "proxies"
+
+        monkeypatch.setattr(proxies, "_wait_for_proxies", wait)
+
+    def record(self, event: str, *place: Any) -> None:
+        if event == "launch":
+            self.steps.append("launch begins")
+
+    def launch(self, take: bool) -> list[str]:
+        def original(scheduler: Any, slot: int, given: Any, *rest: Any) -> Any:
+            self.steps.append("made ready")
+            if take and isinstance(given, proxies.Incoming):
+                given = given.take()
+            assert not take or given == "proxies"
+            self.steps.append("forward")
+            return SimpleNamespace(pp_hidden_states_proxy_tensors=SimpleNamespace(tensors=HIDDEN)), "event"
+
+        channel: Any = None
+        pending = proxies.Pending(current().link, channel, number=0, slot=0, iteration=0)
+        proxies.launch_batch(original, self.scheduler, 0, pending, [], None)
+        return self.steps
+
+
+def test_a_launch_begins_when_all_is_ready_and_its_proxies_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Waiting(monkeypatch, waits_last=True).launch(take=True)
+    assert found[:4] == ["made ready", "proxies arrive", "launch begins", "forward"]
+
+
+def test_with_the_setting_off_proxies_are_waited_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Waiting(monkeypatch, waits_last=False).launch(take=True)
+    assert found[:4] == ["proxies arrive", "launch begins", "made ready", "forward"]
+
+
+def test_a_launch_without_its_proxies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PipelineError, match="stage 1 rank 0: .*decode of 1 requests.* without its proxies"):
+        Waiting(monkeypatch, waits_last=True).launch(take=False)

@@ -87,6 +87,7 @@ def test_what_is_taken_back_leaves_everything_as_it_was(served: Served) -> None:
     for each in found:
         assert each["looked at"] == each["changed"] > REQUESTS
         assert each["differences"] == []
+        assert each["forwards"] > REQUESTS, "no forward was planned before its tokens"
 
 
 def test_most_of_what_is_prepared_is_used(served: Served) -> None:
