@@ -287,7 +287,8 @@ ROWS = (
         "",
         Here.IN_FORCE,
         (_DSPARK,),
-        "SGLang 0.5.23, a Qwen3, no decode server behind it: tokens, and what the draft keeps of each prompt",
+        "SGLang 0.5.22 and 0.5.23, a Qwen3, no decode server behind it: tokens, and what the draft keeps "
+        "of each prompt",
     ),
     Row(
         "speculative decoding on one server (`SGLANG_ENABLE_PP_SPEC=1`, EAGLE, NEXTN)",
