@@ -1,7 +1,9 @@
-"""500 random requests on servers that speculate, with a KV pool that is too small for them: each answer is
-the one that the same request gets alone, and all stages agree in the end.
+"""Servers that speculate, at two and four stages with chains and trees, patched against unpatched: the same
+answers, and as many drafts accepted.
 
-Random lengths, log-probabilities, stop tokens and strings, grammars; streamed or not, some aborted or left.
+And 500 random requests on two of them, with a KV pool that is too small for these: each answer is the one
+that the same request gets alone, and all stages agree in the end. Random lengths, log-probabilities, stop
+tokens and strings, grammars; streamed or not, some aborted or left.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ ARGUMENTS = ("--max-total-tokens", str(PLACES), "--constrained-json-disable-any-
 class Case:
     stages: int
     branches: int  # of the tree; one: a chain
-    bodies: int  # of which the requests are; each is asked alone, too
+    bodies: int = 0  # of which the 500 requests are, each asked alone, too; 0: there are none
 
     def __str__(self) -> str:
         return f"pp {self.stages}, topk {self.branches}"
@@ -49,8 +51,10 @@ class Served:
 
 
 TREES, CHAINS = Case(2, 4, bodies=80), Case(4, 1, bodies=40)
+COMPARED = (TREES, CHAINS, Case(2, 1), Case(4, 4))
 with_trees = pytest.mark.parametrize("served", [TREES], ids=str, indirect=True)
 with_both = pytest.mark.parametrize("served", [TREES, CHAINS], ids=str, indirect=True)
+with_all = pytest.mark.parametrize("served", COMPARED, ids=str, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def served(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     case: Case = request.param
-    launcher = make_launcher(f"speculation-load-{case.stages}")
+    launcher = make_launcher(f"speculation-load-{case.stages}-{case.branches}")
     models = Models.written(tmp_path_factory.mktemp("models"))
     options: dict[str, Any] = {"branches": case.branches, "args": ARGUMENTS}
     with models.configure(launcher, case.stages, patched=False, **options) as server:
@@ -93,7 +97,7 @@ def test_alone_they_are_what_they_are_without_speculation(served: Served, mixtur
             assert re.fullmatch(regex, answer["text"]) or reason["type"] == "length"
 
 
-@with_both
+@with_all
 def test_answers_and_accepted_drafts_are_upstreams(served: Served) -> None:
     assert not battery.differences(served.upstream, essence(ask_all(served.patched, 1)))
 
