@@ -1,4 +1,5 @@
-"""A probe that measures what an iteration of the PP loop costs the host, outside `run_batch`.
+"""A probe that measures what an iteration of the PP loop costs the host, outside the forward: that begins in
+the runner of the model (`ModelRunner._forward_raw`) and ends with the sampling (`Scheduler.run_batch`).
 
 HOST_TIME_DIR says where the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last
 one, as `stage<S>-rank<R>.<n>.json`, and begin anew: per kind of batch ("DECODE 16": mode and requests) the
@@ -27,6 +28,7 @@ from typing import Any
 NOTHING = (0, 0, 0)
 SIGNAL = signal.SIGRTMIN + 1
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
 
 # What does not exist (in a release, or without the package) is left out.
@@ -69,7 +71,8 @@ class Meter:
         self._folder, self._written = folder, 0
         self._totals: dict[str, dict[str, Any]] = {}
         self._begun: Clocks | None = None
-        self._in_run_batch = NOTHING
+        self._forward: tuple[Clocks, int] | None = None  # its begin, and CPU time of parts until then
+        self._in_forward = NOTHING
         self._kind: str | None = None
         self._inner_ns: list[int] = []  # of every part that is running: CPU time of the parts inside it
         self._parts_ns: dict[str, int] = defaultdict(int)
@@ -77,20 +80,28 @@ class Meter:
     def begin_iteration(self) -> None:
         if self._begun is not None and self._kind is not None:
             self._add(self._kind, since(self._begun))
-        self._kind, self._in_run_batch = None, NOTHING
+        self._kind, self._in_forward = None, NOTHING
         self._parts_ns.clear()
         self._begun = clocks()
 
     def run_batch(self, original: Function, scheduler: Any, batch: Any, *args: Any, **options: Any) -> Any:
-        begin = clocks()
-        self._inner_ns.append(0)
         self._kind = f"{batch.forward_mode.name} {len(batch.reqs)}"
+        self._forward = None
         result = original(scheduler, batch, *args, **options)
-        self._in_run_batch = since(begin)
-        self._inner_ns.pop()
-        if self._inner_ns:
-            self._inner_ns[-1] += self._in_run_batch[0]
+        if self._forward is not None:
+            begin, inner_ns = self._forward
+            self._in_forward = since(begin)
+            if self._inner_ns:  # the part that launches: parts within the forward count no second time
+                self._inner_ns[-1] = inner_ns + self._in_forward[0]
         return result
+
+    def begin_forward(self, function: Function) -> Function:
+        def call(*args: Any, **options: Any) -> Any:
+            if self._forward is None:
+                self._forward = clocks(), self._inner_ns[-1] if self._inner_ns else 0
+            return function(*args, **options)
+
+        return call
 
     def measured(self, name: str, function: Function) -> Function:
         def call(*args: Any, **options: Any) -> Any:
@@ -119,7 +130,7 @@ class Meter:
         total = self._totals.setdefault(kind, empty)
         total["iterations"] += 1
         for index, name in enumerate(("cpu", "process", "wall")):
-            total[name] += spent[index] - self._in_run_batch[index]
+            total[name] += spent[index] - self._in_forward[index]
         for name, nanoseconds in self._parts_ns.items():
             total["parts"][name] = total["parts"].get(name, 0) + nanoseconds
 
@@ -139,6 +150,8 @@ def wrap_loop(meter: Meter) -> None:
     if os.environ.get("HOST_TIME_PARTS") == "1":
         for target in PARTS:
             wrap(target, meter.measured)
+
+    wrap(f"{_RUNNER}._forward_raw", lambda _name, function: meter.begin_forward(function))
 
     def first(_name: str, function: Function) -> Function:
         def call(*args: Any, **options: Any) -> Any:

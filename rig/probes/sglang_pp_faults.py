@@ -60,8 +60,11 @@ class Planted:
         self._microbatch += 1
         if scheduler.pp_group.is_first_rank:
             self._drop_deepstack(scheduler, fault == "deepstack dropped")
-        if proxies is not None:
-            proxies = type(proxies)(self._spoil(fault, proxies.tensors))
+        if hasattr(proxies, "take"):  # ours, which are waited for later
+            take = proxies.take
+            proxies.take = lambda: self._spoiled(fault, take())
+        elif proxies is not None:
+            proxies = self._spoiled(fault, proxies)
         result = original(scheduler, batch, proxies, **more)
         if fault == "tokens swapped" and scheduler.pp_group.is_last_rank:
             self._swap(result.next_token_ids)
@@ -76,6 +79,9 @@ class Planted:
         if armed != self._armed:
             self._armed, self._microbatch, self._struck = armed, 0, 0
         return armed.rpartition(" ")[0] or NONE
+
+    def _spoiled(self, fault: str, proxies: Any) -> Any:
+        return type(proxies)(self._spoil(fault, proxies.tensors))
 
     def _spoil(self, fault: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """What the forward gets in the place of `values`, of which most are tensors."""

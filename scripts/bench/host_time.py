@@ -1,4 +1,4 @@
-"""What an iteration costs the host of each stage outside `run_batch`: unpatched against patched, on CPU.
+"""What an iteration costs the host of each stage outside the forward: unpatched against patched, on CPU.
 
     .venv/bin/python -m scripts.bench.host_time --rounds 6 --json result.json     # --parts: by function
 
@@ -112,7 +112,9 @@ def print_table(rows: list[Row]) -> None:
     for stage in range(2):
         parts = {part for row in rows for part in row["stages"][stage]["parts"]}
         names = [*CLOCKS, *sorted(parts, key=lambda part: -max(median(of[n], stage, part) for n in of))]
-        table = number_table(None, f"stage {stage}, us an iteration outside run_batch", *COMPETITORS, "ratio")
+        table = number_table(
+            None, f"stage {stage}, us an iteration outside the forward", *COMPETITORS, "ratio"
+        )
         for name in names:
             upstream, ours = median(of["upstream"], stage, name), median(of["ours"], stage, name)
             ratio = f"{ours / upstream:.2f}" if upstream else ""

@@ -22,6 +22,7 @@ from typing import Any, Self, TextIO
 import msgspec
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
 
 
@@ -66,7 +67,7 @@ class Host(msgspec.Struct, frozen=True, array_like=True):
 class Launch(msgspec.Struct, frozen=True, array_like=True):
     """One launch of one stage."""
 
-    began: int
+    began: int  # when the runner of the model had all that it waits for
     ended: int  # when the host had launched it
     slot: int  # of the microbatch
     decode: bool
@@ -97,6 +98,7 @@ def register() -> None:
     HookRegistry.register(f"{_SCHEDULER}.init_model_worker", stage.pad_forwards, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.init_pp_loop_state", stage.begin, HookType.BEFORE)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", stage.run_batch, HookType.AROUND)
+    HookRegistry.register(f"{_RUNNER}._forward_raw", stage.begin_launch, HookType.BEFORE)
     HookRegistry.register(f"{_MIXIN}._pp_process_batch_result", stage.results, HookType.AROUND)
 
 
@@ -107,6 +109,7 @@ class Stage:
         self._folder = folder
         self._file: TextIO | None = None
         self._forwards = 0
+        self._began: tuple[int, Host] | None = None  # the launch
         self._gloo_ns = 0
         self._results: list[tuple[int, int]] = []
 
@@ -152,14 +155,20 @@ class Stage:
         stage = scheduler.pp_group.rank_in_group
         self._file = notes_path(self._folder, stage).open("w")
 
+    def begin_launch(self, *_arguments: Any, **_options: Any) -> None:
+        if self._began is None:
+            self._began = time.monotonic_ns(), self._host()
+
     def run_batch(
         self, original: Callable[..., Any], scheduler: Any, batch: Any, *arguments: Any, **options: Any
     ) -> Any:
         from ascend_sim import kernels
 
-        began, host = time.monotonic_ns(), self._host()
-        forward = self._forwards
+        forward, self._began = self._forwards, None
         result = original(scheduler, batch, *arguments, **options)
+        self.begin_launch()  # where nothing is computed
+        assert self._began is not None
+        began, host = self._began
         launch = Launch(
             began,
             time.monotonic_ns(),

@@ -1,8 +1,9 @@
 """The probe of the benchmark (rig/probes): counts what each stage does, and stands in for an accelerator.
 
 It is loaded into every server that is measured, upstream's as well, and does the same in each: the forward
-(`Scheduler.run_batch`) is padded to a duration that the benchmark sets while the server runs. All designs
-wait for their messages before it begins.
+is padded to a duration that the benchmark sets while the server runs. It begins where the runner of the model
+has all that it waits for (`ModelRunner._forward_raw`), as work on a device does, and ends with the sampling
+(`Scheduler.run_batch`).
 
 BENCH_FOLDER: where the counters go. BENCH_DESIGN=pr19582: also load that design.
 BENCH_UPSTREAM_TRACE: a folder, into which an unpatched server then writes traces (upstream_trace.py).
@@ -36,6 +37,11 @@ def register() -> None:
         "sglang.srt.managers.scheduler.Scheduler.run_batch", stage.run_batch, HookType.AROUND
     )
     HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw",
+        stage.begin_forward,
+        HookType.BEFORE,
+    )
+    HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.init_pp_loop_state", stage.begin, HookType.BEFORE
     )
 
@@ -47,6 +53,7 @@ class Stage:
         self._folder = folder
         self._file: StageFile | None = None
         self._cpu_s = 0.0  # of the scheduler thread, at the end of the last forward
+        self._began: tuple[float, float] | None = None  # the forward: CPU time of that thread, and the clock
 
     def begin(self, scheduler: Any, *_arguments: Any) -> None:
         """In the scheduler's thread, before its loop: one core a stage, for every design alike."""
@@ -55,16 +62,23 @@ class Stage:
         os.sched_setaffinity(0, {cores[stage * len(cores) // scheduler.pp_group.world_size]})
         self._file = StageFile.create(stage_path(self._folder, stage))
 
+    def begin_forward(self, *_arguments: Any, **_options: Any) -> None:
+        """The first one of a batch: a draft has runners of its own."""
+        if self._began is None:
+            self._began = time.thread_time(), time.perf_counter()
+
     def run_batch(
         self, original: Callable[..., Any], scheduler: Any, batch: Any, *arguments: Any, **options: Any
     ) -> Any:
         assert self._file is not None, "the loop has not begun"
-        host_cpu_s = time.thread_time() - self._cpu_s
         # Before the forward, which works on the batch: a decode batch is a verify round meanwhile.
         tokens = batch.extend_num_tokens if batch.forward_mode.is_extend() else len(batch.reqs)
-        began = time.perf_counter()
+        self._began = None
         result = original(scheduler, batch, *arguments, **options)
-        compute_s = time.perf_counter() - began
+        self.begin_forward()  # where nothing is computed
+        assert self._began is not None
+        cpu_s, began = self._began
+        host_cpu_s, compute_s = cpu_s - self._cpu_s, time.perf_counter() - began
         rest_s = self._file.pad_s - compute_s
         if rest_s > 0:
             time.sleep(rest_s)
