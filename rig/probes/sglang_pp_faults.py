@@ -7,7 +7,7 @@ struck is written beside it, in "<file>.struck".
 Planted around `Scheduler.run_batch`: what a later stage computes with, and what the last stage sampled,
 whatever brought it there or takes it away, patched or not. "crash of <title>" raises in the scheduler of that
 title. Faults that only the patches can have are in sglang_pp_order_faults.py (order and lifetime) and in
-sglang_pp_feature_faults.py (drafts, context parallelism).
+sglang_pp_feature_faults.py (drafts, context parallelism, hierarchical cache).
 """
 
 from __future__ import annotations

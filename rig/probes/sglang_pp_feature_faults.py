@@ -1,7 +1,8 @@
 """Faults in what only some servers exchange, planted in the patches of a running server: what returns of a
-draft, and the slices of context-parallel ranks.
+draft, the slices of context-parallel ranks, a hierarchical cache.
 
-As in sglang_pp_order_faults.py. Of drafts, all but the last stage get something else than it has sent.
+As in sglang_pp_order_faults.py. Of drafts, all but the last stage get something else than it has sent; on a
+prefill server the last one, too, since each stage tells the decode server, and the last to do so counts.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ LENGTH_LOST = "accepted length lost"
 OUTPUTS_LATE = "outputs sent late"
 OUTPUTS_EARLY = "outputs waited for before the launch"
 SLICE_BEFORE = "slice of the microbatch before"
+COPIED_EARLY = "copied to the host before its forward has ended"
+DECISION_BEFORE = "decision about the prefetch before"
 
 SILENT_DRAFTS = (DRAFTS_BEFORE, DRAFTS_SWAPPED)
 ENDING_DRAFTS = (LENGTHS_SWAPPED, LENGTH_LOST)  # stages soon disagree about which requests go on
 
 ACCEPTED = "spec_accept_lens"
 TREE = ("spec_next_chain", "spec_next_parents", "spec_next_top_scores")
+PROPOSAL = ("draft_topk_p", "draft_topk_index", "draft_hidden_states")
 RANK = 1  # of the context-parallel ranks
 KEPT = 64  # microbatches
 Function = Callable[..., Any]
@@ -33,12 +37,17 @@ def plant(fault: Callable[[], str], note: Callable[[], None]) -> None:
     """Put the faults around functions of the patches; `fault` says which is in force, `note` counts it."""
     from sglang_pp_order_faults import wrap  # by its bare name, as the server loads it
 
-    from sglang_npu_pp.patches import outputs, pipeline
+    from sglang_npu_pp.patches import hierarchical_cache, outputs, pipeline
     from sglang_npu_pp.token_return import TokenReturn
+    from sglang_npu_pp.transport.stage_link import StageLink
 
     drafts, late = _Drafts(fault, note), _LateOutputs(fault, note)
     early, slices = _EarlyOutputs(fault, note), _Slices(fault, note)
+    proposals, cache = _Proposals(fault, note), _Cache(fault, note)
     wrap(outputs.OutputTicket, "_wait", drafts.wait)
+    wrap(outputs.OutputTicket, "_wait", proposals.wait)
+    wrap(hierarchical_cache, "_wait_for_launch", cache.wait_for_launch)
+    wrap(StageLink, "push", cache.push)
     wrap(TokenReturn, "post", late.post)
     wrap(pipeline.AsyncPipeline, "begin_iteration", late.begin_iteration)
     wrap(pipeline.AsyncPipeline, "post_outputs", early.post_outputs)
@@ -95,6 +104,30 @@ def other_lengths(lengths: torch.Tensor, fault: str) -> torch.Tensor:
         first = differing[0]
         other[first : first + 2] = lengths[first : first + 2].flip(0)
     return other
+
+
+class _Proposals:
+    """Outputs of a prefill in the hands of any stage."""
+
+    def __init__(self, fault: Callable[[], str], note: Callable[[], None]) -> None:
+        self._fault, self._note = fault, note
+        self._before: dict[str, torch.Tensor] = {}
+
+    def wait(self, original: Function, ticket: Any) -> Mapping[str, Any]:
+        values: Mapping[str, Any] = original(ticket)
+        if ACCEPTED in values or PROPOSAL[0] not in values:
+            return values
+        before, self._before = self._before, {name: values[name].clone() for name in PROPOSAL}
+        fault = self._fault()
+        wrong: dict[str, torch.Tensor] = {}
+        if fault == DRAFTS_BEFORE and before:
+            wrong = {name: stale(values[name], before[name]) for name in PROPOSAL}
+        elif fault == DRAFTS_SWAPPED:
+            wrong = {name: values[name].roll(1, 0) for name in PROPOSAL}
+        if all(torch.equal(tensor, values[name]) for name, tensor in wrong.items()):
+            return values
+        self._note()
+        return {**values, **wrong}
 
 
 class _LateOutputs:
@@ -159,3 +192,25 @@ class _Slices:
 def stale(tensor: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     rows = min(len(tensor), len(before))
     return torch.cat([before[:rows], tensor[rows:]])
+
+
+class _Cache:
+    """A hierarchical cache: copies of any stage, decisions of stage 0."""
+
+    def __init__(self, fault: Callable[[], str], note: Callable[[], None]) -> None:
+        self._fault, self._note = fault, note
+        self._before: Any = None
+
+    def wait_for_launch(self, original: Function, stream: Any) -> None:
+        if self._fault() == COPIED_EARLY:
+            self._note()
+        else:
+            original(stream)
+
+    def push(self, original: Function, link: Any, kind: Any, peer: int, values: Any, **options: Any) -> None:
+        if kind.name == "CACHE" and link.stage == 0:
+            before, self._before = self._before, values
+            if self._fault() == DECISION_BEFORE and before not in (None, values):
+                self._note()
+                values = before
+        original(link, kind, peer, values, **options)

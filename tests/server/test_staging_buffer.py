@@ -7,19 +7,23 @@ of such a server decide each for itself what they have read (`HybridCacheControl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import requests
 
 from rig import disaggregated
 from rig.agreement import assert_stages_agree
 from rig.devices import EAGER
+from rig.faults import Faults
 from rig.launcher import ROOT, Launcher
 from rig.mooncake_store import mooncake_store
 from rig.probes import probe_variables
+from rig.probes.sglang_pp_faults import NONE
+from rig.probes.sglang_pp_feature_faults import COPIED_EARLY, DECISION_BEFORE
 from rig.server import Server
 
 from .test_hierarchical_cache import ASCEND, BURST, CONCURRENCY, PREFIXES, ask, forget, ids
@@ -32,6 +36,8 @@ pytestmark = [
 ]
 
 STAGES = 2
+OTHERS, AFTERWARDS = range(11, 14), range(21, 24)  # prefixes that are not in the store
+WAIT_LIMIT_S, END_LIMIT_S = 30, 90.0  # of a stage for a message, of a server that ends
 ARGUMENTS = (
     *EAGER,
     *("--enable-hierarchical-cache", "--hicache-host-memory-mode", "buffer_only", "--hicache-ratio", "2"),
@@ -45,38 +51,41 @@ class Served:
     upstream: Mapping[str, Any]  # what an unpatched server answered, which has ended
     found: Mapping[str, Any]  # what the patched one did
     server: Server
+    faults: Faults
 
 
 @pytest.fixture(scope="module")
 def served(make_launcher: Callable[[str], Launcher]) -> Iterator[Served]:
     launcher = make_launcher("staging")
+    faults = Faults(launcher.directory / "fault")
     try:
         with mooncake_store(launcher.directory / "upstreams-master.log") as store:
-            upstream = exercise(start(launcher, store, patched=False))
+            upstream = exercise(start(launcher, store, faults, patched=False))
             launcher.stop_all()
         with mooncake_store(launcher.directory / "master.log") as store:
-            server = start(launcher, store, patched=True)
-            yield Served(upstream, exercise(server), server)
+            server = start(launcher, store, faults, patched=True)
+            yield Served(upstream, exercise(server), server, faults)
             launcher.stop_all()
     finally:
         launcher.stop_all()
 
 
-def start(launcher: Launcher, store: Mapping[str, str], *, patched: bool) -> Server:
+def start(launcher: Launcher, store: Mapping[str, str], faults: Faults, *, patched: bool) -> Server:
     server = launcher.configure(1, STAGES, patched=patched, device=ASCEND.name, args=ARGUMENTS)
     server.env |= probe_variables("sglang_pp_probe", paths=[ROOT, disaggregated.ENGINE.folder])
-    server.env |= {**store, "PP_PROBE_STATES": "1"}
+    server.env |= {**store, **faults.variables, "PP_PROBE_STATES": "1"}
+    server.env["SGLANG_NPU_PP_WAIT_LIMIT_S"] = str(WAIT_LIMIT_S)
     return launcher.servers.enter_context(server)
 
 
-def exercise(server: Server) -> dict[str, Any]:
+def exercise(server: Server, prefixes: Sequence[int] = PREFIXES) -> dict[str, Any]:
     """All prompts for the first time, from the store, and once more: the KV pool has room for two."""
-    new = [ask(server, prefix) for prefix in PREFIXES]
+    new = [ask(server, prefix) for prefix in prefixes]
     forget(server)
     return {
         "new": new,
-        "stored": [ask(server, prefix) for prefix in PREFIXES],
-        "again": [ask(server, prefix) for prefix in PREFIXES],
+        "stored": [ask(server, prefix) for prefix in prefixes],
+        "again": [ask(server, prefix) for prefix in prefixes],
     }
 
 
@@ -98,3 +107,25 @@ def test_a_burst(served: Served) -> None:
     assert ids(found) == ids(alone)
     assert sum(answer["from"].get("storage", 0) for answer in found) > 0
     assert_stages_agree(served.server)
+
+
+def test_pages_that_are_copied_too_early_change_answers(served: Served) -> None:
+    """What such a copy has put into the store is not what the forward has written."""
+    served.faults.arm(COPIED_EARLY)
+    found = exercise(served.server, OTHERS)
+    assert served.faults.struck > 0, "the fault never took effect"
+    served.faults.arm(NONE)
+    assert ids(found["stored"]) != ids(found["new"])
+    found = exercise(served.server, AFTERWARDS)
+    assert ids(found["stored"]) == ids(found["new"])
+
+
+def test_stages_that_decide_unequally_end_with_a_sentence(served: Served) -> None:
+    """The last test of this server."""
+    forget(served.server)
+    served.faults.arm(DECISION_BEFORE)
+    with pytest.raises(requests.ConnectionError):
+        exercise(served.server)
+    served.server.wait_end(END_LIMIT_S)
+    assert served.faults.struck > 0
+    assert "the stages decided" in served.server.log_text()
