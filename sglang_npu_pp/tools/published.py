@@ -159,6 +159,11 @@ PUBLISHED = (  # layouts: stages, nodes, tokens a chunk, requests at most
 # are equal once they are scaled shared servers. All answered as a plain forward of the model does.
 SERVED_ON = "2026-11-30"
 SERVED: Mapping[str, Mapping[int, int]] = {
+    "glm5_1_w4a8_1p1d_32p_in64k_out1k_20ms": {2: 193},
+    "glm5_1_w4a8_1p1d_32p_in128k_out1k_20ms": {2: 193},
+    "glm5_1_w4a8_2p1d_48p_in128k_out1k_prefix90_50ms": {2: 127},
+    "glm5_1_w4a8_4p1d_48p_in64k_out1k_prefix90_50ms": {2: 126},
+    "glm5_1_w4a8_1p1d_32p_in64k_out1k_50ms_aime26": {2: 173},
     "glm_5_2_w4a8_3p1d_32p_in16k_out1k_50ms": {2: 169},
     "glm_5_2_w4a8_2p1d_32p_in64k_out1k_prefix90_20ms": {2: 236},
     "glm_5_2_w4a8_2p1d_32p_in128k_out1k_prefix90_20ms": {2: 236},
