@@ -43,6 +43,10 @@ class Served(NamedTuple):
     wrong: list[str]
     seconds: float
 
+    @property
+    def verdict(self) -> str:
+        return "WRONG" if self.wrong else "as a plain forward"
+
 
 def main() -> int:
     options = parse_command_line()
@@ -58,6 +62,8 @@ def main() -> int:
     found: list[Served] = []
     for served in run(chosen, options.stages):
         found.append(served)
+        verdict = f"{served.verdict} ({served.seconds:.0f} s)"
+        console.print(f"{served.lines[0].name}, {served.stages} stages: {verdict}", markup=False)
         for complaint in served.wrong:
             console.print(f"{served.lines[0].name}, {served.stages} stages: {complaint}", markup=False)
     console.print(table(found))
@@ -109,12 +115,11 @@ def table(found: list[Served]) -> Table:
     for name in ("published line", "stages", "tokens a chunk", "draft", "answers", "seconds"):
         made.add_column(name, no_wrap=True)
     for served in found:
-        verdict = "WRONG" if served.wrong else "as a plain forward"
         for line in served.lines:
             options = line.scaled(served.stages)
             chunk = options[options.index("--chunked-prefill-size") + 1]
             draft = "NEXTN" if line.drafts else "none"
-            made.add_row(line.name, str(served.stages), chunk, draft, verdict, f"{served.seconds:.0f}")
+            made.add_row(line.name, str(served.stages), chunk, draft, served.verdict, f"{served.seconds:.0f}")
     return made
 
 
