@@ -77,8 +77,9 @@ class Planted:
             self._armed, self._microbatch, self._struck = armed, 0, 0
         return armed.rpartition(" ")[0] or NONE
 
-    def _spoil(self, fault: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        """What the forward gets in the place of `tensors`."""
+    def _spoil(self, fault: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the forward gets in the place of `values`, of which most are tensors."""
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         brought = {name: tensor.clone() for name, tensor in tensors.items()}
         earlier, self._earlier = self._earlier, brought
         spoiled = {name: tensor.clone() for name, tensor in brought.items()}
@@ -94,7 +95,7 @@ class Planted:
         elif fault in TENSOR_FAULTS:
             TENSOR_FAULTS[fault](spoiled)
             self.note()
-        return spoiled
+        return {**values, **spoiled}
 
     def _is_stale(self, fault: str) -> bool:
         """Whether this microbatch computes with what the one before it brought."""
