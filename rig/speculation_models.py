@@ -24,12 +24,12 @@ def write_models(folder: Path, model: Path) -> tuple[Path, Path]:
     generator = torch.Generator().manual_seed(SEED)
     target, draft = folder / "target", folder / "draft"
     embedding, head = (torch.randn(VOCABULARY, WIDTH, generator=generator) for _ in range(2))
-    layers = [_layer(f"model.layers.{index}.", generator) for index in range(LAYERS)]
+    layers = [layer(f"model.layers.{index}.", generator) for index in range(LAYERS)]
     weights: Weights = {
         "model.embed_tokens.weight": embedding,
         "model.norm.weight": torch.ones(WIDTH),
         "lm_head.weight": head,
-        **{name: value for layer in layers for name, value in layer.items()},
+        **{name: value for each in layers for name, value in each.items()},
     }
     write_checkpoint(target, _config("LlamaForCausalLM", LAYERS), weights, model)
     write_checkpoint(draft, _config("LlamaForCausalLMEagle", 1), _draft(embedding, generator), model)
@@ -39,17 +39,17 @@ def write_models(folder: Path, model: Path) -> tuple[Path, Path]:
 def _draft(embedding: torch.Tensor, generator: torch.Generator) -> Weights:
     """It reads [embedding of a token, hidden state that said it]; the head is the target's."""
     projection = draft_input(WIDTH, generator)
-    layer = _layer("layers.0.", generator)
-    del layer["layers.0.input_layernorm.weight"]  # the draft's layer has none
+    own = layer("layers.0.", generator)
+    del own["layers.0.input_layernorm.weight"]  # the draft's layer has none
     return {
         "embed_tokens.weight": embedding.clone(),
         "fc.weight": projection,
         "fc.bias": torch.zeros(WIDTH),
-        **layer,
+        **own,
     }
 
 
-def _layer(prefix: str, generator: torch.Generator) -> Weights:
+def layer(prefix: str, generator: torch.Generator) -> Weights:
     def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * scale / columns**0.5
 
