@@ -19,10 +19,13 @@ LENGTH_LOST = "accepted length lost"
 OUTPUTS_LATE = "outputs sent late"
 OUTPUTS_EARLY = "outputs waited for before the launch"
 SLICE_BEFORE = "slice of the microbatch before"
+PROPOSAL_BEFORE = "first drafts of the prefill before"
+PROPOSALS_SWAPPED = "first drafts of another request"
 COPIED_EARLY = "copied to the host before its forward has ended"
 DECISION_BEFORE = "decision about the prefetch before"
 
 SILENT_DRAFTS = (DRAFTS_BEFORE, DRAFTS_SWAPPED)
+SILENT_PROPOSALS = (PROPOSAL_BEFORE, PROPOSALS_SWAPPED)
 ENDING_DRAFTS = (LENGTHS_SWAPPED, LENGTH_LOST)  # stages soon disagree about which requests go on
 
 ACCEPTED = "spec_accept_lens"
@@ -120,9 +123,9 @@ class _Proposals:
         before, self._before = self._before, {name: values[name].clone() for name in PROPOSAL}
         fault = self._fault()
         wrong: dict[str, torch.Tensor] = {}
-        if fault == DRAFTS_BEFORE and before:
+        if fault == PROPOSAL_BEFORE and before:
             wrong = {name: stale(values[name], before[name]) for name in PROPOSAL}
-        elif fault == DRAFTS_SWAPPED:
+        elif fault == PROPOSALS_SWAPPED:
             wrong = {name: values[name].roll(1, 0) for name in PROPOSAL}
         if all(torch.equal(tensor, values[name]) for name, tensor in wrong.items()):
             return values

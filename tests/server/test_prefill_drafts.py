@@ -17,7 +17,7 @@ from rig import battery, disaggregated, prefill_drafts
 from rig.faults import Faults
 from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
 from rig.probes.sglang_pp_faults import NONE
-from rig.probes.sglang_pp_feature_faults import SILENT_DRAFTS
+from rig.probes.sglang_pp_feature_faults import SILENT_PROPOSALS
 from rig.published_twin import write_twin
 from rig.server import Server
 from sglang_npu_pp.tools.certify import order
@@ -165,7 +165,7 @@ def test_as_many_drafts_are_accepted_as_upstreams(
 
 
 @pytest.mark.release
-@pytest.mark.parametrize("fault", SILENT_DRAFTS)
+@pytest.mark.parametrize("fault", SILENT_PROPOSALS)
 def test_of_other_drafts_other_many_are_accepted(
     pair: disaggregated.Pair, upstream: Answers, faults: Faults, fault: str
 ) -> None:
