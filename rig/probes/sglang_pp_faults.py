@@ -139,9 +139,11 @@ class Planted:
         return args, {**kwargs, "input_deepstack_embeds": None}
 
     def note(self) -> None:
-        """Count a strike."""
+        """Count a strike; the file is whole whenever it is read."""
         self._struck += 1
-        self._struck_path.write_text(str(self._struck))
+        part = self._struck_path.with_name(f"{self._struck_path.name}.{os.getpid()}")
+        part.write_text(str(self._struck))
+        part.rename(self._struck_path)
 
 
 def zero_last_row(tensors: Tensors) -> None:

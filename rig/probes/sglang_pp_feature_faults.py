@@ -21,7 +21,6 @@ OUTPUTS_EARLY = "outputs waited for before the launch"
 SLICE_BEFORE = "slice of the microbatch before"
 PROPOSAL_BEFORE = "first drafts of the prefill before"
 PROPOSALS_SWAPPED = "first drafts of another request"
-COPIED_EARLY = "copied to the host before its forward has ended"
 DECISION_BEFORE = "decision about the prefetch before"
 
 SILENT_DRAFTS = (DRAFTS_BEFORE, DRAFTS_SWAPPED)
@@ -40,7 +39,7 @@ def plant(fault: Callable[[], str], note: Callable[[], None]) -> None:
     """Put the faults around functions of the patches; `fault` says which is in force, `note` counts it."""
     from sglang_pp_order_faults import wrap  # by its bare name, as the server loads it
 
-    from sglang_npu_pp.patches import hierarchical_cache, outputs, pipeline
+    from sglang_npu_pp.patches import outputs, pipeline
     from sglang_npu_pp.token_return import TokenReturn
     from sglang_npu_pp.transport.stage_link import StageLink
 
@@ -49,7 +48,6 @@ def plant(fault: Callable[[], str], note: Callable[[], None]) -> None:
     proposals, cache = _Proposals(fault, note), _Cache(fault, note)
     wrap(outputs.OutputTicket, "_wait", drafts.wait)
     wrap(outputs.OutputTicket, "_wait", proposals.wait)
-    wrap(hierarchical_cache, "_wait_for_launch", cache.wait_for_launch)
     wrap(StageLink, "push", cache.push)
     wrap(TokenReturn, "post", late.post)
     wrap(pipeline.AsyncPipeline, "begin_iteration", late.begin_iteration)
@@ -198,17 +196,11 @@ def stale(tensor: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 
 class _Cache:
-    """A hierarchical cache: copies of any stage, decisions of stage 0."""
+    """A hierarchical cache: decisions of stage 0, each what it has decided before."""
 
     def __init__(self, fault: Callable[[], str], note: Callable[[], None]) -> None:
         self._fault, self._note = fault, note
         self._before: Any = None
-
-    def wait_for_launch(self, original: Function, stream: Any) -> None:
-        if self._fault() == COPIED_EARLY:
-            self._note()
-        else:
-            original(stream)
 
     def push(self, original: Function, link: Any, kind: Any, peer: int, values: Any, **options: Any) -> None:
         if kind.name == "CACHE" and link.stage == 0:

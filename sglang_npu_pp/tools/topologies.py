@@ -78,9 +78,6 @@ _ENGINE = Shown(
 _LAYOUTS = Shown(CPU, "tests/server/test_layouts.py::test_answers_are_upstreams")
 _CHUNKS = Shown(CPU, "tests/server/test_layouts.py::test_all_ranks_run_the_chunks_that_upstream_predicts")
 _SPECULATION = Shown(CPU, "tests/server/test_speculation.py::test_answers_and_accepted_drafts_are_upstreams")
-_SPECULATION_WIDE = Shown(
-    CPU, "tests/server/test_speculation_load.py::test_answers_and_accepted_drafts_are_upstreams"
-)
 _SPECULATION_LOAD = Shown(
     CPU,
     "tests/server/test_speculation_load.py::"
@@ -295,9 +292,8 @@ ROWS = (
         "yes; without data-parallel attention",
         "",
         Here.IN_FORCE,
-        (_SPECULATION, _SPECULATION_WIDE, _SPECULATION_LOAD, _SPECULATION_FAULTS),
-        "pp 2 and pp 4, each with chains and trees; under load pp 2 with trees, pp 4 with chains: grammars, "
-        "aborts, retracted requests; kernels in plain torch",
+        (_SPECULATION, _SPECULATION_LOAD, _SPECULATION_FAULTS),
+        "pp 2 with trees, pp 4 with chains; grammars, aborts, retracted requests; kernels in plain torch",
     ),
     Row(
         "other speculation (EAGLE3, NGRAM, STANDALONE, DFLASH)",

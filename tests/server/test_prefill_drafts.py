@@ -122,6 +122,7 @@ def pair(
 
 @pytest.fixture(scope="module")
 def upstream(make_launcher: Callable[[str], Launcher], twin: Path) -> Answers:
+    """Named before `pair`, whose idle schedulers poll."""
     launcher = make_launcher("upstreams-drafts")
     try:
         return ask_all(start_pair(launcher, twin, patched=False), 1)
@@ -158,7 +159,7 @@ def test_nothing_waits_that_need_not(pair: disaggregated.Pair) -> None:
 @pytest.mark.release
 @pytest.mark.parametrize("concurrency", [1, CONCURRENCY])
 def test_as_many_drafts_are_accepted_as_upstreams(
-    pair: disaggregated.Pair, upstream: Answers, concurrency: int
+    upstream: Answers, pair: disaggregated.Pair, concurrency: int
 ) -> None:
     """The first round of a decode server verifies what the prefill server has drafted."""
     assert essence(ask_all(pair, concurrency)) == essence(upstream)
@@ -167,7 +168,7 @@ def test_as_many_drafts_are_accepted_as_upstreams(
 @pytest.mark.release
 @pytest.mark.parametrize("fault", SILENT_PROPOSALS)
 def test_of_other_drafts_other_many_are_accepted(
-    pair: disaggregated.Pair, upstream: Answers, faults: Faults, fault: str
+    upstream: Answers, pair: disaggregated.Pair, faults: Faults, fault: str
 ) -> None:
     """Tokens are the same: the comparison of what was accepted alone says that something is wrong."""
     faults.arm(fault)

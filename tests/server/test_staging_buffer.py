@@ -7,7 +7,7 @@ of such a server decide each for itself what they have read (`HybridCacheControl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,7 @@ from rig.faults import Faults
 from rig.launcher import ROOT, Launcher
 from rig.mooncake_store import mooncake_store
 from rig.probes import probe_variables
-from rig.probes.sglang_pp_faults import NONE
-from rig.probes.sglang_pp_feature_faults import COPIED_EARLY, DECISION_BEFORE
+from rig.probes.sglang_pp_feature_faults import DECISION_BEFORE
 from rig.server import Server
 
 from .test_hierarchical_cache import ASCEND, BURST, CONCURRENCY, PREFIXES, ask, forget, ids
@@ -36,7 +35,6 @@ pytestmark = [
 ]
 
 STAGES = 2
-OTHERS, AFTERWARDS = range(11, 14), range(21, 24)  # prefixes that are not in the store
 WAIT_LIMIT_S, END_LIMIT_S = 30, 90.0  # of a stage for a message, of a server that ends
 ARGUMENTS = (
     *EAGER,
@@ -78,14 +76,14 @@ def start(launcher: Launcher, store: Mapping[str, str], faults: Faults, *, patch
     return launcher.servers.enter_context(server)
 
 
-def exercise(server: Server, prefixes: Sequence[int] = PREFIXES) -> dict[str, Any]:
+def exercise(server: Server) -> dict[str, Any]:
     """All prompts for the first time, from the store, and once more: the KV pool has room for two."""
-    new = [ask(server, prefix) for prefix in prefixes]
+    new = [ask(server, prefix) for prefix in PREFIXES]
     forget(server)
     return {
         "new": new,
-        "stored": [ask(server, prefix) for prefix in prefixes],
-        "again": [ask(server, prefix) for prefix in prefixes],
+        "stored": [ask(server, prefix) for prefix in PREFIXES],
+        "again": [ask(server, prefix) for prefix in PREFIXES],
     }
 
 
@@ -109,23 +107,12 @@ def test_a_burst(served: Served) -> None:
     assert_stages_agree(served.server)
 
 
-def test_pages_that_are_copied_too_early_change_answers(served: Served) -> None:
-    """What such a copy has put into the store is not what the forward has written."""
-    served.faults.arm(COPIED_EARLY)
-    found = exercise(served.server, OTHERS)
-    assert served.faults.struck > 0, "the fault never took effect"
-    served.faults.arm(NONE)
-    assert ids(found["stored"]) != ids(found["new"])
-    found = exercise(served.server, AFTERWARDS)
-    assert ids(found["stored"]) == ids(found["new"])
-
-
 def test_stages_that_decide_unequally_end_with_a_sentence(served: Served) -> None:
-    """The last test of this server."""
+    """The last test of this server. SGLang waits a minute before it ends."""
     forget(served.server)
     served.faults.arm(DECISION_BEFORE)
-    with pytest.raises(requests.ConnectionError):
+    with pytest.raises((requests.ConnectionError, requests.Timeout)):
         exercise(served.server)
     served.server.wait_end(END_LIMIT_S)
     assert served.faults.struck > 0
-    assert "the stages decided" in served.server.log_text()
+    assert "PP prefetch became ready before local state existed" in served.server.log_text()
