@@ -47,6 +47,8 @@ class OutputTicket:
         if ahead is not None:
             ahead.prepare(self._batch, self._slot)
         values = self._wait()
+        if self._pipeline.adviser is not None:
+            self._pipeline.adviser.arrived()
         if ahead is not None:
             ahead.check(values["next_token_ids"].tolist())
         prepared = _prepare_result(self._scheduler, self._batch, self._metadata, values, self)

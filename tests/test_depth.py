@@ -160,6 +160,12 @@ def test_on_a_device_the_host_work_of_stage_0_is_waited_for_too() -> None:
     assert hidden.endswith("--pp-async-batch-depth 1 hides the link and the scheduler of stage 0")
 
 
+def test_what_stage_0_does_before_its_tokens_arrive_is_not_waited_for() -> None:
+    stages = [StageTimes(0.030, 0.008, 0.0001, asynchronous=True, turn_s=0.002)] * 2
+    text = advise({"prefill": stages}, depth=0, max_requests=32, limit=None, proxy_bytes=1000)
+    assert ": 1.1 of 31.1 ms (prefill) of an iteration go into waiting for the link and the scheduler" in text
+
+
 def test_stages_and_hops_that_differ_are_given_as_a_range() -> None:
     stages = [StageTimes(0.030, 0.001, 0.0001), StageTimes(0.020, 0.001, 0.005)]
     text = advise({"prefill": stages}, depth=0, max_requests=32, limit=None, proxy_bytes=1000)

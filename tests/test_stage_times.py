@@ -83,6 +83,29 @@ def test_medians_of_busy_launches_behind_the_warm_up(clock: Clock) -> None:
     assert timer.read("prefill", 0.001) is None
 
 
+def test_the_host_works_before_and_behind_the_arrival_of_outputs(clock: Clock) -> None:
+    """Launches of 10 ms; 5 ms of host work, a wait of 4 ms, and 3 ms more, of which 2 are another wait."""
+    telemetry = Telemetry(0, 0)
+    timer = StageTimer(DeviceStreams("cpu"), telemetry, SLOTS)
+
+    def wait(kind: str, seconds: float) -> None:
+        clock.work(seconds)
+        telemetry.receiving(kind).wait_s += seconds
+
+    for iteration in range(ENOUGH):
+        timer.begin("decode", iteration)
+        clock.work(0.010)
+        timer.end()
+        clock.work(0.005)
+        wait("output", 0.004)
+        timer.arrived()
+        clock.work(0.001)
+        wait("requests", 0.002)
+    times = timer.read("decode", 0.001)
+    assert times is not None
+    assert (times.forward_s, times.host_s, times.turn_s) == pytest.approx((0.010, 0.006, 0.001))
+
+
 def test_launches_count_only_while_every_slot_is_taken_by_the_same_kind(clock: Clock) -> None:
     telemetry = Telemetry(0, 0)
     timer = StageTimer(DeviceStreams("cpu"), telemetry, SLOTS)

@@ -2,7 +2,7 @@
 
 Derivation and limits in docs/measuring.md. With S = pp_size + depth slots,
 
-    round  = forwards of all stages + hops, back to stage 0 included + host work of stage 0
+    round  = forwards of all stages + hops, back to stage 0 included + host work of stage 0 behind its tokens
     period = max(work of the slowest stage, round / S)
 
 and the link is hidden when round / S is not the larger.
@@ -26,6 +26,14 @@ class StageTimes:
     host_s: float  # the scheduler's work between two launches, without its waits
     hop_s: float  # one way to the next stage; of the last stage, to stage 0
     asynchronous: bool = False  # the host works while the forward runs
+    turn_s: float | None = (
+        None  # of `host_s`, what comes between the arrival of tokens and a launch; None: all
+    )
+
+    @property
+    def in_round_s(self) -> float:
+        """Host work that a round of this stage contains; the rest comes while messages travel."""
+        return self.host_s if self.turn_s is None else self.turn_s
 
     @property
     def work_s(self) -> float:
@@ -34,7 +42,7 @@ class StageTimes:
 
 def round_s(stages: Sequence[StageTimes]) -> float:
     """Seconds between two launches of a slot on stage 0; `stages` in order."""
-    return sum(stage.forward_s + stage.hop_s for stage in stages) + stages[0].host_s
+    return sum(stage.forward_s + stage.hop_s for stage in stages) + stages[0].in_round_s
 
 
 def shortest_period_s(stages: Sequence[StageTimes]) -> float:

@@ -79,6 +79,7 @@ class _Launch(NamedTuple):
     began: Any
     ended: Any
     host_s: float
+    turn_s: float  # of it, behind the arrival of outputs
 
 
 class StageTimer:
@@ -86,20 +87,27 @@ class StageTimer:
 
     def __init__(self, streams: DeviceStreams, telemetry: Telemetry, slots: int) -> None:
         self._streams, self._telemetry, self._slots = streams, telemetry, slots
-        self._samples: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+        self._samples: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
         self._unfinished: deque[_Launch] = deque()
         self._kind, self._iteration, self._in_a_row = "", -1, 0
         self._began: Any = None
-        self._host_s = self._ended_s = self._waited_s = 0.0
+        self._host_s = self._turn_s = self._ended_s = self._waited_s = 0.0
+        # Outputs, since the last launch: when, and waits until then.
+        self._arrived: tuple[float, float] | None = None
         self.busy_launches = 0
+
+    def arrived(self) -> None:
+        """Outputs are there, which the next launch waited for."""
+        self._arrived = time.monotonic(), self._waits_so_far()
 
     def begin(self, kind: str, iteration: int) -> None:
         """Just before a launch, behind all waits. `kind`: of `KINDS`, else not counted."""
         follows = iteration == self._iteration + 1 and kind == self._kind
         self._in_a_row = self._in_a_row + 1 if follows else 1
         self._kind, self._iteration = kind, iteration
-        waited_s = self._waits_so_far() - self._waited_s
-        self._host_s = max(0.0, time.monotonic() - self._ended_s - waited_s)
+        self._host_s = self._since(self._ended_s, self._waited_s)
+        self._turn_s = self._host_s if self._arrived is None else self._since(*self._arrived)
+        self._arrived = None
         self._began = self._mark()
 
     def end(self) -> None:
@@ -108,18 +116,23 @@ class StageTimer:
         self._ended_s, self._waited_s = time.monotonic(), self._waits_so_far()
         if self._kind in KINDS and self._in_a_row > self._slots:
             self.busy_launches += 1
-            self._unfinished.append(_Launch(self._kind, self._began, ended, self._host_s))
+            launch = _Launch(self._kind, self._began, ended, self._host_s, self._turn_s)
+            self._unfinished.append(launch)
         while self._unfinished and (seconds := self._seconds(self._unfinished[0])) is not None:
             launch = self._unfinished.popleft()
-            self._samples[launch.kind].append((seconds, launch.host_s))
+            self._samples[launch.kind].append((seconds, launch.host_s, launch.turn_s))
 
     def read(self, kind: str, hop_s: float) -> StageTimes | None:
         """Medians of `SAMPLES` launches after the warm-up, or None."""
         samples = self._samples[kind][WARM_UP : WARM_UP + SAMPLES]
         if len(samples) < SAMPLES:
             return None
-        forwards, hosts = zip(*samples, strict=True)
-        return StageTimes(median(forwards), median(hosts), hop_s, self._streams.asynchronous)
+        forward_s, host_s, turn_s = (median(each) for each in zip(*samples, strict=True))
+        return StageTimes(forward_s, host_s, hop_s, self._streams.asynchronous, turn_s)
+
+    def _since(self, moment_s: float, waited_s: float) -> float:
+        """Work since then, without waits for messages."""
+        return max(0.0, time.monotonic() - moment_s - (self._waits_so_far() - waited_s))
 
     def _mark(self) -> Any:
         return self._streams.record_time() if self._streams.asynchronous else time.monotonic()
@@ -145,6 +158,10 @@ class DepthAdviser:
         self._known: dict[str, dict[int, StageTimes]] = {kind: {} for kind in KINDS}
         self._proxy_bytes = 0
         self._bytes_before = 0
+
+    def arrived(self) -> None:
+        """See `StageTimer.arrived`."""
+        self._timer.arrived()
 
     def begin(self, kind: str, iteration: int) -> None:
         """See `StageTimer.begin`."""

@@ -118,6 +118,7 @@ def take_outputs(here: Here, outputs: dict[str, torch.Tensor], number: int, rule
         launched={0: Launch(iteration=0, skipped=False)},
         is_last=False,
         ahead=None,
+        adviser=None,
         post_outputs=lambda slot: SimpleNamespace(wait=lambda: values),
     )
     batch = SimpleNamespace(

@@ -131,6 +131,7 @@ def take(stage: int, values: dict[str, torch.Tensor], role: str = "null") -> tup
         launched={0: Launch(5, False, own)},
         is_last=stage == 1,
         ahead=None,
+        adviser=None,
         streams=None,
         token_return=SimpleNamespace(check=lambda: None),
         post_outputs=lambda slot: SimpleNamespace(wait=lambda: dict(values)),
