@@ -23,6 +23,7 @@ import msgspec
 
 ANSWER_LIMIT_S = 20.0
 HELD_LIMIT_S = 30.0
+ENTRIES = 20_000  # of the history, in one answer (`entries_in_one_answer` of cann/listing.cpp)
 
 Answer = TypeVar("Answer")
 
@@ -202,9 +203,9 @@ class Simulator:
         return self._ask_for(Listing, "list")
 
     def history(self, start: int = 0) -> History:
-        """Everything that happened since the entry `start`, in order."""
+        """Everything that happened from the entry `start` until now, in order."""
         parts = [self._ask_for(History, "history", str(start))]
-        while parts[-1].entries:
+        while len(parts[-1].entries) == ENTRIES:  # a busy process never has nothing new to tell
             parts.append(self._ask_for(History, "history", str(parts[-1].next)))
         return History(
             [entry for part in parts for entry in part.entries],

@@ -14,7 +14,7 @@ from rig.server import Server
 from tests.ascend.rest import at_rest
 
 REQUESTS = 4  # two microbatches of two
-TOKENS = 64
+TOKENS = 128
 IN_FULL_SWING = 20  # receives
 LIMIT_S = 60.0
 LAUNCH_LIMIT_S = 10.0  # for a host that launches without waiting
@@ -72,10 +72,12 @@ def decode(server: Server, number: int, prompt: int = 20) -> int:
 
 
 def await_receives(simulator: Simulator, start: int) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline, received = time.monotonic() + LIMIT_S, 0
     while True:
-        entries = simulator.history(start).entries
-        if sum(entry.event == "ended" and entry.task == "HcclRecv" for entry in entries) >= IN_FULL_SWING:
+        history = simulator.history(start)
+        start = history.next
+        received += sum(entry.event == "ended" and entry.task == "HcclRecv" for entry in history.entries)
+        if received >= IN_FULL_SWING:
             return
         assert time.monotonic() < deadline, f"no {IN_FULL_SWING} receives:\n{simulator.listing()}"
         time.sleep(0.01)
