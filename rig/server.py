@@ -232,7 +232,7 @@ class Server:
                 tracked = elapsed
             if stage == READY:
                 return elapsed
-            self.check_alive(f"while it was starting ({stage})")
+            self.check_alive()
             if elapsed > limit_s:
                 raise ServerError(
                     f"{self.program} was not ready after {limit_s:.0f} s, it was {stage}; see {self.log}",
@@ -240,10 +240,11 @@ class Server:
                 )
             time.sleep(POLL_S)
 
-    def check_alive(self, when: str) -> None:
-        """Raise `ServerError` if a launcher has ended; `when` completes the sentence."""
+    def check_alive(self, when: str | None = None) -> None:
+        """Raise `ServerError` if a launcher has ended; `when` completes the sentence (default: the start)."""
         for node, launcher in enumerate(self._tree.launchers):
             if launcher.poll() is not None:
+                when = when or f"while it was starting ({self._stage()})"
                 where = f" of node {node}" if self.nnodes > 1 else ""
                 raise ServerError(
                     f"{self.program}{where} ended with exit code {launcher.returncode} {when}"

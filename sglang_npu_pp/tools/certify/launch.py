@@ -159,7 +159,7 @@ class LaunchedServer:
             if elapsed >= next_look:
                 self._tree.alive()  # now: a server that fails takes the traces of its processes along
                 next_look = elapsed + LOOK_EVERY_S
-            self.check_alive(f"while it was starting ({part})")
+            self.check_alive()
             if elapsed >= next_health:  # a log level above info hides the marker
                 if self._is_healthy():
                     break
@@ -181,10 +181,11 @@ class LaunchedServer:
 
     # --- what it does ------------------------------------------------------------------------------
 
-    def check_alive(self, when: str) -> None:
-        """Raise LaunchError if the launcher has ended; `when` completes the sentence."""
+    def check_alive(self, when: str | None = None) -> None:
+        """Raise LaunchError if the launcher has ended; `when` completes the sentence (default: the start)."""
         for launcher in self._tree.launchers:
             if launcher.poll() is not None:
+                when = when or f"while it was starting ({reached(self.log_text())})"
                 cause = likely_cause(self.log_text())
                 raise LaunchError(
                     f"The server ended with exit code {launcher.returncode} {when}"
