@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.patching import Patch
+from sglang_npu_pp.streams import DeviceStreams, Event
 from sglang_npu_pp.transport.stage_link import StageLink
 
 from .forwards import planned_without_ids
-from .pipeline import current
+from .pipeline import current, forward_stream
 
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -71,9 +73,10 @@ class _Results:
 class Ahead:
     """The preparation of one batch at a time, of a scheduler of stage 0."""
 
-    def __init__(self, scheduler: Any, link: StageLink, launch_first: bool) -> None:
-        self._scheduler, self._link = scheduler, link
+    def __init__(self, scheduler: Any, link: StageLink, streams: DeviceStreams, launch_first: bool) -> None:
+        self._scheduler, self._link, self._streams = scheduler, link, streams
         self._launch_first = launch_first
+        self._dropped: deque[tuple[Event, Any]] = deque()  # plans that the forward stream may still read
         self._batch: Any = None  # the live one
         self._slot = -1
         self._saved: Saved | None = None  # as it was before its preparation
@@ -174,10 +177,18 @@ class Ahead:
 
     def _take_back(self) -> None:
         assert self._saved is not None
+        self._drop_forward()
         self._saved.restore()
         self._record("taken_back")
         self._forget()
         self._link.telemetry.taken_back += 1
+
+    def _drop_forward(self) -> None:
+        """Its tensors are of the scheduler's stream, which would use their memory again at once."""
+        with forward_stream(self._scheduler):
+            self._dropped.append((self._streams.record(), self._forward))
+        while self._dropped[0][0].query() and len(self._dropped) > 1:
+            self._dropped.popleft()
 
     def _forget(self) -> None:
         self._batch = self._saved = self._results = self._forward = None

@@ -17,7 +17,7 @@ from typing import Any
 
 from sglang_npu_pp.patching import Patch
 
-from .pipeline import current
+from .pipeline import current, forward_stream
 
 _WORKER = "sglang.srt.managers.tp_worker:TpModelWorker"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner"
@@ -55,7 +55,7 @@ def planned_without_ids(scheduler: Any, batch: Any) -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     runner = scheduler.model_worker.model_runner
-    with scheduler.forward_stream_ctx:
+    with forward_stream(scheduler):
         scheduler._pp_wait_forward_dependencies()
         batch.input_ids = batch.req_pool_indices  # of the shape of its ids
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)

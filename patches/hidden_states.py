@@ -11,6 +11,8 @@ from typing import Any
 
 from sglang_npu_pp.token_return import FOR_FIRST_STAGE
 
+from .pipeline import forward_stream
+
 _HIDDEN_STATES = f"{FOR_FIRST_STAGE}hidden_states"
 _INPUT_LENGTHS = f"{FOR_FIRST_STAGE}extend_input_len_per_req"
 
@@ -23,7 +25,7 @@ def add_hidden_states(scheduler: Any, batch: Any, result: Any, outputs: dict[str
     logits = result.logits_output
     if not batch.return_hidden_states or logits is None or logits.hidden_states is None:
         return
-    with scheduler.forward_stream_ctx:
+    with forward_stream(scheduler):
         outputs[_HIDDEN_STATES] = logits.hidden_states.clone()
         outputs[_INPUT_LENGTHS] = result.extend_input_len_per_req
 

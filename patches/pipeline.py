@@ -6,6 +6,7 @@ One a process, `current()`. Without it (one stage, an unsupported feature) upstr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ class Prepared(Protocol):
 
     def behind_launch(self) -> None:
         """What the launch did not need."""
+
+
+def forward_stream(scheduler: Any) -> AbstractContextManager[Any]:
+    """A context of its own each time. SGLang's only one keeps the stream of before in itself: entered within
+    itself, it would leave the scheduler on the forward stream."""
+    return copy.copy(scheduler.forward_stream_ctx)
 
 
 class Undecided(Protocol):

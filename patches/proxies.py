@@ -30,7 +30,7 @@ from sglang_npu_pp.transport.stage_link import Pending
 from .disaggregation import send_launched_chunks
 from .forwards import Incoming
 from .hidden_states import add_hidden_states
-from .pipeline import AsyncPipeline, Launch, current
+from .pipeline import AsyncPipeline, Launch, current, forward_stream
 
 logger = logging.getLogger("sglang_npu_pp")
 
@@ -149,7 +149,7 @@ def _wait_for_proxies(scheduler: Any, pending: Any, batch: str) -> Any:
     pending.batch = batch
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
-    with scheduler.forward_stream_ctx:
+    with forward_stream(scheduler):
         return PPProxyTensors(pending.wait(_gather_group(scheduler)))
 
 
@@ -170,7 +170,7 @@ def _timed(scheduler: Any, pipeline: AsyncPipeline, slot: int, counted: bool) ->
 
     `counted`: the batch has outputs to wait for.
     """
-    trace, stream = pipeline.link.trace, scheduler.forward_stream_ctx
+    trace, stream = pipeline.link.trace, forward_stream(scheduler)
     trace.record("launch", "", slot, pipeline.iteration)
     with pipeline.link.telemetry.phase("forward"):
         if pipeline.adviser is not None:
@@ -202,7 +202,7 @@ def _say_advice(scheduler: Any, pipeline: AsyncPipeline, adviser: DepthAdviser) 
 
 def _send_proxies(scheduler: Any, pipeline: AsyncPipeline, batch: str, result: Any) -> None:
     """On the forward stream: the next forward may overwrite packed tensors."""
-    with scheduler.forward_stream_ctx:
+    with forward_stream(scheduler):
         proxies = result.pp_hidden_states_proxy_tensors.tensors
         pipeline.send_proxies(proxies, batch, _gather_group(scheduler))
         # Behind the packing: a tensor that is sent may be the received one, changed in place.
@@ -217,7 +217,7 @@ def _return_outputs(
         return None
     add_hidden_states(scheduler, microbatch.batch, result, outputs.tensors)
     with torch.profiler.record_function("send_res_dict_to_next_stage"):  # upstream's name in profiles
-        with scheduler.forward_stream_ctx:
+        with forward_stream(scheduler):
             produced = pipeline.streams.record()  # upstream packs outputs behind its own event
         copy = copy_to_host(outputs.tensors, pipeline.streams, scheduler.copy_stream, produced)
         assert pipeline.token_return is not None

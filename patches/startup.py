@@ -154,7 +154,7 @@ def _open_ahead(scheduler: Any, pipeline: AsyncPipeline) -> Ahead:
     launch_first = wanted == "1" or pipeline.streams.asynchronous
     also = " and launches them before it processes their tokens" if launch_first else ""
     logger.info("sglang-npu-pp: %s prepares decodes ahead%s", pipeline.link.context.where, also)
-    return Ahead(scheduler, pipeline.link, launch_first)
+    return Ahead(scheduler, pipeline.link, pipeline.streams, launch_first)
 
 
 def _agree_with_all_ranks(settings: Settings, reason: str | None) -> None:

@@ -80,6 +80,8 @@ def run_iterations(here: Here, count: int, rule: Rule | None) -> None:
 
     def forward(scheduler: Any, slot: int, received: Any, *rest: Any) -> Any:
         with scheduler.forward_stream_ctx:
+            if isinstance(received, proxies.Incoming):
+                received = received.take()
             received.tensors["hidden_states"] += ADDED
             return SimpleNamespace(pp_hidden_states_proxy_tensors=received), ranks.event(here)
 
@@ -125,6 +127,29 @@ def test_a_proxy_that_was_received_is_sent_before_its_slot_is_used_again(
     middle.call(run_iterations, 1, None)
     found = last.call(take, range(3))
     assert (found == [ADDED, ADDED + 1, ADDED + 2]) == (rule is None), found
+
+
+def launch_on_two_streams(here: Here) -> list[str]:
+    """What is current behind two launches whose proxies are waited for inside: the stream of before?"""
+    here.kept["pipeline"].waits_last = True
+    current_stream = ranks.npu(here).current_stream
+    before = current_stream()
+    assert before != ranks.forward_stream(here)
+    found = []
+    for _ in range(2):
+        run_iterations(here, 1, None)
+        found.append("as before" if current_stream() == before else "another")
+    return found
+
+
+def test_behind_a_launch_the_loop_is_on_its_own_stream_again(npu_team: Team) -> None:
+    """SGLang's context of the forward stream, entered within itself, ends on that stream."""
+    first, middle, last = npu_team.open_links(3, slots=2)
+    middle.start(import_sglang).result(IMPORT_LIMIT_S)
+    middle.call(open_pipeline, True)
+    first.call(push, range(2))
+    assert middle.call(launch_on_two_streams) == ["as before"] * 2
+    assert last.call(take, range(2)) == [ADDED, ADDED + 1]
 
 
 @pytest.mark.parametrize("early_receive", ["1", "0"], ids=["early", "late"])

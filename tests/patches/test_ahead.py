@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from rig.launcher import RANDOM_MODEL
 from sglang_npu_pp.errors import PipelineError
 from sglang_npu_pp.patches import ahead as ahead_module
 from sglang_npu_pp.patches.ahead import Ahead, _ends_or_is_special, may_end
+from sglang_npu_pp.streams import DeviceStreams
 
 VOCABULARY = 512
 
@@ -127,6 +129,7 @@ class Scheduler:
             input_ids=[1],
             length=4,
         )
+        self.forward_stream_ctx = nullcontext()
         self.mbs = self.running_mbs = [self.batch]
         self.disaggregation_mode = SimpleNamespace(value="null")
         self.chunked_req: Any = None
@@ -175,7 +178,7 @@ def make_ahead(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> Callabl
         telemetry=SimpleNamespace(prepared=0, taken_back=0),
         context=SimpleNamespace(where="stage 0 rank 0"),
     )
-    return lambda launch_first: Ahead(scheduler, link, launch_first)
+    return lambda launch_first: Ahead(scheduler, link, DeviceStreams("cpu"), launch_first)
 
 
 def process_of(scheduler: Scheduler) -> Callable[[Any, Any], None]:
