@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sglang_npu_pp.patching import Patch
 
 from .pipeline import current, forward_stream
@@ -57,7 +59,8 @@ def planned_without_ids(scheduler: Any, batch: Any) -> Any:
     runner = scheduler.model_worker.model_runner
     with forward_stream(scheduler):
         scheduler._pp_wait_forward_dependencies()
-        batch.input_ids = batch.req_pool_indices  # of the shape of its ids
+        # Ids that a model has: a graph computes its padding with what its inputs were last loaded with.
+        batch.input_ids = torch.zeros_like(batch.req_pool_indices)
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         batch.input_ids = None
         plan(runner, forward_batch)

@@ -6,6 +6,7 @@ and that graphs get their proxies by answers on the simulated Ascend (tests/serv
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,27 @@ def test_what_is_planned_elsewhere_is_left_to_upstream() -> None:
             *("proxies", "forward")
         ]
     assert Runner("npu", replays=True).launch(ForwardMode.EXTEND) == ["proxies", "forward"]
+
+
+def test_what_stands_for_ids_are_ids_of_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs keep them as padding: rows of requests, which grow beyond a vocabulary, would end a server."""
+    from sglang.srt.model_executor import forward_batch_info
+
+    class Planned:
+        @staticmethod
+        def init_new(batch: Any, runner: Any, **options: bool) -> Any:
+            return SimpleNamespace(forward_mode=ForwardMode.EXTEND, input_ids=batch.input_ids)
+
+    monkeypatch.setattr(forward_batch_info, "ForwardBatch", Planned)
+    scheduler = SimpleNamespace(
+        model_worker=SimpleNamespace(model_runner=Runner("npu", replays=True)),
+        forward_stream_ctx=nullcontext(),
+        _pp_wait_forward_dependencies=lambda: None,
+    )
+    batch = SimpleNamespace(req_pool_indices=torch.tensor([2047, 5]), input_ids="those of the last launch")
+    planned = forwards.planned_without_ids(scheduler, batch)
+    assert planned.input_ids.tolist() == [0, 0]
+    assert batch.input_ids is None
 
 
 def test_upstreams_own_proxies_are_left_alone() -> None:
