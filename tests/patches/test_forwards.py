@@ -116,6 +116,8 @@ PLAIN: dict[str, Any] = {
     "spec_algorithm": SimpleNamespace(is_none=lambda: True),
     "dllm_config": None,
     "require_mlp_sync": False,
+    "disaggregation_mode": SimpleNamespace(value="null"),
+    "enable_hierarchical_cache": False,
 }
 
 
@@ -126,6 +128,8 @@ PLAIN: dict[str, Any] = {
         {"spec_algorithm": SimpleNamespace(is_none=lambda: False)},
         {"dllm_config": "a config"},
         {"require_mlp_sync": True},
+        {"disaggregation_mode": SimpleNamespace(value="prefill")},
+        {"enable_hierarchical_cache": True},
     ],
     ids=lambda change: next(iter(change)),
 )
