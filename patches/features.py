@@ -61,7 +61,12 @@ def _has_adapters(arguments: ServerArgs) -> bool:
 
 def _prepares_ahead(arguments: ServerArgs) -> bool:
     """What else a server must not have is known when it runs: `ahead.can_prepare`, `forwards.waits_last`."""
-    return _has_stages(arguments) and not (_has_data_parallel_attention(arguments) or _speculates(arguments))
+    return _has_stages(arguments) and not (
+        arguments.disaggregation_mode != "null"
+        or _has_data_parallel_attention(arguments)
+        or _speculates(arguments)
+        or _has_hierarchical_cache(arguments)
+    )
 
 
 FEATURES = (
