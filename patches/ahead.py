@@ -185,10 +185,10 @@ class Ahead:
 
     def _drop_forward(self) -> None:
         """Its tensors are of the scheduler's stream, which would use their memory again at once."""
+        while self._dropped and self._dropped[0][0].query():
+            self._dropped.popleft()
         with forward_stream(self._scheduler):
             self._dropped.append((self._streams.record(), self._forward))
-        while self._dropped[0][0].query() and len(self._dropped) > 1:
-            self._dropped.popleft()
 
     def _forget(self) -> None:
         self._batch = self._saved = self._results = self._forward = None

@@ -26,9 +26,7 @@ class StageTimes:
     host_s: float  # the scheduler's work between two launches, without its waits
     hop_s: float  # one way to the next stage; of the last stage, to stage 0
     asynchronous: bool = False  # the host works while the forward runs
-    turn_s: float | None = (
-        None  # of `host_s`, what comes between the arrival of tokens and a launch; None: all
-    )
+    turn_s: float | None = None  # of `host_s`, what comes between arrival of tokens and launch; None: all
 
     @property
     def in_round_s(self) -> float:
