@@ -18,7 +18,7 @@ from contextlib import suppress
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from ..errors import TransportError, WaitLimitError
+from ..errors import PeerLostError, TransportError, WaitLimitError
 from .addresses import LOOPBACK, listening_addresses
 from .connection_monitor import ConnectionMonitor
 from .context import RankContext
@@ -308,7 +308,14 @@ class HostLane:
 
     def send(self, peer: int, message: Message) -> None:
         """See Outbox.send."""
-        self._outboxes[peer].send(message)
+        outbox = self._outboxes[peer]
+        try:
+            outbox.send(message)
+        except PeerLostError:
+            with suppress(TransportError):
+                self._inbox.pump(0)  # its goodbye came while this stage computed
+            outbox.departed = peer in self._inbox.departed
+            raise outbox.lost() from None
 
     def has_room(self, peer: int, kind: Kind) -> bool:
         """See Outbox.has_room."""

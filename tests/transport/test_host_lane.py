@@ -797,7 +797,7 @@ def test_a_peer_that_closes_has_shut_down_and_its_last_messages_arrive(team: Tea
 def test_sending_to_a_peer_that_closed_raises_instead_of_blocking(team: Team, transport: str) -> None:
     a, b = team.open_lanes(2, Settings(host_transport=transport, wait_limit_s=60, window=4096))
     b.call(close_lanes)
-    with pytest.raises(PeerLostError, match="stage 0 rank 0: stage 1 "):
+    with pytest.raises(PeerLostError, match="stage 0 rank 0: stage 1 has shut down"):
         a.call(send_for_ever_without_note, 1)
 
 
