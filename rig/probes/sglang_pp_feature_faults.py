@@ -1,7 +1,8 @@
 """Faults in what only some servers exchange, planted in the patches of a running server: what returns of a
 draft, the slices of context-parallel ranks, a hierarchical cache.
 
-As in sglang_pp_order_faults.py. Of drafts, all but the last stage get something else than it has sent.
+As in sglang_pp_order_faults.py. Of drafts, all but the last stage get something else than it has sent; on a
+prefill server the last one, too, since each stage tells the decode server, and the last to do so counts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ LENGTH_LOST = "accepted length lost"
 OUTPUTS_LATE = "outputs sent late"
 OUTPUTS_EARLY = "outputs waited for before the launch"
 SLICE_BEFORE = "slice of the microbatch before"
+PROPOSAL_BEFORE = "first drafts of the prefill before"
+PROPOSALS_SWAPPED = "first drafts of another request"
 DECISION_BEFORE = "decision about the prefetch before"
 
 SILENT_DRAFTS = (DRAFTS_BEFORE, DRAFTS_SWAPPED)
+SILENT_PROPOSALS = (PROPOSAL_BEFORE, PROPOSALS_SWAPPED)
 ENDING_DRAFTS = (LENGTHS_SWAPPED, LENGTH_LOST)  # stages soon disagree about which requests go on
 
 ACCEPTED = "spec_accept_lens"
 TREE = ("spec_next_chain", "spec_next_parents", "spec_next_top_scores")
+PROPOSAL = ("draft_topk_p", "draft_topk_index", "draft_hidden_states")
 RANK = 1  # of the context-parallel ranks
 KEPT = 64  # microbatches
 Function = Callable[..., Any]
@@ -40,8 +45,9 @@ def plant(fault: Callable[[], str], note: Callable[[], None]) -> None:
 
     drafts, late = _Drafts(fault, note), _LateOutputs(fault, note)
     early, slices = _EarlyOutputs(fault, note), _Slices(fault, note)
-    cache = _Cache(fault, note)
+    proposals, cache = _Proposals(fault, note), _Cache(fault, note)
     wrap(outputs.OutputTicket, "_wait", drafts.wait)
+    wrap(outputs.OutputTicket, "_wait", proposals.wait)
     wrap(StageLink, "push", cache.push)
     wrap(TokenReturn, "post", late.post)
     wrap(pipeline.AsyncPipeline, "begin_iteration", late.begin_iteration)
@@ -99,6 +105,30 @@ def other_lengths(lengths: torch.Tensor, fault: str) -> torch.Tensor:
         first = differing[0]
         other[first : first + 2] = lengths[first : first + 2].flip(0)
     return other
+
+
+class _Proposals:
+    """Outputs of a prefill in the hands of any stage."""
+
+    def __init__(self, fault: Callable[[], str], note: Callable[[], None]) -> None:
+        self._fault, self._note = fault, note
+        self._before: dict[str, torch.Tensor] = {}
+
+    def wait(self, original: Function, ticket: Any) -> Mapping[str, Any]:
+        values: Mapping[str, Any] = original(ticket)
+        if ACCEPTED in values or PROPOSAL[0] not in values:
+            return values
+        before, self._before = self._before, {name: values[name].clone() for name in PROPOSAL}
+        fault = self._fault()
+        wrong: dict[str, torch.Tensor] = {}
+        if fault == PROPOSAL_BEFORE and before:
+            wrong = {name: stale(values[name], before[name]) for name in PROPOSAL}
+        elif fault == PROPOSALS_SWAPPED:
+            wrong = {name: values[name].roll(1, 0) for name in PROPOSAL}
+        if all(torch.equal(tensor, values[name]) for name, tensor in wrong.items()):
+            return values
+        self._note()
+        return {**values, **wrong}
 
 
 class _LateOutputs:

@@ -7,6 +7,7 @@ Mooncake's TCP: the last stage drafts, and what a decode server needs of it retu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import pytest
 
 from rig import battery, disaggregated, prefill_drafts
+from rig.faults import Faults
 from rig.launcher import RANDOM_MODEL, Launcher, take_cpu_compat, traces
+from rig.probes.sglang_pp_faults import NONE
+from rig.probes.sglang_pp_feature_faults import SILENT_PROPOSALS
 from rig.published_twin import write_twin
 from rig.server import Server
 from sglang_npu_pp.tools.certify import order
@@ -45,7 +49,9 @@ def configured(launcher: Launcher, stages: int, twin: Path, **options: Any) -> S
     return server
 
 
-def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregated.Pair:
+def start_pair(
+    launcher: Launcher, twin: Path, *, patched: bool, faults: Faults | None = None
+) -> disaggregated.Pair:
     (bootstrap_port,) = free_ports(1)
     servers = [
         configured(
@@ -54,7 +60,7 @@ def start_pair(launcher: Launcher, twin: Path, *, patched: bool) -> disaggregate
             twin,
             patched=patched and stages > 1,
             args=prefill_drafts.arguments(mode, bootstrap_port),
-            env=prefill_drafts.environment("sglang_pp_probe"),
+            env={**prefill_drafts.environment("sglang_pp_probe"), **(faults.variables if faults else {})},
         )
         for mode, stages in (("prefill", STAGES), ("decode", 1))
     ]
@@ -133,14 +139,42 @@ def test_nothing_waits_that_need_not(pair: disaggregated.Pair) -> None:
         assert not order.tokens_are_waited_for_behind_the_launch(trace)
 
 
-@pytest.mark.release
-def test_as_many_drafts_are_accepted_as_upstreams(
-    make_launcher: Callable[[str], Launcher], twin: Path, pair: disaggregated.Pair
-) -> None:
-    """The first round of a decode server verifies what the prefill server has drafted."""
-    launcher = make_launcher("upstreams-drafts")
+@dataclass(frozen=True)
+class Released:
+    """Of an unpatched pair: its answers; a patched one, and the faults in it."""
+
+    upstream: Answers
+    pair: disaggregated.Pair
+    faults: Faults
+
+
+@pytest.fixture(scope="module")
+def released(make_launcher: Callable[[str], Launcher], twin: Path) -> Iterator[Released]:
+    launcher = make_launcher("first-drafts")
+    faults = Faults(launcher.directory / "fault")
     try:
         upstream = ask_all(start_pair(launcher, twin, patched=False), 1)
+        launcher.stop_all()
+        yield Released(upstream, start_pair(launcher, twin, patched=True, faults=faults), faults)
     finally:
         launcher.stop_all()
-    assert essence(ask_all(pair, 1)) == essence(upstream)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("concurrency", [1, CONCURRENCY])
+def test_as_many_drafts_are_accepted_as_upstreams(released: Released, concurrency: int) -> None:
+    """The first round of a decode server verifies what the prefill server has drafted."""
+    assert essence(ask_all(released.pair, concurrency)) == essence(released.upstream)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("fault", SILENT_PROPOSALS)
+def test_of_other_drafts_other_many_are_accepted(released: Released, fault: str) -> None:
+    """Tokens are the same: the comparison of what was accepted alone says that something is wrong."""
+    released.faults.arm(fault)
+    answers = ask_all(released.pair, CONCURRENCY)
+    assert released.faults.struck > 0, "the fault never took effect"
+    released.faults.arm(NONE)
+    assert tokens(answers) == tokens(released.upstream)
+    assert essence(answers) != essence(released.upstream)
+    assert essence(ask_all(released.pair, CONCURRENCY)) == essence(released.upstream)
