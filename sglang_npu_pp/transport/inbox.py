@@ -17,6 +17,7 @@ from .window import Bounds, CreditMeter
 
 _POLLIN = int(zmq.POLLIN)  # arithmetic with the flag makes a flag, in Python
 _NOBLOCK = int(zmq.NOBLOCK)
+_GOODBYE = Kind.GOODBYE  # looked up in Python in some releases of it
 _VIEW: Callable[[zmq.Frame], Buffer] = memoryview  # type: ignore[assignment]  # `Frame.buffer` keeps a reference
 
 
@@ -103,7 +104,7 @@ class Inbox:
                 self._receive(socket, socket.recv(_NOBLOCK))
 
     def receive_next(self) -> None:
-        """Process all arrivals; waits up to POLL_MS for the first."""
+        """Process the next arrival, or all where their time counts; waits up to POLL_MS for the first."""
         # One socket waits by itself: a poll in front of it doubles the system calls.
         if self._only is None:
             self.pump(POLL_MS)
@@ -113,7 +114,8 @@ class Inbox:
         except zmq.Again:
             return
         self._receive(self._only, identity)
-        self.pump(0)  # traces say when a message arrived, and announcements post receives
+        if self.on_announcement is not None or self._trace.enabled:
+            self.pump(0)  # announcements post receives, and traces say when a message arrived
 
     def _receive(self, socket: zmq.Socket, identity: bytes) -> None:
         frame = socket.recv(_NOBLOCK, copy=False)  # behind an identity there is at least one
@@ -131,7 +133,7 @@ class Inbox:
             header = read_header(buffers[0])
             if header.source != stage:
                 raise MessageError(f"It claims to come from stage {header.source}.")
-            if header.kind is Kind.GOODBYE:
+            if header.kind is _GOODBYE:
                 self.departed.add(stage)
                 return
             self._sort_in(header, buffers, (socket, identity))

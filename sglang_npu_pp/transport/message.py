@@ -173,11 +173,11 @@ def tensor_over(buffer: Buffer, dtype: torch.dtype, shape: Sequence[int]) -> tor
     return raw if len(shape) == 1 else raw.view(shape)
 
 
-def _bytes_of(tensor: torch.Tensor) -> Buffer:
-    """The bytes of a host tensor."""
+def _bytes_of(tensor: torch.Tensor, nbytes: int) -> Buffer:
+    """The `nbytes` bytes of a host tensor."""
     # A few are copied, in one call; a view takes six.
-    if tensor.nbytes < INLINE_BYTES and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
-        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    if nbytes < INLINE_BYTES and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
+        return ctypes.string_at(tensor.data_ptr(), nbytes)
     return byte_view(tensor)
 
 
@@ -229,8 +229,8 @@ def encode(message: Message, *, source: int, number: int, check_all: bool) -> li
         specs = describe(message.tensors)
     buffers: list[Buffer] = []
     for tensor in message.tensors.values():
-        if tensor.nbytes:
-            buffers.append(_bytes_of(tensor))
+        if nbytes := tensor.nbytes:
+            buffers.append(_bytes_of(tensor, nbytes))
     in_values = 0
     if message.values is not None:
         value_buffers = dump_values(message.values)
