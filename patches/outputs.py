@@ -70,8 +70,7 @@ class OutputTicket:
             token_return, own = self._pipeline.token_return, self._launch.outputs
             assert token_return is not None
             assert own is not None
-            token_return.check()
-            return own.wait()
+            return token_return.wait(own, self._launch.iteration)
 
 
 def exchange_outputs(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from .host_copies import HostCopy
 from .transport.message import Kind
@@ -53,6 +54,8 @@ class TokenReturn:
         self._link, self._outboxes, self._adopt_thread = link, outboxes, adopt_thread
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._sent = -1  # iteration
+        self._sending = threading.Condition()
         self._thread: threading.Thread | None = None
         if outboxes is not None:
             link.host_lane.watch(self.check, outboxes.values())
@@ -67,6 +70,17 @@ class TokenReturn:
             self._send(outgoing)
         else:
             self._queue.put(outgoing)
+
+    def wait(self, copy: HostCopy, iteration: int) -> Mapping[str, Any]:
+        """This stage's own outputs, posted for `iteration`, when they are on the host and were sent."""
+        # Both threads wait for the same event. The one that goes on with results would keep the interpreter
+        # from the one that sends, for up to its switch interval of 5 ms.
+        with self._sending:
+            while self._thread is not None and self._sent < iteration:
+                self.check()
+                self._sending.wait(LOOK_S)
+        self.check()
+        return copy.wait()
 
     def close(self) -> None:
         """Send the queue and end the thread, within seconds.
@@ -101,9 +115,13 @@ class TokenReturn:
     def _send_next(self) -> bool:
         """False at the end. Keeps no reference to tensors."""
         outgoing = self._next()
-        if outgoing is not None:
-            self._send(outgoing)
-        return outgoing is not None
+        if outgoing is None:
+            return False
+        self._send(outgoing)
+        with self._sending:
+            self._sent = outgoing.iteration
+            self._sending.notify()
+        return True
 
     def _next(self) -> _Outgoing | None:
         """Blocks, checking the connections. None at the end."""

@@ -36,9 +36,12 @@ class RecordingLink:
         self.watching: list[Any] = []
         self.pushed: list[tuple[int, int, list[int]]] = []
         self.fails = fails
+        self.may_push = threading.Event()
+        self.may_push.set()
         self.sent = threading.Semaphore(0)
 
     def push_tensors(self, kind: Kind, peer: int, values: Any, **options: Any) -> None:
+        assert self.may_push.wait(LIMIT_S)
         assert kind is Kind.OUTPUT
         assert options["owned"]
         if self.fails:
@@ -105,6 +108,19 @@ def test_on_a_device_tokens_wait_for_their_event_and_the_scheduler_does_not() ->
     tokens.close()
 
 
+def test_the_last_stage_goes_on_when_its_tokens_were_sent() -> None:
+    link, event = RecordingLink(), DeviceEvent()
+    tokens = TokenReturn(link, {0: SilentOutbox(), 1: SilentOutbox()})  # type: ignore[arg-type, dict-item]
+    link.may_push.clear()
+    own = copy_of(5, event)
+    tokens.post(own, slot=0, iteration=3)
+    event.passed.set()
+    threading.Timer(0.2, link.may_push.set).start()  # until then whoever does not wait goes on
+    assert tokens.wait(own, iteration=3)["next_token_ids"].tolist() == [5]
+    assert link.pushed == [(0, 0, [5]), (1, 0, [5])]
+    tokens.close()
+
+
 def test_close_sends_what_is_queued_and_closes_the_connections() -> None:
     link, event, outbox = RecordingLink(), DeviceEvent(), SilentOutbox()
     tokens = TokenReturn(link, {0: outbox})  # type: ignore[arg-type, dict-item]
@@ -126,6 +142,8 @@ def test_a_failure_of_the_sending_thread_surfaces_in_the_scheduler() -> None:
     tokens._thread.join(LIMIT_S)
     with pytest.raises(PipelineError, match="the probe does not send"):
         tokens.check()
+    with pytest.raises(PipelineError, match="the probe does not send"):
+        tokens.wait(copy_of(5, event), 0)
     with pytest.raises(PipelineError, match="the probe does not send"):
         tokens.post(copy_of(6, event), 1, 1)
     (check,) = link.watching

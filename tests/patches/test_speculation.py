@@ -133,7 +133,7 @@ def take(stage: int, values: dict[str, torch.Tensor], role: str = "null") -> tup
         ahead=None,
         adviser=None,
         streams=None,
-        token_return=SimpleNamespace(check=lambda: None),
+        token_return=SimpleNamespace(wait=lambda copy, iteration: copy.wait()),
         post_outputs=lambda slot: SimpleNamespace(wait=lambda: dict(values)),
     )
     batch, scheduler = batch_of("ab"), Scheduler(stage, role)
