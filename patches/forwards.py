@@ -49,8 +49,6 @@ def waits_last(scheduler: Any) -> bool:
         and scheduler.spec_algorithm.is_none()  # a draft's worker looks at proxies itself
         and scheduler.dllm_config is None
         and not scheduler.require_mlp_sync  # other ranks' rows decide about a batch behind that wait
-        and scheduler.disaggregation_mode.value == "null"  # not shown with these two
-        and not scheduler.enable_hierarchical_cache
     )
 
 

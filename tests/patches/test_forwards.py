@@ -116,8 +116,6 @@ PLAIN: dict[str, Any] = {
     "spec_algorithm": SimpleNamespace(is_none=lambda: True),
     "dllm_config": None,
     "require_mlp_sync": False,
-    "disaggregation_mode": SimpleNamespace(value="null"),
-    "enable_hierarchical_cache": False,
 }
 
 
@@ -128,8 +126,6 @@ PLAIN: dict[str, Any] = {
         {"spec_algorithm": SimpleNamespace(is_none=lambda: False)},
         {"dllm_config": "a config"},
         {"require_mlp_sync": True},
-        {"disaggregation_mode": SimpleNamespace(value="prefill")},
-        {"enable_hierarchical_cache": True},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -245,5 +245,5 @@ def test_dead_storage_of_one_stage_stops_no_request(served: Served, stage: int, 
 
 def test_it_is_in_force(served: Served) -> None:
     log = served.server.log_text()
-    assert log.count("hierarchical cache, end of a server") == STAGES
+    assert log.count("hierarchical cache, preparing ahead, end of a server") == STAGES
     assert "stays on upstream's path" not in log
