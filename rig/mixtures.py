@@ -89,4 +89,7 @@ def differences(alone: dict[str, Any], found: dict[str, Any] | list[int]) -> lis
     if isinstance(found, list):
         expected = alone["output_ids"]
         return [] if found == expected else [f"tokens {found}, alone {expected}"]
-    return battery.differences({"": battery.summary(alone)}, {"": battery.summary(found)})
+    expected, got = battery.summary(alone), battery.summary(found)
+    if "\ufffd" in expected["text"]:  # no UTF-8: depends on which tokens the detokenizer gets together
+        del expected["text"], got["text"]
+    return battery.differences({"": expected}, {"": got})
