@@ -61,7 +61,7 @@ def _has_adapters(arguments: ServerArgs) -> bool:
 
 def _prepares_ahead(arguments: ServerArgs) -> bool:
     """What else a server must not have is known when it runs: `ahead.can_prepare`, `forwards.waits_last`."""
-    return _has_stages(arguments) and not (_has_data_parallel_attention(arguments) or _speculates(arguments))
+    return _has_stages(arguments) and not _has_data_parallel_attention(arguments)
 
 
 FEATURES = (
@@ -76,8 +76,8 @@ FEATURES = (
     Feature(
         "preparing ahead",
         _prepares_ahead,
-        "stages of 0.5.21 or later, without data-parallel attention and speculation; when off, a forward is "
-        "prepared when what it waits for has come",
+        "stages of 0.5.21 or later, without data-parallel attention; when off, a forward is prepared when "
+        "what it waits for has come",
         separable=True,
     ),
     Feature(

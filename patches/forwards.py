@@ -46,7 +46,6 @@ def waits_last(scheduler: Any) -> bool:
     """Whether launches of this server bring what they wait for to its model untouched."""
     return (
         scheduler.is_generation
-        and scheduler.spec_algorithm.is_none()  # a draft's worker looks at proxies itself
         and scheduler.dllm_config is None
         and not scheduler.require_mlp_sync  # other ranks' rows decide about a batch behind that wait
     )

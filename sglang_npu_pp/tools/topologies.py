@@ -293,7 +293,7 @@ ROWS = (
         "",
         Here.IN_FORCE,
         (_SPECULATION, _SPECULATION_LOAD, _SPECULATION_FAULTS),
-        "pp 2 with trees, pp 4 with chains; grammars, aborts, retracted requests; kernels in plain torch",
+        "pp 2 and 4, trees and chains; grammars, aborts, retracted requests; kernels in plain torch",
     ),
     Row(
         "other speculation (EAGLE3, NGRAM, STANDALONE, DFLASH)",

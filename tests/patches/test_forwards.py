@@ -113,7 +113,6 @@ def test_upstreams_own_proxies_are_left_alone() -> None:
 
 PLAIN: dict[str, Any] = {
     "is_generation": True,
-    "spec_algorithm": SimpleNamespace(is_none=lambda: True),
     "dllm_config": None,
     "require_mlp_sync": False,
 }
@@ -123,7 +122,6 @@ PLAIN: dict[str, Any] = {
     "change",
     [
         {"is_generation": False},
-        {"spec_algorithm": SimpleNamespace(is_none=lambda: False)},
         {"dllm_config": "a config"},
         {"require_mlp_sync": True},
     ],

@@ -134,5 +134,5 @@ def test_outputs_leave_behind_the_launch_and_are_waited_for_behind_the_next(serv
 
 def test_it_is_in_force(served: Served) -> None:
     log = served.patched.log_text()
-    assert log.count("speculative decoding, end of a server") == STAGES
+    assert log.count("speculative decoding, preparing ahead, end of a server") == STAGES
     assert "stays on upstream's path" not in log
