@@ -30,16 +30,32 @@ _NPU_GRAPHS = "sglang.srt.hardware_backend.npu.graph_runner.npu_graph_runner:NPU
 
 
 class Incoming:
-    """Proxies that are waited for when all else of a forward is ready, in place of PPProxyTensors."""
+    """Proxies that are waited for when all else of a forward is ready, in place of PPProxyTensors.
+
+    The runner of the model takes them. Workers of drafts pass them on untouched; one that looked at them
+    would wait there.
+    """
 
     def __init__(self, wait: Callable[[], Any]) -> None:
         self._wait = wait
-        self.taken = False
+        self._proxies: Any = None
 
     def take(self) -> Any:
-        """Wait; SGLang's PPProxyTensors."""
-        self.taken = True
-        return self._wait()
+        """Wait, the first time; SGLang's PPProxyTensors."""
+        if self._proxies is None:
+            self._proxies = self._wait()
+        return self._proxies
+
+    @property
+    def taken(self) -> bool:
+        return self._proxies is not None
+
+    @property
+    def tensors(self) -> Any:
+        return self.take().tensors
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.take()[key]
 
 
 def waits_last(scheduler: Any) -> bool:

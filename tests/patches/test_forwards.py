@@ -111,6 +111,21 @@ def test_upstreams_own_proxies_are_left_alone() -> None:
     assert not runner.steps
 
 
+def test_a_worker_that_looks_at_its_proxies_waits_for_them_once() -> None:
+    waits: list[str] = []
+
+    def wait() -> PPProxyTensors:
+        waits.append("proxies")
+        return PPProxyTensors({"hidden_states": HIDDEN})
+
+    incoming = Incoming(wait)
+    assert not incoming.taken
+    assert incoming["hidden_states"] is HIDDEN
+    assert incoming.taken
+    assert incoming.tensors == incoming.take().tensors == {"hidden_states": HIDDEN}
+    assert waits == ["proxies"]
+
+
 PLAIN: dict[str, Any] = {
     "is_generation": True,
     "dllm_config": None,
