@@ -72,13 +72,18 @@ class TokenReturn:
             self._queue.put(outgoing)
 
     def wait(self, copy: HostCopy, iteration: int) -> Mapping[str, Any]:
-        """This stage's own outputs, posted for `iteration`, when they are on the host and were sent."""
+        """This stage's own outputs, posted for `iteration`, when they are on the host and were sent.
+
+        Raises PeerLostError if a stage is gone, which the device may wait for, and the thread's failure.
+        """
         # Both threads wait for the same event. The one that goes on with results would keep the interpreter
         # from the one that sends, for up to its switch interval of 5 ms.
+        lane = self._link.host_lane
         with self._sending:
             while self._thread is not None and self._sent < iteration:
-                self.check()
-                self._sending.wait(LOOK_S)
+                if not self._sending.wait(LOOK_S):
+                    lane.poll()
+                    lane.check()
         self.check()
         return copy.wait()
 

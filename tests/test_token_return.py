@@ -53,6 +53,13 @@ class RecordingLink:
     def watch(self, check: Any, outboxes: Any) -> None:
         self.watching.append(check)
 
+    def poll(self) -> None:
+        return
+
+    def check(self) -> None:
+        for check in self.watching:
+            check()
+
     def await_pushes(self, count: int) -> None:
         for _ in range(count):
             assert self.sent.acquire(timeout=LIMIT_S), "a push did not come"
@@ -261,6 +268,28 @@ def fail_in_the_thread(here: Here, values: dict[str, Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "came"
+
+
+def wait_for_a_device(here: Here) -> None:
+    tokens: TokenReturn = here.kept["token return"]
+    event = DeviceEvent()
+    own = HostCopy(tokens_of(0), event)
+    tokens.post(own, slot=0, iteration=0)
+    here.note("waits")
+    try:
+        tokens.wait(own, iteration=0)
+    finally:
+        event.passed.set()  # or its thread would never end
+
+
+def test_a_stage_that_is_gone_ends_the_last_ones_wait_for_its_device(team: Team) -> None:
+    """It may wait for proxies of that stage, and never comes to an end."""
+    ranks = open_returns(team, "ipc", threaded=True)
+    waiting = ranks[2].start(wait_for_a_device)
+    assert waiting.note() == "waits"
+    ranks[0].call(close_lanes)
+    with pytest.raises(PeerLostError, match="stage 2 rank 0: stage 0 has shut down"):
+        waiting.result()
 
 
 def test_a_failure_of_the_sending_thread_ends_whoever_waits(team: Team) -> None:
