@@ -36,6 +36,11 @@ pytestmark = [
 
 STAGES = 2
 WAIT_LIMIT_S, END_LIMIT_S = 30, 90.0  # of a stage for a message, of a server that ends
+# SGLang's own check, and ours where a stage runs its next microbatch before that.
+UNEQUAL = (
+    "PP prefetch became ready before local state existed",
+    "the stages decided differently which requests to run",
+)
 ARGUMENTS = (
     *EAGER,
     *("--enable-hierarchical-cache", "--hicache-host-memory-mode", "buffer_only", "--hicache-ratio", "2"),
@@ -115,4 +120,5 @@ def test_stages_that_decide_unequally_end_with_a_sentence(served: Served) -> Non
         exercise(served.server)
     served.server.wait_end(END_LIMIT_S)
     assert served.faults.struck > 0
-    assert "PP prefetch became ready before local state existed" in served.server.log_text()
+    log = served.server.log_text()
+    assert any(sentence in log for sentence in UNEQUAL), "it ended without a sentence that says why"
