@@ -283,7 +283,10 @@ PLAIN = {
         ({"pp_size": 1}, None),
         ({"enable_dp_attention": True}, {features.DP_ATTENTION}),
         ({"pp_size": 1, "enable_dp_attention": True}, None),
-        ({"disaggregation_mode": "prefill"}, {features.BOOTSTRAP, features.DISAGGREGATION}),
+        (
+            {"disaggregation_mode": "prefill"},
+            {features.AHEAD, features.BOOTSTRAP, features.DISAGGREGATION},
+        ),
         (
             {"enable_pd_role_switch": True},
             {features.AHEAD, features.BOOTSTRAP, features.DISAGGREGATION},
@@ -291,9 +294,9 @@ PLAIN = {
         ({"pp_size": 1, "disaggregation_mode": "decode"}, {features.BOOTSTRAP}),
         ({"enable_lora": True}, {features.AHEAD, features.LORA}),
         ({"lora_paths": ["a=b"]}, {features.AHEAD, features.LORA}),
-        ({"enable_hierarchical_cache": True}, {features.HIERARCHICAL_CACHE}),
+        ({"enable_hierarchical_cache": True}, {features.AHEAD, features.HIERARCHICAL_CACHE}),
         ({"pp_size": 1, "enable_hierarchical_cache": True}, None),
-        ({"speculative_algorithm": "EAGLE"}, {features.SPECULATION}),
+        ({"speculative_algorithm": "EAGLE"}, {features.AHEAD, features.SPECULATION}),
         ({"pp_size": 1, "speculative_algorithm": "EAGLE"}, None),
     ],
 )
