@@ -122,7 +122,7 @@ def test_the_last_stage_goes_on_when_its_tokens_were_sent() -> None:
     own = copy_of(5, event)
     tokens.post(own, slot=0, iteration=3)
     event.passed.set()
-    threading.Timer(0.2, link.may_push.set).start()  # until then whoever does not wait goes on
+    threading.Timer(0.2, link.may_push.set).start()  # later than a caller that does not wait
     assert tokens.wait(own, iteration=3)["next_token_ids"].tolist() == [5]
     assert link.pushed == [(0, 0, [5]), (1, 0, [5])]
     tokens.close()

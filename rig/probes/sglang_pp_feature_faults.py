@@ -75,10 +75,7 @@ class _Drafts:
             wrong = rows_swapped(values)
         elif fault in ENDING_DRAFTS:
             wrong = {ACCEPTED: other_lengths(values[ACCEPTED], fault)}
-        if all(torch.equal(tensor, values[name]) for name, tensor in wrong.items()):
-            return values
-        self._note()
-        return {**values, **wrong}
+        return spoiled(values, wrong, self._note)
 
     def _keep(self, ticket: Any, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tree of the iteration before, of the same requests; empty in their first."""
@@ -88,6 +85,16 @@ class _Drafts:
         while len(self._before) > KEPT:
             del self._before[next(iter(self._before))]
         return before
+
+
+def spoiled(
+    values: Mapping[str, Any], wrong: Mapping[str, torch.Tensor], note: Callable[[], None]
+) -> Mapping[str, Any]:
+    """`values` with what is wrong; a strike only if that is something else."""
+    if all(torch.equal(tensor, values[name]) for name, tensor in wrong.items()):
+        return values
+    note()
+    return {**values, **wrong}
 
 
 def rows_swapped(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -125,10 +132,7 @@ class _Proposals:
             wrong = {name: stale(values[name], before[name]) for name in PROPOSAL}
         elif fault == PROPOSALS_SWAPPED:
             wrong = {name: values[name].roll(1, 0) for name in PROPOSAL}
-        if all(torch.equal(tensor, values[name]) for name, tensor in wrong.items()):
-            return values
-        self._note()
-        return {**values, **wrong}
+        return spoiled(values, wrong, self._note)
 
 
 class _LateOutputs:
