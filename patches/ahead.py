@@ -37,6 +37,9 @@ _ALLOCATORS = frozenset(
 )
 _ROW_POOLS = frozenset(("ReqToTokenPool",))
 
+_COUNTS = ("decode_batch_idx", "kv_committed_len", "kv_allocated_len")
+_LENGTHS = ("seq_lens", "seq_lens_cpu", "orig_seq_lens")  # tensors of a batch, int, of shape (requests,)
+
 Process = Callable[[Any, Any], None]
 """Of a batch and its result: upstream's."""
 
@@ -46,13 +49,14 @@ class Saved:
 
     def __init__(self, scheduler: Any, batch: Any) -> None:
         self.batch = copy.copy(batch)  # device tensors stay alive, too: a forward in flight may read them
-        counts = [(scheduler.new_token_ratio_tracker, "current")]
-        for request in batch.reqs:
-            counts.append((request, "decode_batch_idx"))
-            counts += [(request.kv, "kv_committed_len"), (request.kv, "kv_allocated_len")]
+        tracker = scheduler.new_token_ratio_tracker
+        counts = [(tracker, "current"), *(each for request in batch.reqs for each in _counts_of(request))]
         self._counts = [(owner, name, getattr(owner, name)) for owner, name in counts]
         allocator = scheduler.token_to_kv_pool_allocator
         self._state = [(batch, vars(self.batch)), (allocator, dict(vars(allocator)))]
+        if _lengths_change_in_place():
+            for name in _LENGTHS:
+                setattr(batch, name, getattr(batch, name).clone())
 
     def restore(self) -> None:
         for owner, name, value in self._counts:
@@ -60,6 +64,20 @@ class Saved:
         for part, state in self._state:
             vars(part).clear()
             vars(part).update(state)
+
+
+def _counts_of(request: Any) -> list[tuple[Any, str]]:
+    """What a decode adds to. From 0.5.19 on lengths belong to what a request holds of the KV cache; up to
+    0.5.15.post1 all is its own; between, one of each."""
+    owners = (request, getattr(request, "kv", None))
+    return [(owner, name) for owner in owners for name in _COUNTS if hasattr(owner, name)]
+
+
+def _lengths_change_in_place() -> bool:
+    """Up to 0.5.15.post1, on the device, too, where a forward in flight could see it."""
+    from sglang.srt.managers import schedule_batch
+
+    return not hasattr(schedule_batch, "ReqKvInfo")
 
 
 @dataclass(frozen=True)
@@ -215,8 +233,7 @@ def can_prepare(scheduler: Any) -> bool:
 
     rows = scheduler.req_to_token_pool
     return (
-        _ids_come_from_the_future_map(scheduler)
-        and scheduler.spec_algorithm.is_none()
+        scheduler.spec_algorithm.is_none()
         and type(scheduler.token_to_kv_pool_allocator).__name__ in _ALLOCATORS
         and type(rows).__name__ in _ROW_POOLS
         and getattr(rows, "_aux_cache", None) is None
@@ -240,15 +257,6 @@ _WITH_STATE_OF_THEIR_OWN = (
     "prefill_delayer",
     "decode_offload_manager",
 )
-
-
-def _ids_come_from_the_future_map(scheduler: Any) -> bool:
-    """From 0.5.21 on (counts of a request in `ReqKvInfo`): a decode takes its ids when it is launched.
-
-    Before, lengths on the device are changed in place, which a forward in flight could see."""
-    from sglang.srt.managers import schedule_batch
-
-    return hasattr(scheduler, "future_map") and hasattr(schedule_batch, "ReqKvInfo")
 
 
 def _only_decodes(scheduler: Any, batch: Any) -> bool:
@@ -362,6 +370,7 @@ PATCHES = (
             f"{_BATCH}.check_decode_mem",
             "sglang.srt.mem_cache.allocation:alloc_for_decode",
             "sglang.srt.mem_cache.allocation:alloc_for_decode_default",
+            "sglang.srt.mem_cache.common:alloc_for_decode",  # up to 0.5.15.post1
             "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.alloc",
             "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc_decode",
             "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.merge_and_sort_free",

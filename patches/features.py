@@ -76,8 +76,8 @@ FEATURES = (
     Feature(
         "preparing ahead",
         _prepares_ahead,
-        "stages of 0.5.21 or later, without data-parallel attention; when off, a forward is prepared when "
-        "what it waits for has come",
+        "stages, without data-parallel attention; when off, a forward is prepared when what it waits for has "
+        "come",
         separable=True,
     ),
     Feature(

@@ -12,7 +12,9 @@ inside its launch, and what stage 0 has planned is the next that it launches, or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from sglang_npu_pp.patching import Patch
 
 from .pipeline import current, forward_stream
 
+_MIXIN = "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin"
 _WORKER = "sglang.srt.managers.tp_worker:TpModelWorker"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner"
 _BATCH = "sglang.srt.model_executor.forward_batch_info:ForwardBatch"
@@ -73,13 +76,31 @@ def planned_without_ids(scheduler: Any, batch: Any) -> Any:
 
     runner = scheduler.model_worker.model_runner
     with forward_stream(scheduler):
-        scheduler._pp_wait_forward_dependencies()
+        _wait_for_what_is_scheduled(scheduler)
         # Ids that a model has: a graph computes its padding with what its inputs were last loaded with.
         batch.input_ids = torch.zeros_like(batch.req_pool_indices)
-        forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+        forward_batch = ForwardBatch.init_new(batch, runner, **options_of_a_launch())
         batch.input_ids = None
         plan(runner, forward_batch)
     return forward_batch
+
+
+def _wait_for_what_is_scheduled(scheduler: Any) -> None:
+    """As the forward stream does before a launch; in a function of its own from 0.5.21 on."""
+    if hasattr(scheduler, "_pp_wait_forward_dependencies"):
+        scheduler._pp_wait_forward_dependencies()
+    else:
+        scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+
+
+@functools.cache
+def options_of_a_launch() -> Mapping[str, Any]:
+    """What `forward_batch_generation` makes a ForwardBatch with, from 0.5.16 on."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    wanted = {"return_hidden_states_before_norm": False}
+    taken = inspect.signature(ForwardBatch.init_new).parameters
+    return {name: value for name, value in wanted.items() if name in taken}
 
 
 def plan(runner: Any, forward_batch: Any) -> Any:
@@ -99,10 +120,11 @@ def plan(runner: Any, forward_batch: Any) -> Any:
 
 
 def _plans_elsewhere(runner: Any) -> bool:
-    """A model, or a cache of its tokens, that has a part in it."""
+    """A model, or a cache of its tokens, that has a part in it; or the runner of 0.5.13.post1."""
     model = runner.model
     return (
-        hasattr(model, "prepare_forward_batch")
+        not hasattr(runner, "decode_cuda_graph_runner")
+        or hasattr(model, "prepare_forward_batch")
         or hasattr(model, "prepare_for_forward")
         or runner.hisparse_coordinator is not None
     )
@@ -164,6 +186,10 @@ PATCHES = (
         how="made with the decode that is prepared ahead; its ids are put in last",
         upstream=_PLANNING,
         plan=_PLAN,
-        relies_on=(f"{_BATCH}.init_new", f"{_WORKER}.set_hicache_consumer"),
+        relies_on=(
+            f"{_BATCH}.init_new",
+            f"{_WORKER}.set_hicache_consumer",
+            f"{_MIXIN}._pp_wait_forward_dependencies",
+        ),
     ),
 )

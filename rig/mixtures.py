@@ -18,6 +18,7 @@ from rig.server import Server
 
 KINDS = 8
 PLAIN = (0, 1, 2)  # kinds that end by their length only; the last two of them with log-probabilities
+GRAMMARS = (5, 6)
 WAYS = Ways(abort=0.12, leave=0.05, stream=0.2, looks=12, pieces=5)
 LENGTHS = (1, 5, 20, 60, 130, 255, 256, 257, 400, 700)
 DIGITS = (1, 2, 34)
@@ -28,10 +29,11 @@ SCHEMA = {
 }
 
 
-def make_bodies(count: int, seed: int) -> list[Body]:
-    """Greedy; an eighth of each kind, by index."""
+def make_bodies(count: int, seed: int, without: Sequence[int] = ()) -> list[Body]:
+    """Greedy; an eighth of each kind, by index, without those of some kinds."""
     generator = random.Random(seed)
-    return [make_body(index, generator) for index in range(count)]
+    bodies = [make_body(index, generator) for index in range(count)]
+    return [body for index, body in enumerate(bodies) if index % KINDS not in without]
 
 
 def make_body(index: int, generator: random.Random) -> Body:
@@ -64,8 +66,8 @@ class Mixture:
     alone: Sequence[dict[str, Any]]
 
     @classmethod
-    def asked_alone(cls, server: Server, count: int, seed: int) -> Self:
-        bodies = make_bodies(count, seed)
+    def asked_alone(cls, server: Server, count: int, seed: int, without: Sequence[int] = ()) -> Self:
+        bodies = make_bodies(count, seed, without)
         answers = [answer(server, body) for body in bodies]
         assert ABORTED not in answers
         return cls(bodies, answers)  # type: ignore[arg-type]

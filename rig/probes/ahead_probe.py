@@ -106,9 +106,9 @@ def picture(scheduler: Any, batch: Any) -> Picture:
     found = {
         f"{owner}: {name}": plain(value) for owner, each in owners.items() for name, value in _state(each)
     }
-    for request in batch.reqs:
-        pages = rows.req_to_token[request.kv.req_pool_idx, : request.kv.kv_allocated_len]
-        found[f"pages of {request.rid}"] = pages.tolist()
+    taken = zip(batch.reqs, batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True)
+    for request, row, length in taken:
+        found[f"pages of {request.rid}"] = rows.req_to_token[row, :length].tolist()
     cache = scheduler.tree_cache
     return {
         **found,
@@ -122,11 +122,11 @@ def both_forwards(scheduler: Any, batch: Any, planned: Any) -> tuple[Picture, Pi
     """What was planned, and the same made now, when its ids are there; both without the ids."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_npu_pp.patches.forwards import plan
+    from sglang_npu_pp.patches.forwards import options_of_a_launch, plan
 
     runner = scheduler.model_worker.model_runner
     before = picture_of_forward(runner, planned)
-    now = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+    now = ForwardBatch.init_new(batch, runner, **options_of_a_launch())
     plan(runner, now)
     return before, picture_of_forward(runner, now)
 
@@ -136,7 +136,7 @@ def picture_of_forward(runner: Any, forward: Any) -> Picture:
     metadata = getattr(runner.attn_backend, "forward_metadata", None)
     if metadata is not None:
         found["attention"] = plain(metadata)
-    buffers = getattr(runner.decode_cuda_graph_runner, "buffers", None)
+    buffers = getattr(getattr(runner, "decode_cuda_graph_runner", None), "buffers", None)
     for name, value in [] if buffers is None else _state(buffers):
         if name != "input_ids" and isinstance(value, torch.Tensor):
             found[f"graph: {name}"] = plain(value)

@@ -158,18 +158,16 @@ def register() -> None:
 
 
 def _wrap_all(picture: Picture, scheduler: Any) -> None:
+    from measuring import around_model
+
     for target, part in PARTS.items():
         _wrap(target, picture.part(part))
     stage = scheduler.pp_group.rank_in_group
     link = "sglang_npu_pp.transport.stage_link:StageLink.receive_tensors"
     _wrap(link, picture.arrival("OUTPUT" if stage == 0 else "PROXY"))
-    runner = scheduler.tp_worker.model_runner
-    attention = runner.attn_backend
+    attention = scheduler.tp_worker.model_runner.attn_backend
     attention.init_forward_metadata = picture.part("attention")(attention.init_forward_metadata)
-    runner.model.forward = picture.model(runner.model.forward)
-    backend = getattr(runner.decode_cuda_graph_runner, "backend", None)
-    for graph in getattr(backend, "_graphs", {}).values():
-        graph.replay = picture.model(graph.replay)
+    around_model(scheduler, picture.model)
 
 
 def _wrap(target: str, wrapper: Callable[[Function], Function]) -> None:

@@ -1,5 +1,5 @@
-"""A probe that measures what an iteration of the PP loop costs the host, outside the forward: that begins in
-the runner of the model (`ModelRunner._forward_raw`) and ends with the sampling (`Scheduler.run_batch`).
+"""A probe that measures what an iteration of the PP loop costs the host, outside the forward: that begins
+with the call of the model and ends with the sampling (`Scheduler.run_batch`).
 
 HOST_TIME_DIR says where the numbers go. SIGRTMIN+1 makes a scheduler write what it measured since the last
 one, as `stage<S>-rank<R>.<n>.json`, and begin anew: per kind of batch ("DECODE 16": mode and requests) the
@@ -28,7 +28,6 @@ from typing import Any
 NOTHING = (0, 0, 0)
 SIGNAL = signal.SIGRTMIN + 1
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
-_RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
 
 # What does not exist (in a release, or without the package) is left out.
@@ -142,16 +141,18 @@ def register() -> None:
     from measuring import around_run_batch
 
     meter = Meter(Path(folder))
-    around_run_batch(meter.run_batch, SIGNAL, meter.write, lambda _scheduler: wrap_loop(meter))
+    around_run_batch(meter.run_batch, SIGNAL, meter.write, lambda scheduler: wrap_loop(meter, scheduler))
 
 
-def wrap_loop(meter: Meter) -> None:
+def wrap_loop(meter: Meter, scheduler: Any) -> None:
     """An iteration begins with receiving requests, through `ingest_requests` from 0.5.20 on."""
+    from measuring import around_model
+
     if os.environ.get("HOST_TIME_PARTS") == "1":
         for target in PARTS:
             wrap(target, meter.measured)
 
-    wrap(f"{_RUNNER}._forward_raw", lambda _name, function: meter.begin_forward(function))
+    around_model(scheduler, meter.begin_forward)
 
     def first(_name: str, function: Function) -> Function:
         def call(*args: Any, **options: Any) -> Any:

@@ -5,6 +5,7 @@ Imported by its bare name, inside of functions: a server that loads no such prob
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import threading
@@ -35,6 +36,19 @@ def around_run_batch(
         return around(original, scheduler, *arguments, **options)
 
     HookRegistry.register(RUN_BATCH, run_batch, HookType.AROUND)
+
+
+def around_model(scheduler: Any, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrapper` around the calls of the scheduler's model, and around the replays of its graphs.
+
+    There a forward begins on a device, whatever the host has prepared before. A draft has a model of its own.
+    """
+    runner = scheduler.tp_worker.model_runner
+    forward = runner.model.forward
+    runner.model.forward = functools.wraps(forward)(wrapper(forward))  # SGLang looks at its arguments
+    backend = getattr(getattr(runner, "decode_cuda_graph_runner", None), "backend", None)
+    for graph in getattr(backend, "_graphs", {}).values():
+        graph.replay = wrapper(graph.replay)
 
 
 def leave(folder: Path, number: int, measured: Any) -> None:

@@ -1,9 +1,8 @@
 """The probe of the benchmark (rig/probes): counts what each stage does, and stands in for an accelerator.
 
 It is loaded into every server that is measured, upstream's as well, and does the same in each: the forward
-is padded to a duration that the benchmark sets while the server runs. It begins where the runner of the model
-has all that it waits for (`ModelRunner._forward_raw`), as work on a device does, and ends with the sampling
-(`Scheduler.run_batch`).
+is padded to a duration that the benchmark sets while the server runs. It begins with the call of the model,
+and ends with the sampling (`Scheduler.run_batch`).
 
 BENCH_FOLDER: where the counters go. BENCH_DESIGN=pr19582: also load that design.
 BENCH_UPSTREAM_TRACE: a folder, into which an unpatched server then writes traces (upstream_trace.py).
@@ -16,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rig.probes.measuring import around_model
 
 from .counters import Counted, StageFile, stage_path
 
@@ -37,11 +38,6 @@ def register() -> None:
         "sglang.srt.managers.scheduler.Scheduler.run_batch", stage.run_batch, HookType.AROUND
     )
     HookRegistry.register(
-        "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw",
-        stage.begin_forward,
-        HookType.BEFORE,
-    )
-    HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.init_pp_loop_state", stage.begin, HookType.BEFORE
     )
 
@@ -61,11 +57,14 @@ class Stage:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[stage * len(cores) // scheduler.pp_group.world_size]})
         self._file = StageFile.create(stage_path(self._folder, stage))
+        around_model(scheduler, self.begin_forward)
 
-    def begin_forward(self, *_arguments: Any, **_options: Any) -> None:
-        """The first one of a batch: a draft has runners of its own."""
-        if self._began is None:
-            self._began = time.thread_time(), time.perf_counter()
+    def begin_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._began = self._began or (time.thread_time(), time.perf_counter())
+            return function(*arguments, **options)
+
+        return call
 
     def run_batch(
         self, original: Callable[..., Any], scheduler: Any, batch: Any, *arguments: Any, **options: Any
@@ -75,9 +74,7 @@ class Stage:
         tokens = batch.extend_num_tokens if batch.forward_mode.is_extend() else len(batch.reqs)
         self._began = None
         result = original(scheduler, batch, *arguments, **options)
-        self.begin_forward()  # where nothing is computed
-        assert self._began is not None
-        cpu_s, began = self._began
+        cpu_s, began = self._began or (time.thread_time(), time.perf_counter())  # where nothing is computed
         host_cpu_s, compute_s = cpu_s - self._cpu_s, time.perf_counter() - began
         rest_s = self._file.pad_s - compute_s
         if rest_s > 0:
