@@ -17,7 +17,8 @@ from rig.devices import cores_per_rank
 from scripts.environment.parts import Part
 
 IN_VENV = "0.5.21"
-EARLY, NEWEST = "0.5.15", "0.5.23"  # those beside it that the suite installs (scripts/environment/install.py)
+# Those beside it that the suite installs (scripts/environment/install.py).
+OLDEST, EARLY, MIDDLE, NEWEST = "0.5.13.post1", "0.5.15", "0.5.18", "0.5.23"
 
 # Up to 0.5.20 a grammar with SGLang's default backend, xgrammar, ends the server on CPU ("RuntimeError:
 # Unsupported device: cpu").

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from rig import battery
-from rig.releases import EARLY, IN_VENV, NEWEST, RELEASES
+from rig.releases import EARLY, IN_VENV, MIDDLE, NEWEST, OLDEST, RELEASES
 from scripts import fingerprint as script
 from scripts.environment.install import SUITE
 from scripts.environment.parts import parts
@@ -31,7 +31,7 @@ def test_the_same_releases_are_known_everywhere() -> None:
     beside = {name.removeprefix("sglang-") for name in parts() if name.startswith("sglang-")}
     assert beside == set(RELEASES) - {IN_VENV}
     assert sglang_release() == IN_VENV
-    assert {f"sglang-{release}" for release in (EARLY, NEWEST)} <= set(SUITE)
+    assert {f"sglang-{release}" for release in (OLDEST, EARLY, MIDDLE, NEWEST)} <= set(SUITE)
 
 
 @EACH_RELEASE

@@ -18,7 +18,10 @@ from collections.abc import Mapping
 from scripts.environment import installer
 from scripts.environment.parts import LOCKS, VENV, PartError, parts, provide
 
-SUITE = ("sglang-0.5.15", "sglang-0.5.23", "accuracy", "ascend_sim", "mooncake")
+SUITE = (
+    *("sglang-0.5.13.post1", "sglang-0.5.15", "sglang-0.5.18", "sglang-0.5.23"),
+    *("accuracy", "ascend_sim", "mooncake"),
+)
 MAY_BE_MISSING: Mapping[str, str] = {
     "ascend_sim": "what runs on the simulated Ascend cannot be used",
     "mooncake": "what moves a KV cache between servers cannot be used",

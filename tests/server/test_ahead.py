@@ -17,7 +17,7 @@ import pytest
 from rig.agreement import assert_stages_agree
 from rig.launcher import Launcher, traces
 from rig.mixtures import GRAMMARS, Mixture
-from rig.releases import IN_VENV, RELEASES, Release
+from rig.releases import IN_VENV, RELEASES
 from rig.server import Server
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 from sglang_npu_pp.observe.trace import Event
@@ -42,14 +42,22 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def alone(make_launcher: Callable[[str], Launcher]) -> Callable[[Release], Mixture]:
+def alone(make_launcher: Callable[[str], Launcher]) -> Callable[[str], Mixture]:
+    """By release."""
+
     @functools.cache
-    def of(release: Release) -> Mixture:
-        launcher = make_launcher(f"behind {release.name}")
-        env = {"SGLANG_NPU_PP_AHEAD": "0"}
-        with launcher.configure(1, 2, patched=True, args=ARGUMENTS, env=env, release=release) as server:
-            # Earlier stages do not agree on grammars without patches, or forbid tokens of others with them.
-            without = () if release.name == IN_VENV else GRAMMARS
+    def of(release: str) -> Mixture:
+        server = make_launcher(f"behind {release}").configure(
+            1,
+            2,
+            patched=True,
+            args=ARGUMENTS,
+            env={"SGLANG_NPU_PP_AHEAD": "0"},
+            release=RELEASES[release],
+        )
+        with server:
+            # With a grammar an earlier release may forbid tokens to other requests (rig/releases.py).
+            without = () if release == IN_VENV else GRAMMARS
             return Mixture.asked_alone(server, BODIES, SEED, without)
 
     return of
@@ -75,12 +83,12 @@ def other(release: str) -> Any:
 def served(
     request: pytest.FixtureRequest,
     make_launcher: Callable[[str], Launcher],
-    alone: Callable[[Release], Mixture],
+    alone: Callable[[str], Mixture],
 ) -> Iterator[Served]:
-    tp, pp, wanted, name = request.param
-    release = RELEASES[name]
+    tp, pp, wanted, release = request.param
     expected = alone(release)
-    server = make_launcher("ahead").configure(tp, pp, patched=True, args=ARGUMENTS, release=release)
+    launcher = make_launcher("ahead")
+    server = launcher.configure(tp, pp, patched=True, args=ARGUMENTS, release=RELEASES[release])
     folder = str(server.log.parent)
     server.env |= {
         "SGLANG_NPU_PP_AHEAD": wanted,
