@@ -89,15 +89,18 @@ def no_environment(ranks: int) -> Mapping[str, str]:
     return {}
 
 
+def simulated_npu(flag: str) -> Device:
+    """Decode replays graphs unless EAGER is among a server's arguments. Few sizes, after the flag that takes
+    them: each is captured at the start, after two forwards of it."""
+    arguments = ("--device", "npu", flag, "1", "2", "4", "8")
+    return Device("the simulated Ascend", simulated_npu_environment, arguments)
+
+
+SIMULATED, SIMULATED_BEFORE_0_5_15 = "npu-sim", "npu-sim before 0.5.15"
 DEVICES: Mapping[str, Device] = {
     "cpu": Device("CPU", cpu_environment, ("--device", "cpu")),
-    # Decode replays graphs unless EAGER is among a server's arguments. Few sizes: each is captured at the
-    # start, after two forwards of it.
-    "npu-sim": Device(
-        "the simulated Ascend",
-        simulated_npu_environment,
-        ("--device", "npu", "--cuda-graph-bs-decode", "1", "2", "4", "8"),
-    ),
+    SIMULATED: simulated_npu("--cuda-graph-bs-decode"),
+    SIMULATED_BEFORE_0_5_15: simulated_npu("--cuda-graph-bs"),
     "npu": Device("Ascend", no_environment, ("--device", "npu"), real=True),
     "auto": Device("the device that SGLang finds", no_environment, (), real=True),
 }

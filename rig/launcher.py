@@ -72,7 +72,7 @@ class Launcher:
             tp,
             pp,
             log=folder / "log",
-            device=device,
+            device=release.device(device),
             env=environment,
             args=(*ARGUMENTS, *release.arguments, *args),
             nnodes=nnodes,

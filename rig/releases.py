@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from rig.devices import cores_per_rank
+from rig.devices import SIMULATED, SIMULATED_BEFORE_0_5_15, cores_per_rank
 from scripts.environment.parts import Part
 
 IN_VENV = "0.5.21"
@@ -48,6 +48,7 @@ class Release:
     one_bind_per_stage: bool = False  # of SGLANG_CPU_OMP_THREADS_BIND; later releases take an entry a rank
     left_out: Mapping[str, str] = field(default_factory=dict)  # case of the battery -> why it is not asked
     alone: Mapping[str, str] = field(default_factory=dict)  # case of the battery -> why it gets no company
+    one_graph_flag: bool = False  # for the sizes of all graphs
 
     @property
     def not_in_company(self) -> Mapping[str, str]:
@@ -70,6 +71,10 @@ class Release:
     def environment(self, tp: int) -> Mapping[str, str]:
         return {"SGLANG_CPU_OMP_THREADS_BIND": cores_per_rank(tp)} if self.one_bind_per_stage else {}
 
+    def device(self, name: str) -> str:
+        """Its name in `rig.devices.DEVICES`."""
+        return SIMULATED_BEFORE_0_5_15 if self.one_graph_flag and name == SIMULATED else name
+
     def pin(self, package: str) -> str:
         """The version of a package that this release asks for; it serves here with the one in .venv."""
         path = [str(self.folder)] if self.folder else sys.path
@@ -83,8 +88,16 @@ class Release:
 RELEASES: Mapping[str, Release] = {
     release.name: release
     for release in (
-        Release("0.5.13.post1", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
-        Release("0.5.14", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
+        *(
+            Release(
+                name,
+                one_bind_per_stage=True,
+                left_out=NO_GRAMMARS,
+                alone=TOKEN_IDS_LOGPROB,
+                one_graph_flag=True,
+            )
+            for name in ("0.5.13.post1", "0.5.14")
+        ),
         Release("0.5.15", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.15.post1", one_bind_per_stage=True, left_out=NO_GRAMMARS, alone=TOKEN_IDS_LOGPROB),
         Release("0.5.16", LLGUIDANCE, one_bind_per_stage=True, alone=TOKEN_IDS_LOGPROB),

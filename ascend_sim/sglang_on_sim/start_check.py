@@ -10,6 +10,7 @@ from typing import Any
 
 EXPECTED_ATTENTION = "sglang.srt.hardware_backend.npu.attention.ascend_backend.AscendAttnBackend"
 EXPECTED_GRAPHS = "sglang.srt.hardware_backend.npu.graph_runner.npu_graph_runner.NPUGraphRunner"
+NO_PLATFORM = "unknown"  # of releases that have none for NPUs: their weights and attention tell
 NATIVE_MODELS = "sglang.srt.models."
 REPORT = "simulated Ascend:"
 REPLAYS = f"{REPORT} decode has replayed the graph of"  # and its number of requests; said once for each
@@ -38,7 +39,7 @@ def check(_result: None, scheduler: Any) -> None:
     in_use = f"platform {current_platform.device_name}, attention {backend}, model {model}, decode {decode}"
     parameter = next(runner.model.parameters())
     problem = None
-    if current_platform.device_name != "npu" or parameter.device.type != "npu":
+    if current_platform.device_name not in ("npu", NO_PLATFORM) or parameter.device.type != "npu":
         problem = f"SGLang did not take the npu platform; its weights are on {parameter.device}"
     elif backend != EXPECTED_ATTENTION:
         problem = f"SGLang did not take {EXPECTED_ATTENTION}"
@@ -68,13 +69,18 @@ def check_forward(output: Any, runner: Any, batch: Any, *_arguments: object, **_
 
 def was_outvoted(runner: Any, batch: Any) -> bool:
     """With data-parallel attention all ranks replay, or none: not while another one prefills."""
-    return runner.decode_cuda_graph_runner.require_mlp_sync and not batch.can_run_decode_cuda_graph
+    return graph_runner(runner).require_mlp_sync and not batch.can_run_decode_cuda_graph
 
 
 def graph_sizes(runner: Any) -> list[int]:
     """The batch sizes for which a model runner has captured graphs; none if it decodes without."""
-    graphs = runner.decode_cuda_graph_runner
+    graphs = graph_runner(runner)
     return sorted(graphs.capture_bs) if full_name(graphs) == EXPECTED_GRAPHS else []
+
+
+def graph_runner(runner: Any) -> Any:
+    """Of decodes; 0.5.13.post1 and 0.5.14 have one runner for all."""
+    return getattr(runner, "decode_cuda_graph_runner", None) or getattr(runner, "graph_runner", None)
 
 
 def full_name(thing: object) -> str:

@@ -47,6 +47,7 @@ class Row:
     iteration_ms: float | None  # wall time by forward of the first stage; median
     delays_per_iteration: float | None
     exposed: float | None  # the part of an iteration that it takes longer than without delay
+    shortest_ms: float | None  # no order of the same work makes an iteration shorter than this (_shortest_s)
     compute_ms: float | None  # by forward, without padding: of the slowest stage
     host_cpu_ms: float | None  # of the scheduler thread outside the forward, by forward: of the busiest stage
     load_average: float  # of the machine, largest
@@ -125,6 +126,7 @@ def _row(
         iteration_ms=None if iteration_s is None else 1e3 * iteration_s,
         delays_per_iteration=delays_per_iteration,
         exposed=exposed,
+        shortest_ms=_shortest_ms(runs, pp + competitor.depth, link.delay_ms),
         compute_ms=_per_launch_ms(runs, "compute_s"),
         host_cpu_ms=_per_launch_ms(runs, "host_cpu_s"),
         load_average=max(run.load_average for run in runs),
@@ -142,6 +144,23 @@ def _per_token_s(runs: Sequence[Run]) -> float:
 
 def _iteration_s(runs: Sequence[Run]) -> float | None:
     return _median(run.iteration_s for run in runs if run.iteration_s is not None)
+
+
+def _shortest_ms(runs: Sequence[Run], slots: int, delay_ms: float) -> float | None:
+    """What an iteration takes at least: median over the runs.
+
+    A stage has one core, for its forwards and for the host's work on them; and the round of one microbatch,
+    of which `slots` are under way, is the forwards of all stages and a delay in each direction.
+    """
+    if not all(run.stages for run in runs):
+        return None
+    found = []
+    for run in runs:
+        forwards = [stage.forward_s / max(1.0, stage.launches) for stage in run.stages]
+        hosts = [stage.host_cpu_s / max(1.0, stage.launches) for stage in run.stages]
+        round_s = sum(forwards) + 2 * delay_ms / 1e3
+        found.append(1e3 * max(round_s / slots, *map(sum, zip(forwards, hosts, strict=True))))
+    return statistics.median(found)
 
 
 def _per_launch_ms(runs: Sequence[Run], name: str) -> float | None:
@@ -285,8 +304,8 @@ def name_of(row: Row) -> str:
 def _delay_table(made: Sequence[Row]) -> Table:
     """What a delay costs each server, against itself without delay."""
     title = f"pp {made[0].pp}: what the link costs a server, against itself without delay"
-    columns = ("load", "link", "server", "tokens/s", "kept", "iteration", "delays an iteration", "exposed")
-    table = number_table(title, *columns, "delays a token", "host CPU", left=3)
+    columns = ("load", "link", "server", "tokens/s", "kept", "iteration", "at least", "delays an iteration")
+    table = number_table(title, *columns, "exposed", "delays a token", "host CPU", left=3)
     for row in made:
         table.add_row(
             str(_work(row)),
@@ -295,6 +314,7 @@ def _delay_table(made: Sequence[Row]) -> Table:
             f"{row.tokens_per_s:.0f}",
             _number(row.kept, "{:.0%}"),
             _number(row.iteration_ms, "{:.1f} ms"),
+            _number(row.shortest_ms, "{:.1f} ms"),
             _number(row.delays_per_iteration, "{:.2f}"),
             _number(row.exposed, "{:.1%}"),
             _number(row.delays_per_token, "{:.2f}"),

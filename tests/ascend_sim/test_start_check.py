@@ -75,6 +75,23 @@ def test_the_npu_path_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith(", decode graphs of 1, 2, 4 requests\n")
 
 
+def test_a_release_without_a_platform_for_npus_takes_the_npu_path(
+    platforms: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with one runner for all graphs, as 0.5.13.post1."""
+    platforms.current_platform = SimpleNamespace(device_name="unknown")  # type: ignore[attr-defined]
+    earlier = scheduler(eager=False)
+    runner = earlier.tp_worker.model_runner
+    del runner.decode_cuda_graph_runner
+    runner.graph_runner = captured(1, 2)
+    check(None, earlier)
+    assert capsys.readouterr().out.endswith(", decode graphs of 1, 2 requests\n")
+    with pytest.raises(SystemExit, match="ran without the graph of 2"):
+        check_forward(SimpleNamespace(can_run_graph=False), runner, decode_of(2))
+    with pytest.raises(SystemExit, match="its weights are on"):
+        check(None, scheduler(weights="cpu"))
+
+
 def test_another_platform_ends_the_start(platforms: ModuleType) -> None:
     platforms.current_platform = SimpleNamespace(device_name="cpu")  # type: ignore[attr-defined]
     with pytest.raises(SystemExit, match="did not take the npu platform"):

@@ -24,8 +24,8 @@ DELAYED = LinkSetting(5)
 def run(duration_s: float, token: int = 1) -> Run:
     """66 forwards of which the slower stage computes 10 ms; the scheduler of the busier one takes 2 ms."""
     stages = (
-        Counted(launches=66, compute_s=66 * 0.010, host_cpu_s=66 * 0.001),
-        Counted(launches=66, compute_s=66 * 0.007, host_cpu_s=66 * 0.002),
+        Counted(launches=66, forward_s=66 * 0.020, compute_s=66 * 0.010, host_cpu_s=66 * 0.001),
+        Counted(launches=66, forward_s=66 * 0.020, compute_s=66 * 0.007, host_cpu_s=66 * 0.002),
     )
     return Run(Answers(duration_s, 0.5, 0.02, ((token,) * 33,) * 32), stages, load_average=1.5)
 
@@ -77,6 +77,7 @@ def test_a_server_whose_stages_are_not_counted_has_ratios_only(found: Measuremen
     assert row.kept == pytest.approx(2 / 1.5)
     assert row.iteration_ms is None
     assert row.host_cpu_ms is None
+    assert row.shortest_ms is None
 
 
 def test_times_are_of_the_stage_that_has_most(found: Measurements) -> None:
@@ -84,6 +85,24 @@ def test_times_are_of_the_stage_that_has_most(found: Measurements) -> None:
     assert row.compute_ms == pytest.approx(10)
     assert row.host_cpu_ms == pytest.approx(2)
     assert row.tokens_per_s == pytest.approx(DECODE.answer_tokens / 2.0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "link", "shortest_ms"),
+    [
+        (0, NO_DELAY, 20 + 2),  # the busier stage's forward and host
+        (0, DELAYED, (2 * 20 + 2 * 5) / 2),  # a round of two microbatches
+        (1, DELAYED, 20 + 2),  # a round of three would be shorter
+    ],
+)
+def test_an_iteration_is_no_shorter_than_its_parts(
+    found: Measurements, depth: int, link: LinkSetting, shortest_ms: float
+) -> None:
+    deeper = replace(SECOND, depth=depth)
+    found.group = Group(2, (FIRST, deeper), (WORK,))
+    found.answers[deeper] = found.answers[SECOND]
+    found.runs = {(WORK, link): {FIRST: [run(9.0)], deeper: [run(3.0)]}}
+    assert row_of(found, deeper, link).shortest_ms == pytest.approx(shortest_ms)
 
 
 def test_drafts_are_compared_with_the_same_server_without_by_pairs(found: Measurements) -> None:
