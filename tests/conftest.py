@@ -39,7 +39,9 @@ HERE = Path(__file__).parent
 # Where tests start a server, and where they use the simulated Ascend. A test elsewhere that starts a server
 # has the marker by hand: without it `Server.start` refuses.
 SERVERS = {HERE / "server"}
-SIMULATOR = {HERE / name for name in ("ascend", "ascend_sim", "server/test_ascend.py")}
+SIMULATOR = {
+    HERE / name for name in ("ascend", "ascend_sim", "server/test_ascend.py", "server/test_old_releases.py")
+}
 REFUSED = "a test that starts a server needs the marker `server`, so that `make quick` leaves it out"
 
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any test is deselected
