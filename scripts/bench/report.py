@@ -47,7 +47,7 @@ class Row:
     iteration_ms: float | None  # wall time by forward of the first stage; median
     delays_per_iteration: float | None
     exposed: float | None  # the part of an iteration that it takes longer than without delay
-    shortest_ms: float | None  # no order of the same work makes an iteration shorter than this (_shortest_s)
+    shortest_ms: float | None  # no order of the same work makes an iteration shorter than this (_shortest_ms)
     compute_ms: float | None  # by forward, without padding: of the slowest stage
     host_cpu_ms: float | None  # of the scheduler thread outside the forward, by forward: of the busiest stage
     load_average: float  # of the machine, largest

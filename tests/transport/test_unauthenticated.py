@@ -34,14 +34,8 @@ from sglang_npu_pp.transport.endpoints import KeyPair
 from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message, encode
 from sglang_npu_pp.transport.parts import PART_BYTES
 
-from .test_host_lane import (
-    announce_endpoint,
-    assert_serving,
-    endpoint_of,
-    flipped,
-    send_frames,
-    unauthenticated_client,
-)
+from .test_host_lane import flipped, send_frames
+from .test_host_lane_clients import announce_endpoint, assert_serving, endpoint_of, unauthenticated_client
 
 pytestmark = pytest.mark.timeout(180)
 
