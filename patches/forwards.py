@@ -12,8 +12,6 @@ inside its launch, and what stage 0 has planned is the next that it launches, or
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,14 +91,12 @@ def _wait_for_what_is_scheduled(scheduler: Any) -> None:
         scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
 
 
-@functools.cache
 def options_of_a_launch() -> Mapping[str, Any]:
-    """What `forward_batch_generation` makes a ForwardBatch with, from 0.5.16 on."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    """What `forward_batch_generation` makes a ForwardBatch with; up to 0.5.15.post1 a batch has it."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-    wanted = {"return_hidden_states_before_norm": False}
-    taken = inspect.signature(ForwardBatch.init_new).parameters
-    return {name: value for name, value in wanted.items() if name in taken}
+    name = "return_hidden_states_before_norm"
+    return {} if hasattr(ScheduleBatch, name) else {name: False}
 
 
 def plan(runner: Any, forward_batch: Any) -> Any:

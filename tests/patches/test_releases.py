@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from sglang.srt.distributed import parallel_state
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from sglang_npu_pp.patches import proxies, requests, startup
+from sglang_npu_pp.patches import forwards, proxies, requests, startup
 
 
 @pytest.fixture
@@ -64,3 +66,14 @@ def test_consensus_is_broadcast_in_every_group_of_the_stage(monkeypatch: pytest.
         attn_cp_group=SimpleNamespace(world_size=1, rank=3, cpu_group="cp", ranks=[3]),
     )
     assert requests._broadcast_inside_stage(scheduler, ["rid"]) == ["rid", ("tp", 3, 2)]
+
+
+def test_a_forward_batch_is_made_as_a_launch_makes_it_whatever_wraps_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another plugin's wrapper says nothing of the arguments that the function takes."""
+    monkeypatch.setattr(ForwardBatch, "init_new", lambda *arguments, **options: None)
+    name = "return_hidden_states_before_norm"
+    assert forwards.options_of_a_launch() == {name: False}
+    monkeypatch.setattr(ScheduleBatch, name, False, raising=False)  # up to 0.5.15.post1
+    assert forwards.options_of_a_launch() == {}
