@@ -79,7 +79,7 @@ def graph_sizes(runner: Any) -> list[int]:
 
 
 def graph_runner(runner: Any) -> Any:
-    """Of decodes; 0.5.13.post1 and 0.5.14 have one runner for all."""
+    """Of decodes; 0.5.13.post1 has one runner for all."""
     return getattr(runner, "decode_cuda_graph_runner", None) or getattr(runner, "graph_runner", None)
 
 

@@ -22,6 +22,11 @@ class Counted:
     compute_s: float = 0.0  # the same without padding
     host_cpu_s: float = 0.0  # CPU time of the scheduler thread outside the forwards
 
+    @property
+    def by_launch(self) -> Counted:
+        """The same for one forward, on average."""
+        return Counted(*(getattr(self, name) / max(1.0, self.launches) for name in COUNTED))
+
     def __sub__(self, earlier: Counted) -> Counted:
         return Counted(*(getattr(self, name) - getattr(earlier, name) for name in COUNTED))
 

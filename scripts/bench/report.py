@@ -156,10 +156,10 @@ def _shortest_ms(runs: Sequence[Run], slots: int, delay_ms: float) -> float | No
         return None
     found = []
     for run in runs:
-        forwards = [stage.forward_s / max(1.0, stage.launches) for stage in run.stages]
-        hosts = [stage.host_cpu_s / max(1.0, stage.launches) for stage in run.stages]
-        round_s = sum(forwards) + 2 * delay_ms / 1e3
-        found.append(1e3 * max(round_s / slots, *map(sum, zip(forwards, hosts, strict=True))))
+        stages = [stage.by_launch for stage in run.stages]
+        round_s = sum(stage.forward_s for stage in stages) + 2 * delay_ms / 1e3
+        busiest_s = max(stage.forward_s + stage.host_cpu_s for stage in stages)
+        found.append(1e3 * max(round_s / slots, busiest_s))
     return statistics.median(found)
 
 
@@ -168,7 +168,7 @@ def _per_launch_ms(runs: Sequence[Run], name: str) -> float | None:
     if not all(run.stages for run in runs):
         return None
     return 1e3 * statistics.median(
-        max(getattr(stage, name) / max(1.0, stage.launches) for stage in run.stages) for run in runs
+        max(getattr(stage.by_launch, name) for stage in run.stages) for run in runs
     )
 
 

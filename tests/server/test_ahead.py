@@ -22,6 +22,8 @@ from rig.server import Server
 from sglang_npu_pp.observe.telemetry import Snapshot, read_snapshots
 from sglang_npu_pp.observe.trace import Event
 
+from .installed import if_installed
+
 pytestmark = pytest.mark.thorough
 
 SEED = 19
@@ -64,10 +66,8 @@ def alone(make_launcher: Callable[[str], Launcher]) -> Callable[[str], Mixture]:
 
 
 def other(release: str) -> Any:
-    absent = pytest.mark.skipif(
-        not RELEASES[release].is_installed, reason=f"SGLang {release} is not installed (make matrix)"
-    )
-    return pytest.param((1, 2, "1", release), id=release, marks=(pytest.mark.release, absent))
+    marks = (pytest.mark.release, if_installed(RELEASES[release]))
+    return pytest.param((1, 2, "1", release), id=release, marks=marks)
 
 
 @pytest.fixture(

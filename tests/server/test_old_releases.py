@@ -22,13 +22,14 @@ from rig.releases import IN_VENV, MIDDLE, OLDEST, RELEASES
 from rig.upstream_models import write_model
 from sglang_npu_pp.observe.telemetry import read_snapshots
 
+from .installed import if_installed
+
 REQUESTS = [greedy(battery.prompt(length, seed=length), 24) for length in (1, 5, 60, 130, 255, 256, 257, 700)]
 
 
 def case(release: str, *marks: Any, graphs: bool = True) -> Any:
-    installed = RELEASES[release].is_installed
-    absent = pytest.mark.skipif(not installed, reason=f"SGLang {release} is not installed (make matrix)")
-    return pytest.param(release, graphs, id=release + ("" if graphs else "-eager"), marks=(*marks, absent))
+    name = release + ("" if graphs else "-eager")
+    return pytest.param(release, graphs, id=name, marks=(*marks, if_installed(RELEASES[release])))
 
 
 @pytest.fixture(scope="module")

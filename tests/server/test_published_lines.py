@@ -17,10 +17,9 @@ from rig.published_lines import RELEASE, serve
 from rig.sparse_reference import Answer, Reference, differences
 from sglang_npu_pp.tools.published import PUBLISHED, Published
 
-pytestmark = [
-    pytest.mark.release,
-    pytest.mark.skipif(not RELEASE.is_installed, reason=f"SGLang {RELEASE.name} is not installed"),
-]
+from .installed import if_installed
+
+pytestmark = [pytest.mark.release, if_installed(RELEASE)]
 
 STAGES = 2
 LOW = 1.2  # tokens a round; without drafts it is 1

@@ -15,6 +15,8 @@ from rig.releases import EARLY, NEWEST, RELEASES
 from rig.server import PATH
 from sglang_npu_pp.tools.certify.ports import free_ports
 
+from .installed import if_installed
+
 pytestmark = pytest.mark.release
 
 # The first whose stages share a store of transfers; 0.5.23 asks for pinned memory, which the CPU has none of.
@@ -28,7 +30,7 @@ def test_nothing_is_wrong(make_launcher: Callable[[str], Launcher], release: str
 
 
 @pytest.mark.skipif(disaggregated.engine_missing() is not None, reason=str(disaggregated.engine_missing()))
-@pytest.mark.skipif(not STORE.is_installed, reason=f"SGLang {STORE.name} is not installed (make matrix)")
+@if_installed(STORE)
 def test_a_prefill_server_whose_stages_share_a_store(make_launcher: Callable[[str], Launcher]) -> None:
     """It has keys here: answers are those of an unpatched server that does both, and all notes were taken."""
     launcher = make_launcher("store")

@@ -22,11 +22,7 @@ from rig.harness import (
     trace_of,
 )
 from rig.samples import assert_same, python_values, realise, tensor_dicts
-from sglang_npu_pp.errors import (
-    MessageError,
-    SequenceError,
-    WaitLimitError,
-)
+from sglang_npu_pp.errors import MessageError, SequenceError, WaitLimitError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport.message import INLINE_BYTES, Kind, Message, encode
 

@@ -14,22 +14,8 @@ import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from rig.harness import (
-    Call,
-    Here,
-    Rank,
-    Team,
-    open_host_lane,
-    receive,
-    results,
-    send,
-    store_exchange,
-)
-from sglang_npu_pp.errors import (
-    MessageError,
-    PeerLostError,
-    TransportError,
-)
+from rig.harness import Call, Here, Rank, Team, open_host_lane, receive, results, send, store_exchange
+from sglang_npu_pp.errors import MessageError, PeerLostError, TransportError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.tools.certify.ports import free_ports
 from sglang_npu_pp.transport.endpoints import EndpointRecord, Exchange, KeyPair
@@ -260,7 +246,7 @@ def test_a_stage_that_connects_at_once_is_known_already(team: Team) -> None:
     with unauthenticated_client(theirs.tcp[0], b"1/main", keys=keys, server_key=theirs.key) as peer:
         assert peer.is_let_in()
         team.store.set(f"go on, {theirs.tcp[0]}", "")
-        assert isinstance(failure(opening), TransportError)  # nobody listens at our own address
+        assert isinstance(failure(opening), TransportError)  # none but us listens at our own address
 
 
 def lie_about_the_key(here: Here, exchange: Exchange) -> Exchange:

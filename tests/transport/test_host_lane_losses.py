@@ -12,30 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from rig.harness import (
-    Here,
-    Rank,
-    Team,
-    announce_blocking,
-    close_lanes,
-    receive,
-    results,
-    send,
-    take_number,
-)
-from sglang_npu_pp.errors import (
-    PeerLostError,
-)
+from rig.harness import Here, Rank, Team, announce_blocking, close_lanes, receive, results, send, take_number
+from sglang_npu_pp.errors import PeerLostError
 from sglang_npu_pp.settings import Settings
 from sglang_npu_pp.transport import connection_monitor
 from sglang_npu_pp.transport.message import Kind, Message
 
+from .test_host_lane import transports
 from .test_host_lane_clients import failure
 
 pytestmark = pytest.mark.timeout(180)
-
-
-transports = pytest.mark.parametrize("transport", ["ipc", "tcp"])
 
 
 # --- a rank that cannot have Python's lock -------------------------------------------------------
@@ -47,7 +33,7 @@ def hold_pythons_lock(seconds: float) -> None:
 
 
 def open_a_port_late(here: Here, seconds: float) -> list[int]:
-    """The handshake of whoever connects meanwhile asks a thread of ours, which waits for the lock."""
+    """The handshake of a peer that connects meanwhile asks a thread of ours, which waits for the lock."""
     here.note("not yet")
     hold_pythons_lock(seconds)
     return sorted(here.lane.open_port("late", senders=[1]))

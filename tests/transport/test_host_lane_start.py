@@ -11,10 +11,7 @@ import msgspec
 import pytest
 import zmq
 
-from rig.harness import (
-    Here,
-    Team,
-)
+from rig.harness import Here, Team
 from sglang_npu_pp.errors import (
     MessageError,
     PeerLostError,
